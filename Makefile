@@ -1,0 +1,34 @@
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin/python
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-slow lint types docs clean
+
+demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
+	$(RUN) examples/demo.py
+
+test: $(VENV)/.installed ## the default test suite
+	$(RUN) -m pytest -q -m "not slow" --cov --cov-report=term
+
+test-slow: $(VENV)/.installed
+	$(RUN) -m pytest -q -m slow
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(VENV)/.installed
+	$(RUN) -m mypy
+
+docs: $(VENV)/.installed
+	$(RUN) -m mkdocs build --strict --quiet
+
+clean:
+	rm -rf $(VENV) site demo_output
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

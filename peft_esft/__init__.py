@@ -1,0 +1,32 @@
+"""Expert-Specialized Fine-Tuning (ESFT) for PEFT: train only the experts that a task uses.
+
+Importing the package registers the tuner type `ESFT` with PEFT.
+"""
+
+from .registration import extend_peft_type, register
+
+
+extend_peft_type()  # before the config, which names the new member
+
+from .config import ESFTConfig  # noqa: E402
+from .containers import ExpertsContainer, find_experts  # noqa: E402
+from .layer import ESFTLayer  # noqa: E402
+from .model import ESFTModel  # noqa: E402
+from .scoring import ExpertScores, score_experts  # noqa: E402
+from .selection import select_experts  # noqa: E402
+
+
+register(ESFTConfig, ESFTModel)
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ESFTConfig",
+    "ESFTLayer",
+    "ESFTModel",
+    "ExpertScores",
+    "ExpertsContainer",
+    "find_experts",
+    "score_experts",
+    "select_experts",
+]

@@ -1,0 +1,165 @@
+"""`ESFTConfig`: which experts of which layers are trained, and how that choice was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from .selection import DEFAULT_TOP_P, Metric, select_experts
+
+
+if TYPE_CHECKING:
+    from .scoring import ExpertScores
+
+
+@dataclass
+class ESFTConfig(PeftConfig):
+    """Configuration of Expert-Specialized Fine-Tuning (arXiv 2407.01906).
+
+    Args:
+        target_experts (`dict[str, list[int]]`):
+            The experts to train, by the module path of their container (`"model.layers.3.mlp.experts"`; see
+            `find_experts`) or by the index of the decoder layer (`3` or `"3"`), which is resolved to the path when the
+            adapter is attached.
+        train_shared_experts (`bool`, *optional*, defaults to `False`):
+            Also train the shared experts. Not available yet.
+        train_non_expert_modules (`bool`, *optional*, defaults to `False`):
+            Also train everything that is not an expert. Not available yet.
+        rank (`int`, *optional*):
+            The rank of the deltas; None means full rank. Only None is available yet.
+        modules_to_save (`list[str]`, *optional*):
+            Further modules that are trained and saved whole, for example a classification head.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Containers to leave out: names or path endings, or a regular expression.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Restricts the adapter to these layers of those in `target_experts`.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            The name of the module list whose index `layers_to_transform` counts, if it is not the first number of the
+            path.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            True starts from zero deltas: the model is unchanged before training. False starts from small random
+            deltas, which is of use in tests only.
+        selection (`dict`, *optional*):
+            Where the choice of experts came from: metric, top_p, averaging, tokens seen. A record; nothing reads it.
+    """
+
+    target_experts: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "The experts to train: {module path of the container or decoder layer index: expert ids}."},
+    )
+    train_shared_experts: bool = field(
+        default=False, metadata={"help": "Also train the shared experts. Not available yet."}
+    )
+    train_non_expert_modules: bool = field(
+        default=False, metadata={"help": "Also train everything that is not an expert. Not available yet."}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Rank of the deltas; None means full rank, the only choice yet."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained and saved whole."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Containers to leave out: names, path endings or a regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Restricts the adapter to these layers of those in target_experts."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list whose index layers_to_transform counts."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: zero deltas, the model starts unchanged. False: small random deltas."}
+    )
+    selection: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Where the choice came from: metric, top_p, averaging, tokens seen."}
+    )
+
+    # PEFT reads this attribute of every config. Ours is no field: `target_experts` alone says what is adapted.
+    target_modules: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ESFT
+        if self.target_experts is not None:
+            self.target_experts = check_target_experts(self.target_experts)
+        if isinstance(self.exclude_modules, set):
+            self.exclude_modules = sorted(self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
+        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank is {self.rank!r}; it is None for full-rank deltas or a positive integer")
+
+    @classmethod
+    def from_scores(
+        cls, scores: ExpertScores, *, metric: Metric = "token", top_p: float | None = None, **kwargs: Any
+    ) -> ESFTConfig:
+        """Builds a config that trains the experts which a task uses most.
+
+        Args:
+            scores: from `score_experts`.
+            metric: "token" for the token selection ratio, "gate" for the average gate score.
+            top_p: the share that the chosen experts cover; None means the paper's: 0.2 for "token", 0.1 for "gate".
+            **kwargs: further fields of the config.
+
+        Returns:
+            The config, its `selection` recording how the experts were chosen.
+
+        Example:
+            >>> config = ESFTConfig.from_scores(scores, task_type="CAUSAL_LM")
+        """
+        target_experts = select_experts(scores, top_p=top_p, metric=metric)
+        selection = {
+            "metric": metric,
+            "top_p": DEFAULT_TOP_P[metric] if top_p is None else top_p,
+            "averaging": scores.averaging,
+            "num_tokens": scores.num_tokens,
+            "num_samples": scores.num_samples,
+        }
+        return cls(target_experts=target_experts, selection=selection, **kwargs)
+
+
+def check_target_experts(target_experts: Mapping[str | int, Any]) -> dict[str, list[int]]:
+    """Brings a selection into the form in which it is stored.
+
+    Args:
+        target_experts: `{path or layer index: expert ids}`, ids as any sequence of integers.
+
+    Returns:
+        The same with string keys and lists of ints, in the same order.
+
+    Raises:
+        ValueError: if it is no such mapping, or a container has no experts, a repeated or a negative id.
+    """
+    if not isinstance(target_experts, Mapping):
+        raise ValueError(f"target_experts is a {type(target_experts).__name__}; expected a dict {{path: expert ids}}")
+    checked: dict[str, list[int]] = {}
+    for key, values in target_experts.items():
+        if not isinstance(key, str | int) or isinstance(key, bool):
+            raise ValueError(f"target_experts has the key {key!r}; expected a module path or a layer index")
+        if str(key) in checked:
+            raise ValueError(f"target_experts names {key} twice")
+        if isinstance(values, str) or not hasattr(values, "__iter__"):
+            raise ValueError(f"target_experts[{key!r}] is {values!r}; expected a list of expert ids")
+        ids = [_expert_id(key, value) for value in values]
+        if not ids:
+            raise ValueError(f"target_experts[{key!r}] is empty; leave the container out to train none of its experts")
+        repeated = sorted({expert for expert in ids if ids.count(expert) > 1})
+        if repeated:
+            raise ValueError(f"target_experts[{key!r}] repeats the expert ids {repeated}")
+        checked[str(key)] = ids
+    return checked
+
+
+def _expert_id(key: str | int, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = -1
+    if isinstance(value, bool | str) or number != value or number < 0:
+        raise ValueError(f"target_experts[{key!r}] holds {value!r}; expert ids are integers of at least 0")
+    return number

@@ -1,0 +1,219 @@
+"""`ESFTModel`: config and containers to layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+
+from .config import ESFTConfig
+from .containers import ExpertsContainer, describe_experts, find_experts, resolve_container
+from .fused import LAYER_CLASSES
+from .layer import PREFIX, ESFTLayer, check_base_weights
+
+
+class ESFTModel(BaseTuner):
+    """Expert-Specialized Fine-Tuning (arXiv 2407.01906) of a mixture-of-experts model.
+
+    Args:
+        model (`torch.nn.Module`): The model to be adapted.
+        peft_config (`ESFTConfig`): The configuration of the adapter.
+        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Create empty adapter weights on the meta device.
+
+    Returns:
+        `torch.nn.Module`: The ESFT model.
+
+    Example:
+
+        ```py
+        >>> import peft_esft
+        >>> from peft import get_peft_model
+        >>> from peft_esft import ESFTConfig
+
+        >>> config = ESFTConfig(target_experts={0: [3, 7], 1: [12]}, task_type="CAUSAL_LM")
+        >>> model = get_peft_model(model, config)
+        ```
+
+    **Attributes**:
+        - **model** (`torch.nn.Module`) -- The model to be adapted.
+        - **peft_config** (`dict[str, ESFTConfig]`): The configuration of each adapter.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = ESFTLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: ESFTConfig, model_config: dict) -> ESFTConfig:
+        """Resolves and checks the selection against the model, before anything is changed.
+
+        Raises:
+            ValueError: if the config selects nothing, or something that this model does not have.
+            NotImplementedError: if it asks for what is not available yet, or the weights cannot be read.
+        """
+        for name, wanted in (
+            ("rank", peft_config.rank is not None),
+            ("train_shared_experts", peft_config.train_shared_experts),
+            ("train_non_expert_modules", peft_config.train_non_expert_modules),
+        ):
+            if wanted:
+                raise NotImplementedError(f"{name}={getattr(peft_config, name)!r} is not available yet; leave it out")
+        containers = find_experts(self.model)
+        if not containers:
+            raise ValueError(
+                f"{type(self.model).__name__} has no experts container of a known kind. ESFT needs a "
+                "mixture-of-experts model whose experts transformers keeps in fused parameters."
+            )
+        if not peft_config.target_experts:
+            raise ValueError(
+                "target_experts is empty, so nothing would be trained. Choose experts with "
+                "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
+            )
+        target_experts = resolve_target_experts(peft_config.target_experts, containers)
+        chosen = [path for path in target_experts if _is_chosen(peft_config, path)]
+        if not chosen:
+            raise ValueError(
+                f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
+                f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(target_experts)} "
+                "containers of target_experts"
+            )
+        for path in chosen:
+            check_base_weights(containers[path])
+        peft_config.target_experts = target_experts
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: ESFTConfig, key: str) -> Any:
+        if key not in (peft_config.target_experts or {}):
+            return False
+        # PEFT's matcher, so that its options keep their meaning; it looks at them only for targets named by ending.
+        view = SimpleNamespace(
+            target_modules=[key.rpartition(".")[2]],
+            exclude_modules=peft_config.exclude_modules,
+            modules_to_save=peft_config.modules_to_save,
+            layers_to_transform=peft_config.layers_to_transform,
+            layers_pattern=peft_config.layers_pattern,
+        )
+        return check_target_module_exists(view, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: ESFTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        expert_ids = (peft_config.target_experts or {}).get(current_key)
+        if expert_ids is None:
+            raise ValueError(f"the state dict has weights for {current_key}, which target_experts does not name")
+        if isinstance(target, ESFTLayer):
+            target.update_layer(adapter_name, expert_ids, peft_config)
+            return
+        container = describe_experts(target, current_key)
+        if container is None:
+            raise ValueError(f"{current_key} is a {type(target).__name__}, not an experts container")
+        layer_class = LAYER_CLASSES[container.kind]
+        new_module = layer_class(target, adapter_name, container, expert_ids, peft_config)
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The deltas are created on the device of the rows they change; PEFT's own moves things to `child.weight`.
+        setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # Without this method PEFT drops the argument and answers with the active adapter.
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is not supported by ESFT yet: call the model once for each adapter, after "
+                "set_adapter(name)"
+            )
+        yield
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters into the base, see `peft.tuners.tuners_utils.BaseTuner.merge_adapter`.
+
+        With `safe_merge`, all layers are checked before the first one is changed.
+        """
+        if safe_merge:
+            self._check_finite(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for layer in self._layers():
+            layer.check_finite(layer.active_adapters if adapter_names is None else adapter_names)
+
+    def _layers(self) -> list[ESFTLayer]:
+        return [module for module in self.model.modules() if isinstance(module, ESFTLayer)]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: ESFTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # Called when an adapter is saved: the place where a user can still act on what training did not do.
+        unused = {
+            layer.path: experts
+            for layer in model.modules()
+            if isinstance(layer, ESFTLayer) and (experts := layer.experts_without_tokens(adapter_name))
+        }
+        if unused:
+            warnings.warn(
+                f"adapter {adapter_name!r}: {sum(map(len, unused.values()))} selected experts received no token in "
+                f"training and are unchanged: {unused}. Score on the data that you train on, or train longer.",
+                stacklevel=2,
+            )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+
+def resolve_target_experts(
+    target_experts: dict[str, list[int]], containers: dict[str, ExpertsContainer]
+) -> dict[str, list[int]]:
+    """Brings the keys of a selection to module paths and checks its ids against a model.
+
+    Raises:
+        ValueError: if a key fits no container, two keys mean the same one, or an id is out of range.
+    """
+    resolved: dict[str, list[int]] = {}
+    for key, ids in target_experts.items():
+        path = resolve_container(key, containers)
+        if path in resolved:
+            raise ValueError(f"target_experts names {path} twice, once as {key!r}")
+        num_experts = containers[path].num_experts
+        outside = [expert for expert in ids if expert >= num_experts]
+        if outside:
+            raise ValueError(f"{path} has {num_experts} experts (0 to {num_experts - 1}); there are none of id {outside}")
+        resolved[path] = ids
+    return resolved
+
+
+def _is_chosen(peft_config: ESFTConfig, path: str) -> bool:
+    # PEFT marks an excluded module by an object, which is true as a bool.
+    return ESFTModel._check_target_module_exists(peft_config, path) is True
