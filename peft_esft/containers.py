@@ -15,14 +15,37 @@ import torch
 from torch import nn
 
 
-ContainerKind = Literal["fused", "twin"]
+ContainerKind = Literal["fused"]
 
-TWIN_CLASSES: dict[str, tuple[str, ...]] = {
-    "Step3p7Experts": ("num_experts",),
-    "LongcatFlashExperts": ("num_routed_experts", "total_experts"),
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How fused experts are stored and what lies between their projections.
+
+    The first four are the flags of `transformers.integrations.use_experts_implementation`; its fifth,
+    `is_concatenated`, matters only to the module's own `_apply_gate`, which is called and never rewritten.
+
+    Attributes:
+        has_gate: the up projection is `gate_up_proj`, twice as wide, and not `up_proj`.
+        has_bias: there is a bias on each projection.
+        is_transposed: weights are `[E, in, out]` instead of `[E, out, in]`.
+        has_post_expert_norm: `post_expert_norm`, shared by all experts, follows the down projection.
+        identity_experts: the attribute that holds the number of experts without weights, which have the ids from
+            `num_experts` on and return their input; None if there are none.
+    """
+
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    has_post_expert_norm: bool = False
+    identity_experts: str | None = None
+
+
+UNFLAGGED_LAYOUTS: dict[str, ExpertsLayout] = {
+    "Step3p7Experts": ExpertsLayout(),
+    "LongcatFlashExperts": ExpertsLayout(identity_experts="zero_expert_num"),
 }
-"""Fused experts of transformers that share the call of the standard ones but not their flags, by class name, and the
-attributes in which such a module keeps its number of experts."""
+"""Fused experts of transformers that share the call of the standard ones but do not carry their flags."""
 
 READABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,8 +57,8 @@ class ExpertsContainer:
     Attributes:
         path: the module's path in the model, without the prefix of a PEFT wrapper.
         module: the module itself; the base module where an adapter layer is wrapped around it.
-        kind: "fused" for experts in fused parameters with the standard flags of `use_experts_implementation`; "twin"
-            for fused parameters behind the same call without those flags.
+        kind: "fused" for experts in fused 3-D parameters behind `forward(hidden_states, top_k_index, top_k_weights)`.
+        layout: how they are stored.
         num_experts: routed experts that have weights.
         weight_names: the parameters with a leading expert dimension.
         layer_index: the number of the decoder layer, counted as the path counts it; None if the path has no number.
@@ -44,6 +67,7 @@ class ExpertsContainer:
     path: str
     module: nn.Module = field(repr=False, compare=False)
     kind: ContainerKind
+    layout: ExpertsLayout
     num_experts: int
     weight_names: tuple[str, ...]
     layer_index: int | None
@@ -58,7 +82,12 @@ class ExpertsContainer:
     @property
     def hidden_size(self) -> int:
         """The width of the experts' input and output, which need not be the model's."""
-        return self.module.down_proj.shape[2 if getattr(self.module, "is_transposed", False) else 1]
+        return self.module.down_proj.shape[2 if self.layout.is_transposed else 1]
+
+    @property
+    def num_identity_experts(self) -> int:
+        """Experts without weights, which have the ids from `num_experts` on and return their input."""
+        return getattr(self.module, self.layout.identity_experts) if self.layout.identity_experts else 0
 
     @property
     def parameters_per_expert(self) -> int:
@@ -115,20 +144,20 @@ def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -
 def describe_experts(module: nn.Module, path: str) -> ExpertsContainer | None:
     """Describes one module if it is an experts container, looking through an adapter layer; None otherwise."""
     called, module = module, getattr(module, "base_layer", module)
-    kind = _kind(module)
-    if kind is None:
+    layout = _fused_layout(module)
+    if layout is None:
         return None
-    num_experts = module.down_proj.shape[0]
-    up_proj = "up_proj" if kind == "fused" and not module.has_gate else "gate_up_proj"
+    up_proj = "gate_up_proj" if layout.has_gate else "up_proj"
     weight_names = [up_proj, "down_proj"]
-    if kind == "fused" and module.has_bias:
+    if layout.has_bias:
         weight_names += [f"{up_proj}_bias", "down_proj_bias"]
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
     return ExpertsContainer(
         path=path,
         module=module,
-        kind=kind,
-        num_experts=num_experts,
+        kind="fused",
+        layout=layout,
+        num_experts=module.down_proj.shape[0],
         weight_names=tuple(weight_names),
         layer_index=int(numbers[0]) if numbers else None,
         _called=(called,) if called is not module else (),
@@ -144,12 +173,17 @@ def _walk(module: nn.Module, path: str) -> Iterator[ExpertsContainer]:
         yield from _walk(child, f"{path}.{name}" if path else name)
 
 
-def _kind(module: nn.Module) -> ContainerKind | None:
+def _fused_layout(module: nn.Module) -> ExpertsLayout | None:
     if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or module.down_proj.dim() != 3:
         return None
-    if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):
-        return "fused"
-    return "twin" if type(module).__name__ in TWIN_CLASSES else None
+    if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")):
+        return UNFLAGGED_LAYOUTS.get(type(module).__name__)
+    return ExpertsLayout(
+        has_gate=module.has_gate,
+        has_bias=module.has_bias,
+        is_transposed=module.is_transposed,
+        has_post_expert_norm=module.has_post_expert_norm,
+    )
 
 
 def _shortened(containers: dict[str, ExpertsContainer], shown: int = 4) -> str:

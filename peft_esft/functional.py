@@ -50,13 +50,23 @@ class ExpertBody:
     post_expert_norm: Callable[[Tensor], Tensor] | None = None
 
 
-def expert_slots(expert_ids: Sequence[int], num_experts: int, device: torch.device) -> Tensor:
-    """Sorting keys that put the pairs of trained experts first.
+def default_gate(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Tensor:
+    """The gate of `transformers.integrations.moe`: `activation(gate) * up`, `[R, 2I]` to `[R, I]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return activation(gate) * up
+
+
+def expert_slots(
+    expert_ids: Sequence[int], num_experts: int, device: torch.device, num_identity_experts: int = 0
+) -> Tensor:
+    """Sorting keys that put the pairs of trained experts first, then the frozen ones, then identity experts.
 
     Returns:
-        int64 `[E]`: for a trained expert its position in `expert_ids`, for any other expert `e` the value `n + e`.
+        int64 `[E + identity experts]`: for a trained expert its position in `expert_ids`, for any other expert `e` the
+        value `n + e`, for all identity experts `n + E`.
     """
-    slots = torch.arange(len(expert_ids), len(expert_ids) + num_experts)
+    slots = torch.arange(len(expert_ids), len(expert_ids) + num_experts + num_identity_experts)
+    slots.clamp_(max=len(expert_ids) + num_experts)
     slots[list(expert_ids)] = torch.arange(len(expert_ids))
     return slots.to(device)
 
@@ -98,12 +108,12 @@ def split_experts_forward(
     """Runs a mixture of experts in which a few experts are trained and all others are frozen.
 
     The (token, expert) pairs are sorted once by slot, trained experts first. The rows of the first part go through
-    `trained`, those of the second through `frozen`: no floating-point operation is done twice, and a weight gradient
-    exists for the trained experts only.
+    `trained`, those of the second through `frozen`; a third, which few models have, is that of experts that return
+    their input. No floating-point operation is done twice, and a weight gradient exists for the trained experts only.
 
     Args:
         hidden_states: `[T, H]`.
-        top_k_index: int64 `[T, K]`, expert ids in `[0, E)`.
+        top_k_index: int64 `[T, K]`, expert ids.
         top_k_weights: `[T, K]`, what each expert's output is multiplied with.
         trained: the effective weights of the `n` trained experts.
         frozen: the base's weights of all `E` experts.
@@ -116,27 +126,29 @@ def split_experts_forward(
     num_tokens, top_k = top_k_index.shape
     num_trained, num_experts = trained.down.shape[0], frozen.down.shape[0]
     sorted_slots, pairs = torch.sort(slots[top_k_index.reshape(-1)], stable=True)
-    counts = torch.zeros(num_trained + num_experts, dtype=torch.int64, device=pairs.device)
+    counts = torch.zeros(num_trained + num_experts + 1, dtype=torch.int64, device=pairs.device)
     counts = counts.index_add(0, sorted_slots, torch.ones_like(sorted_slots))
-    # One host synchronisation on an accelerator: the two parts differ in length from batch to batch.
-    num_trained_pairs = int(counts[:num_trained].sum())
+    sizes = counts.split([num_trained, num_experts, 1])
+    # One host synchronisation on an accelerator: the parts differ in length from batch to batch.
+    pairs_of_part = pairs.split(torch.stack([size.sum() for size in sizes]).tolist())
 
+    first_row = 0
     outputs = []
-    for weights, part, group_sizes, first_slot in (
-        (trained, slice(None, num_trained_pairs), counts[:num_trained], 0),
-        (frozen, slice(num_trained_pairs, None), counts[num_trained:], num_trained),
+    for part, weights, group_sizes, first_slot in zip(
+        pairs_of_part, (trained, frozen, None), sizes, (0, num_trained, 0), strict=True
     ):
-        tokens = pairs[part] // top_k
-        offsets = torch.cumsum(group_sizes, 0, dtype=torch.int32)
-        outputs.append(
-            expert_mlp(hidden_states[tokens], weights, offsets, sorted_slots[part] - first_slot, body)
-            * top_k_weights.reshape(-1)[pairs[part], None]
-        )
+        rows = hidden_states[part // top_k]
+        if weights is not None:
+            expert_of_row = sorted_slots[first_row : first_row + part.shape[0]] - first_slot
+            offsets = torch.cumsum(group_sizes, 0, dtype=torch.int32)
+            rows = expert_mlp(rows, weights, offsets, expert_of_row, body)
+        outputs.append(rows * top_k_weights.reshape(-1)[part, None])
+        first_row += part.shape[0]
     # Back in the order of the tokens, then a plain sum over top_k: deterministic, unlike adding rows up by index.
     per_pair = torch.empty(pairs.shape[0], hidden_states.shape[-1], dtype=outputs[0].dtype, device=pairs.device)
-    for output, part in zip(outputs, (pairs[:num_trained_pairs], pairs[num_trained_pairs:]), strict=True):
-        per_pair = per_pair.index_copy(0, part, output)
-    result = per_pair.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+    for part, output in zip(pairs_of_part, outputs, strict=True):
+        per_pair = per_pair.index_copy(0, part, output.to(per_pair.dtype))
+    result = per_pair.view(num_tokens, top_k, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)
     return result, counts[:num_trained]
 
 

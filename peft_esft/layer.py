@@ -40,7 +40,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.path = container.path
+        self.layout = container.layout
         self.num_experts = container.num_experts
+        self.num_identity_experts = container.num_identity_experts
         self.weight_names = container.weight_names
         self.adapter_layer_names = tuple(PREFIX + name for name in self.weight_names)
         for name in self.adapter_layer_names:
@@ -79,7 +81,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         for name in self.weight_names:
             weight = self._base_weight(name)
             shape = (len(expert_ids), *weight.shape[1:])
-            delta = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+            # At least fp32: transformers attaches and loads adapters without asking PEFT to widen them.
+            delta = torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
             if not config.init_weights:
                 nn.init.normal_(delta, std=0.02)
             self._deltas(name)[adapter_name] = nn.Parameter(delta)
@@ -110,8 +113,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """The sorting keys of the experts, see `functional.expert_slots`; kept until an adapter changes."""
         key = (tuple(adapter_names), device)
         if key not in self._slots:
-            self._slots[key] = expert_slots(self.union_of_experts(adapter_names), self.num_experts, device)
+            ids = self.union_of_experts(adapter_names)
+            self._slots[key] = expert_slots(ids, self.num_experts, device, self.num_identity_experts)
         return self._slots[key]
+
+    def cast_to_base_dtype(self, adapter_name: str) -> None:
+        """Stores an adapter's deltas in the base's dtype, at the price of updates that its rounding swallows."""
+        for name in self.weight_names if adapter_name in self.expert_ids else ():
+            deltas = self._deltas(name)
+            deltas[adapter_name] = deltas[adapter_name].to(self._base_weight(name).dtype)
 
     def check_finite(self, adapter_names: Sequence[str]) -> None:
         """Refuses adapters whose merged rows would not be finite.
@@ -181,7 +191,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         pairs = self._trained_pairs.get(adapter_name)
         if pairs is None:
             return []
-        return [expert for expert, count in zip(self.expert_ids[adapter_name], pairs.tolist(), strict=True) if not count]
+        return [
+            expert for expert, count in zip(self.expert_ids[adapter_name], pairs.tolist(), strict=True) if not count
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
 from .config import ESFTConfig
@@ -130,6 +130,12 @@ class ESFTModel(BaseTuner):
         # The deltas are created on the device of the rows they change; PEFT's own moves things to `child.weight`.
         setattr(parent, child_name, new_module)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self._layers():
+                layer.cast_to_base_dtype(adapter_name)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # Without this method PEFT drops the argument and answers with the active adapter.
@@ -209,7 +215,9 @@ def resolve_target_experts(
         num_experts = containers[path].num_experts
         outside = [expert for expert in ids if expert >= num_experts]
         if outside:
-            raise ValueError(f"{path} has {num_experts} experts (0 to {num_experts - 1}); there are none of id {outside}")
+            raise ValueError(
+                f"{path} has {num_experts} experts (0 to {num_experts - 1}); there are none of id {outside}"
+            )
         resolved[path] = ids
     return resolved
 

@@ -130,7 +130,7 @@ class ExpertScores:
         try:
             record = json.loads(Path(path).read_text())
             version = record.pop("format_version")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a file written by ExpertScores.save") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")

@@ -17,10 +17,11 @@ import time
 from pathlib import Path
 
 import torch
-from corpus import PRETRAINING_DOMAINS, is_held_out, load_domain
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+
+from corpus import PRETRAINING_DOMAINS, is_held_out, load_domain
 
 
 END_OF_TEXT = "<|endoftext|>"

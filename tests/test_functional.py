@@ -1,0 +1,182 @@
+"""The split forward against a plain loop over (token, expert) pairs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft_esft.functional import (
+    ExpertBody,
+    ExpertWeights,
+    add_deltas,
+    default_gate,
+    expert_slots,
+    grouped_linear,
+    split_experts_forward,
+)
+
+
+def gate(rows: Tensor) -> Tensor:
+    return default_gate(torch.nn.functional.silu, rows)
+
+
+def loop_forward(
+    hidden_states: Tensor, index: Tensor, gates: Tensor, weights: ExpertWeights, body: ExpertBody
+) -> Tensor:
+    """Every pair by itself; ids without weights return their input."""
+    rows = []
+    for token, experts in enumerate(index.tolist()):
+        total = 0 * hidden_states[token]
+        for place, expert in enumerate(experts):
+            state = hidden_states[token]
+            if expert < weights.down.shape[0]:
+                up, down = weights.up[expert], weights.down[expert]
+                if not body.is_transposed:
+                    up, down = up.T, down.T
+                state = state @ up + (0 if weights.up_bias is None else weights.up_bias[expert])
+                state = body.activation(state[None])[0] @ down
+                state = state + (0 if weights.down_bias is None else weights.down_bias[expert])
+                if body.post_expert_norm is not None:
+                    state = body.post_expert_norm(state[None])[0]
+            total = total + state * gates[token, place]
+        rows.append(total)
+    return torch.stack(rows) if rows else 0 * hidden_states
+
+
+@st.composite
+def problems(draw):
+    num_experts = draw(st.integers(1, 6))
+    selected = draw(st.permutations(range(num_experts)).map(list))[: draw(st.integers(1, num_experts))]
+    return {
+        "num_experts": num_experts,
+        "selected": selected,
+        "num_identity": draw(st.integers(0, 2)),
+        "num_tokens": draw(st.integers(0, 9)),
+        "top_k": draw(st.integers(1, 4)),
+        # Sizes of 4 use the kernel in fp32, others the fallback.
+        "hidden": draw(st.sampled_from([3, 4, 8])),
+        "intermediate": draw(st.sampled_from([2, 4, 5])),
+        "is_transposed": draw(st.booleans()),
+        "has_bias": draw(st.booleans()),
+        "has_gate": draw(st.booleans()),
+        "has_norm": draw(st.booleans()),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64])),
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+@given(problems())
+def test_split_forward_equals_the_loop_in_outputs_and_all_gradients(problem):
+    generator = torch.Generator().manual_seed(problem["seed"])
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=problem["dtype"])
+
+    experts, hidden, intermediate = problem["num_experts"], problem["hidden"], problem["intermediate"]
+    width = intermediate * (2 if problem["has_gate"] else 1)
+    shapes = [(experts, width, hidden), (experts, hidden, intermediate)]
+    if problem["is_transposed"]:
+        shapes = [(first, third, second) for first, second, third in shapes]
+    if problem["has_bias"]:
+        shapes += [(experts, width), (experts, hidden)]
+    base = [random(*shape) for shape in shapes]
+    scale = random(hidden)
+    body = ExpertBody(
+        activation=gate if problem["has_gate"] else torch.nn.functional.silu,
+        is_transposed=problem["is_transposed"],
+        post_expert_norm=(lambda rows: rows * scale) if problem["has_norm"] else None,
+    )
+    ids = torch.randint(
+        experts + problem["num_identity"], (problem["num_tokens"], problem["top_k"]), generator=generator
+    )
+    states, gates = random(problem["num_tokens"], hidden), random(*ids.shape)
+    selected = torch.tensor(problem["selected"])
+
+    def run(split: bool):
+        leaves = [
+            tensor.clone().requires_grad_() for tensor in (states, gates, *(weight[selected] for weight in base))
+        ]
+        rows = leaves[2:]
+        if split:
+            slots = expert_slots(problem["selected"], experts, torch.device("cpu"), problem["num_identity"])
+            output, pairs = split_experts_forward(
+                leaves[0],
+                ids,
+                leaves[1],
+                trained=ExpertWeights(*rows),
+                frozen=ExpertWeights(*base),
+                slots=slots,
+                body=body,
+            )
+            assert pairs.tolist() == [int((ids == expert).sum()) for expert in problem["selected"]]
+        else:
+            dense = ExpertWeights(*(w.index_copy(0, selected, row) for w, row in zip(base, rows, strict=True)))
+            output = loop_forward(leaves[0], ids, leaves[1], dense, body)
+        (output * torch.arange(1, 1 + output.numel()).view(output.shape)).sum().backward()
+        zeros = [torch.zeros_like(leaf) if leaf.grad is None and not split else leaf.grad for leaf in leaves]
+        return output, zeros
+
+    (output, gradients), (expected, expected_gradients) = run(True), run(False)
+    tolerance = {"rtol": 1e-4, "atol": 1e-3} if problem["dtype"] == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(output, expected, **tolerance)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("width", "out"), [(16, 24), (12, 20), (5, 7)])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_grouped_linear_in_every_dtype_and_alignment(dtype, width, out, is_transposed):
+    rows = torch.randn(10, width).to(dtype).requires_grad_()
+    shape = (3, width, out) if is_transposed else (3, out, width)
+    weight = torch.randn(shape).to(dtype).requires_grad_()
+    result = grouped_linear(rows, weight, torch.tensor([4, 4, 10], dtype=torch.int32), is_transposed)
+    result.float().square().sum().backward()
+
+    reference_rows, reference_weight = (leaf.detach().float().requires_grad_() for leaf in (rows, weight))
+    matrices = reference_weight if is_transposed else reference_weight.transpose(1, 2)
+    expected = torch.cat([reference_rows[:4] @ matrices[0], reference_rows[4:] @ matrices[2]])
+    expected.square().sum().backward()
+    tolerance = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for own, reference in (
+        (result, expected),
+        (rows.grad, reference_rows.grad),
+        (weight.grad, reference_weight.grad),
+    ):
+        assert own.dtype == dtype
+        assert (own.float() - reference).abs().max() <= tolerance * reference.abs().max()
+    assert not weight.grad[1].any()
+
+
+def test_no_gradient_of_a_frozen_weight_is_ever_computed(monkeypatch):
+    computed = []
+    from peft_esft import functional
+
+    original = functional._grouped_outer
+    monkeypatch.setattr(functional, "_grouped_outer", lambda *args: computed.append(original(*args)) or computed[-1])
+    for dtype in (torch.float32, torch.float64):
+        frozen = ExpertWeights(torch.randn(8, 16, 8, dtype=dtype), torch.randn(8, 8, 8, dtype=dtype))
+        trained = ExpertWeights(*(w[:2].clone().requires_grad_() for w in (frozen.up, frozen.down)))
+        states = torch.randn(20, 8, dtype=dtype, requires_grad=True)
+        index = torch.randint(8, (20, 2))
+        slots = expert_slots([0, 1], 8, states.device)
+        body = ExpertBody(gate)
+        weights = torch.rand(20, 2, dtype=dtype)
+        output, _ = split_experts_forward(
+            states, index, weights, trained=trained, frozen=frozen, slots=slots, body=body
+        )
+        output.sum().backward()
+    assert len(computed) == 4
+    assert {gradient.shape[0] for gradient in computed} == {2}
+
+
+def test_deltas_are_added_in_the_wider_dtype_and_rounded_once():
+    rows = torch.ones(1, 1, dtype=torch.bfloat16)
+    tiny = torch.full((1, 1), 2.0**-9)
+    assert add_deltas(rows, [(None, tiny)]) == 1.0
+    both = add_deltas(rows, [(None, tiny), (torch.tensor([0]), 2 * tiny)])
+    assert both.dtype == torch.bfloat16
+    assert both == 1.0 + 2.0**-7

@@ -1,0 +1,208 @@
+"""What PEFT never asks of its own tuners: registration from outside, and errors that teach."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
+
+import peft_esft
+from peft_esft import ESFTConfig, ESFTModel, find_experts
+from peft_esft.registration import register
+
+from families import tiny_model
+from oracle import config_for, random_tokens, select_in_all
+
+
+def test_the_enum_member_is_like_peft_s_own():
+    member = PeftType.ESFT
+    assert member is PeftType("ESFT") is PeftType["ESFT"]
+    assert (member.name, member.value, str.__str__(member)) == ("ESFT", "ESFT", "ESFT")
+    assert member in list(PeftType) and isinstance(member, PeftType)
+    assert hash(member) == hash("ESFT") and member == "ESFT"
+    assert copy.deepcopy(member) is member is pickle.loads(pickle.dumps(member))
+    assert len(PeftType) == len(set(PeftType))
+
+
+def test_every_type_of_peft_is_still_mapped():
+    assert set(PEFT_TYPE_TO_CONFIG_MAPPING) == set(PeftType)
+    assert PEFT_TYPE_TO_TUNER_MAPPING["ESFT"] is ESFTModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING["ESFT"] == ESFTModel.prefix == "esft_"
+
+
+def test_registering_again_does_nothing_and_a_foreign_tuner_is_an_error():
+    register(ESFTConfig, ESFTModel)
+    importlib.import_module("peft_esft")
+
+    class Foreign(ESFTModel):
+        pass
+
+    with pytest.raises(RuntimeError, match="already knows an ESFT tuner"):
+        register(ESFTConfig, Foreign)
+    assert PEFT_TYPE_TO_TUNER_MAPPING["ESFT"] is ESFTModel
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import peft_esft, peft; print(peft.PeftType.ESFT.value)",
+        "import peft, peft_esft; print(peft.utils.PeftType('ESFT').value)",
+        "import sys, peft_esft; assert 'matplotlib' not in sys.modules; print('ESFT')",
+    ],
+)
+def test_import_in_a_fresh_process_is_quiet(code):
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (result.stdout, result.stderr) == ("ESFT\n", "")
+
+
+def test_a_pickled_config_registers_the_tuner_in_a_fresh_process(tmp_path):
+    config = ESFTConfig(target_experts={0: [1]})
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
+    code = f"import pickle; print(pickle.load(open({str(tmp_path / 'config')!r}, 'rb')).target_experts)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "{'0': [1]}\n"
+
+
+def test_public_names():
+    assert all(hasattr(peft_esft, name) for name in peft_esft.__all__)
+    assert peft_esft.__all__ == sorted(peft_esft.__all__)
+
+
+@pytest.mark.parametrize(
+    ("target_experts", "message"),
+    [
+        (None, "target_experts is empty"),
+        ({}, "target_experts is empty"),
+        ({9: [0]}, "layer 9 has no experts container; the layers that have one are [0, 1]"),
+        ({"model.layers.0.mlp": [0]}, "'model.layers.0.mlp' is not the path of an experts container"),
+        ({0: [1, 8, 99]}, "model.layers.0.mlp.experts has 8 experts (0 to 7); there are none of id [8, 99]"),
+        ({0: [1], "model.layers.0.mlp.experts": [2]}, "names model.layers.0.mlp.experts twice"),
+    ],
+)
+def test_a_selection_that_does_not_fit_the_model_is_refused_and_nothing_is_changed(target_experts, message):
+    base = tiny_model("olmoe")
+    before = str(base)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_peft_model(base, ESFTConfig(target_experts=target_experts))
+    assert str(base) == before
+    model = get_peft_model(base, config_for(base))
+    before = str(model)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.add_adapter("second", ESFTConfig(target_experts=target_experts))
+    assert str(model) == before
+    assert list(model.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize(
+    ("target_experts", "message"),
+    [
+        ([0, 1], "is a list; expected a dict"),
+        ({0: []}, "target_experts[0] is empty"),
+        ({0: [1, 2, 1]}, "target_experts[0] repeats the expert ids [1]"),
+        ({0: [-1]}, "holds -1; expert ids are integers of at least 0"),
+        ({0: [1.5]}, "holds 1.5"),
+        ({0: [True]}, "holds True"),
+        ({0: ["1"]}, "holds '1'"),
+        ({0: 3}, "target_experts[0] is 3; expected a list"),
+        ({0: "12"}, "expected a list"),
+        ({0.5: [1]}, "has the key 0.5"),
+        ({0: [1], "0": [2]}, "names 0 twice"),
+    ],
+)
+def test_malformed_selections_are_refused(target_experts, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        ESFTConfig(target_experts=target_experts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "rank is 0"),
+        ({"layers_pattern": "layers"}, ValueError, "layers_pattern is given without layers_to_transform"),
+        ({"layers_to_transform": [7]}, ValueError, "leave none of the 2 containers"),
+        ({"exclude_modules": ["experts"]}, ValueError, "leave none of the 2 containers"),
+        ({"rank": 4}, NotImplementedError, "rank=4 is not available yet"),
+        ({"train_shared_experts": True}, NotImplementedError, "train_shared_experts=True is not available yet"),
+        ({"train_non_expert_modules": True}, NotImplementedError, "train_non_expert_modules=True is not"),
+    ],
+)
+def test_settings_are_honoured_or_refused(settings, error, message):
+    base = tiny_model("olmoe")
+    with pytest.raises(error, match=message):
+        get_peft_model(base, config_for(base, **settings))
+
+
+def test_a_model_without_experts_is_refused():
+    with pytest.raises(ValueError, match="Linear has no experts container"):
+        get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2))[0], ESFTConfig(target_experts={0: [0]}))
+
+
+def test_a_layer_with_two_containers_must_be_named_by_path():
+    first, second = tiny_model("olmoe").model.layers[0].mlp.experts, tiny_model("gpt_oss").model.layers[0].mlp.experts
+    model = torch.nn.ModuleDict(
+        {"layers": torch.nn.ModuleList([torch.nn.ModuleDict({"text": first, "image": second})])}
+    )
+    with pytest.raises(ValueError, match=r"layer 0 has several experts containers.*layers.0.text.*layers.0.image"):
+        get_peft_model(model, ESFTConfig(target_experts={0: [0]}))
+    get_peft_model(model, ESFTConfig(target_experts={"layers.0.image": [0]}))
+
+
+def test_quantised_and_expert_parallel_containers_are_refused():
+    base = tiny_model("olmoe")
+    experts = base.model.layers[1].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(NotImplementedError, match=r"layers.1.mlp.experts.down_proj has dtype torch.float8_e4m3fn"):
+        get_peft_model(base, config_for(base))
+    assert not any(isinstance(module, peft_esft.ESFTLayer) for module in base.modules())
+    base = tiny_model("olmoe")
+    base.model.layers[0].mlp.experts._is_expert_parallel = True
+    with pytest.raises(NotImplementedError, match="under expert parallelism"):
+        get_peft_model(base, config_for(base))
+
+
+def test_shapes_in_the_file_that_do_not_fit_the_base_are_refused(tmp_path):
+    base = tiny_model("olmoe")
+    get_peft_model(base, config_for(base)).save_pretrained(tmp_path)
+    other = tiny_model("mixtral")
+    other.model.layers[0].mlp.experts.down_proj = torch.nn.Parameter(torch.zeros(8, 32, 16))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_types_cannot_be_mixed_in_one_model():
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base))
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="ESFT"):
+        get_peft_model(tiny_model("olmoe"), config_for(base), mixed=True)
+
+
+def test_find_experts_describes_containers_wrapped_or_not():
+    base = tiny_model("gpt_oss")
+    plain = find_experts(base)
+    assert find_experts(get_peft_model(base, config_for(base))) == plain
+    container = plain["model.layers.1.mlp.experts"]
+    assert (container.layer_index, container.num_experts, container.hidden_size) == (1, 8, 32)
+    assert container.layout.is_transposed and container.layout.has_bias
+    assert container.parameters_per_expert == 32 * 48 + 24 * 32 + 48 + 32
+    assert select_in_all(base).keys() == plain.keys()
+    identity = find_experts(tiny_model("longcat_flash"))["model.layers.0.mlp.experts"]
+    assert (identity.num_experts, identity.num_identity_experts) == (8, 4)
+
+
+def test_the_forward_needs_no_seed_and_uses_no_randomness():
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base))
+    state = torch.get_rng_state()
+    model(input_ids=random_tokens())
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,0 +1,213 @@
+"""Scoring: the golden token-level routing, and a reference that records every token's routing."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from test_selection import GOLDEN
+
+from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts
+from peft_esft.scoring import ContainerScores, RoutingAccumulator
+
+from families import tiny_model
+from oracle import config_for, random_tokens
+
+
+@pytest.mark.parametrize("task", ["intent", "translation"])
+def test_golden_sums_give_the_released_scores(task):
+    record = json.loads((GOLDEN / f"{task}.json").read_text())
+    zeros = [0.0] * 64
+    scores = ExpertScores(
+        {
+            layer: ContainerScores(record["top_k"], row["selected_pairs"], row["gate_weight_sum"], zeros, zeros)
+            for layer, row in record["layers"].items()
+        },
+        num_tokens=record["num_tokens"],
+        num_samples=1,
+        averaging="token",
+    )
+    for metric in ("token", "gate"):
+        for layer, values in scores.by_metric(metric).items():
+            released = torch.tensor(record["layers"][layer][f"{metric}_score_4dp"], dtype=torch.float64)
+            assert (values - released).abs().max() <= 5.1e-5, (metric, layer)
+
+
+@pytest.mark.parametrize("task", ["intent", "translation"])
+@pytest.mark.parametrize("samples_per_batch", [1, 5])
+def test_golden_routing_streamed_through_the_accumulator(task, samples_per_batch):
+    data = np.load(GOLDEN / f"{task}.tokens.npz")
+    lengths = data["sample_lengths"].tolist()
+    ends = np.cumsum(lengths).tolist()
+    for layer in range(0, 26, 5):
+        accumulator = RoutingAccumulator(64, torch.device("cpu"))
+        for first in range(0, len(lengths), samples_per_batch):
+            batch = torch.tensor(lengths[first : first + samples_per_batch])
+            start = ends[first] - lengths[first]
+            tokens = slice(start, start + int(batch.sum()))
+            index = torch.from_numpy(data["expert_ids"][layer, tokens].astype(np.int64))
+            gates = torch.from_numpy(data["gate_e4"][layer, tokens].astype(np.float64)) / 10_000
+            # Rounded gates of 0 were above 0: the router chose these experts.
+            gates = gates.clamp(min=1e-300)
+            accumulator.update(index, gates, torch.arange(len(batch)).repeat_interleave(batch), batch)
+        result = accumulator.result()
+        assert result.selected_pairs == data["count"][layer].tolist()
+        for averaging, name in (("token", "flat"), ("sample", "per_sample_mean")):
+            scores = ExpertScores({"layer": result}, sum(lengths), len(lengths), averaging)
+            for metric in ("token", "gate"):
+                expected = torch.from_numpy(data[f"{metric}_score_{name}"][layer])
+                torch.testing.assert_close(scores.by_metric(metric)["layer"], expected, rtol=0, atol=1e-9)
+
+
+class RecordedRouting:
+    """Every call of every container, token by token, in plain Python."""
+
+    def __init__(self, model):
+        self.calls = {path: [] for path in find_experts(model)}
+        for path, container in find_experts(model).items():
+            container.wrapper_or_module.register_forward_pre_hook(
+                lambda module, args, path=path: self.calls[path].append((args[1].tolist(), args[2].double().tolist()))
+            )
+
+    def scores(self, masks, num_experts):
+        """Token and gate scores, mean over samples and flat, from the attention masks of the batches."""
+        result = {}
+        for path, calls in self.calls.items():
+            samples = []
+            for (index, gates), mask in zip(calls, masks, strict=True):
+                length = mask.shape[1]
+                for sample, row in enumerate(mask.tolist()):
+                    tokens = [sample * length + place for place, counts in enumerate(row) if counts]
+                    samples.append([(index[token], gates[token]) for token in tokens])
+            samples = [sample for sample in samples if sample]
+            token, gate = ([[0.0] * num_experts for _ in samples] for _ in range(2))
+            for number, sample in enumerate(samples):
+                for experts, weights in sample:
+                    for expert, weight in zip(experts, weights, strict=True):
+                        if expert < num_experts and weight > 0:
+                            token[number][expert] += 1 / len(experts)
+                            gate[number][expert] += weight
+            lengths = [len(sample) for sample in samples]
+            result[path] = {}
+            for metric, sums in (("token", token), ("gate", gate)):
+                shares = [[v / length for v in row] for row, length in zip(sums, lengths, strict=True)]
+                result[path][metric, "sample"] = [sum(column) / len(samples) for column in zip(*shares, strict=True)]
+                result[path][metric, "token"] = [sum(column) / sum(lengths) for column in zip(*sums, strict=True)]
+        return result
+
+
+@pytest.mark.parametrize("averaging", ["sample", "token"])
+@pytest.mark.parametrize(
+    "family", ["olmoe", "mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe", "longcat_flash"]
+)
+def test_scores_equal_a_record_of_every_token(family, averaging):
+    model = tiny_model(family)
+    masks = [torch.ones(3, 10, dtype=torch.long), torch.ones(2, 7, dtype=torch.long)]
+    masks[0][0, :4] = 0
+    masks[1][1, :] = 0
+    batches = [
+        {"input_ids": random_tokens(*mask.shape, seed=number), "attention_mask": mask, "labels": None}
+        for number, mask in enumerate(masks)
+    ]
+    recorded = RecordedRouting(model)
+    scores = score_experts(model, batches, averaging=averaging, progress=False)
+    assert scores.num_tokens == sum(int(mask.sum()) for mask in masks)
+    assert scores.num_samples == 4
+    for path, expected in recorded.scores(masks, 8).items():
+        for metric in ("token", "gate"):
+            values = torch.tensor(expected[metric, averaging], dtype=torch.float64)
+            torch.testing.assert_close(scores.by_metric(metric)[path], values, rtol=1e-6, atol=1e-9)
+        if family != "longcat_flash":  # its identity experts take a share
+            assert math.isclose(float(scores.token()[path].sum()), 1)
+
+
+def test_max_tokens_is_exact_and_cuts_inside_a_batch():
+    model = tiny_model("olmoe")
+    batches = [{"input_ids": random_tokens(2, 8, seed=seed)} for seed in range(4)]
+    cut = score_experts(model, batches, max_tokens=21, progress=False)
+    assert (cut.num_tokens, cut.num_samples) == (21, 3)
+    mask = torch.tensor([[1] * 5 + [0] * 3, [0] * 8])
+    same = score_experts(model, [batches[0], {**batches[1], "attention_mask": mask}], progress=False)
+    # Later tokens do not change the routing of earlier ones in a causal model.
+    for path, values in cut.token().items():
+        torch.testing.assert_close(values, same.token()[path])
+
+
+def test_scoring_sees_through_an_adapter_and_leaves_no_trace():
+    base = tiny_model("qwen3_moe").train()
+    batches = [{"input_ids": random_tokens()}]
+    expected = score_experts(base, batches, progress=False)
+    model = get_peft_model(base, config_for(base)).train()
+    scores = score_experts(model, batches, progress=False)
+    for path, observed in scores.containers.items():
+        assert observed.selected_pairs == expected.containers[path].selected_pairs
+        torch.testing.assert_close(scores.gate()[path], expected.gate()[path])
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_failing_forward_leaves_no_trace():
+    model = tiny_model("olmoe").train()
+    with pytest.raises(IndexError):
+        score_experts(model, [{"input_ids": torch.tensor([[10_000]])}], progress=False)
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_joined_runs_equal_one_run_and_files_round_trip(tmp_path):
+    model = tiny_model("olmoe")
+    batches = [{"input_ids": random_tokens(2, 9, seed=seed)} for seed in range(3)]
+    whole = score_experts(model, batches, progress=False)
+    joined = score_experts(model, batches[:1], progress=False) + score_experts(model, batches[1:], progress=False)
+    assert joined.num_tokens == whole.num_tokens == 54
+    for path, values in whole.gate().items():
+        torch.testing.assert_close(joined.gate()[path], values)
+    whole.save(tmp_path / "scores.json")
+    assert ExpertScores.load(tmp_path / "scores.json") == whole
+    assert repr(whole) == (
+        "ExpertScores(2 containers of (experts, top_k) [(8, 2)], 54 tokens in 6 samples, averaging='sample', model=None)"
+    )
+
+
+def test_config_from_scores_records_the_choice():
+    model = tiny_model("olmoe")
+    scores = score_experts(model, [{"input_ids": random_tokens()}], progress=False)
+    config = ESFTConfig.from_scores(scores, metric="gate", task_type="CAUSAL_LM")
+    assert config.selection == {
+        "metric": "gate", "top_p": 0.1, "averaging": "sample", "num_tokens": 24, "num_samples": 2,
+    }  # fmt: skip
+    assert list(config.target_experts) == list(find_experts(model))
+    assert config.task_type == "CAUSAL_LM"
+
+
+def test_bad_input_is_refused(tmp_path):
+    model = tiny_model("olmoe")
+    batch = {"input_ids": random_tokens()}
+    scores = score_experts(model, [batch], progress=False)
+    with pytest.raises(ValueError, match="averaging is 'mean'"):
+        score_experts(model, [batch], averaging="mean")
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        score_experts(model, [batch], max_tokens=0)
+    with pytest.raises(ValueError, match="no token that counts"):
+        score_experts(model, [], progress=False)
+    with pytest.raises(ValueError, match="no token that counts"):
+        score_experts(model, [{**batch, "attention_mask": torch.zeros(2, 12)}], progress=False)
+    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
+        score_experts(model, [{"pixels": batch["input_ids"]}], progress=False)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):
+        score_experts(model, [{**batch, "attention_mask": torch.ones(2, 3)}], progress=False)
+    with pytest.raises(ValueError, match="Linear has no experts container"):
+        score_experts(torch.nn.Linear(2, 2), [batch], progress=False)
+    with pytest.raises(ValueError, match="averaged by sample and by token"):
+        scores + score_experts(model, [batch], averaging="token", progress=False)
+    with pytest.raises(ValueError, match="different models"):
+        scores + score_experts(tiny_model("deepseek_v2"), [batch], progress=False)
+    path = tmp_path / "scores.json"
+    for text in ("", "[]", "{}", '{"format_version": 99}', '{"format_version": 1}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"scores\.json"):
+            ExpertScores.load(path)
