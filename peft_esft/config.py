@@ -123,7 +123,7 @@ class ESFTConfig(PeftConfig):
         return cls(target_experts=target_experts, selection=selection, **kwargs)
 
 
-def check_target_experts(target_experts: Mapping[str | int, Any]) -> dict[str, list[int]]:
+def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[int]]:
     """Brings a selection into the form in which it is stored.
 
     Args:

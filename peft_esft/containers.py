@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ class ExpertsContainer:
     """
 
     path: str
-    module: nn.Module = field(repr=False, compare=False)
+    module: Any = field(repr=False, compare=False)
     kind: ContainerKind
     layout: ExpertsLayout
     num_experts: int
@@ -114,8 +114,8 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
         >>> find_experts(model)["model.layers.0.mlp.experts"].num_experts
         64
     """
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+    base: Any = model
+    model = base.get_base_model() if hasattr(base, "get_base_model") else base
     return {container.path: container for container in _walk(model, "")}
 
 
@@ -143,8 +143,9 @@ def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -
 
 def describe_experts(module: nn.Module, path: str) -> ExpertsContainer | None:
     """Describes one module if it is an experts container, looking through an adapter layer; None otherwise."""
-    called, module = module, getattr(module, "base_layer", module)
-    layout = _fused_layout(module)
+    called = module
+    base: Any = getattr(module, "base_layer", module)
+    layout = _fused_layout(base)
     if layout is None:
         return None
     up_proj = "gate_up_proj" if layout.has_gate else "up_proj"
@@ -154,13 +155,13 @@ def describe_experts(module: nn.Module, path: str) -> ExpertsContainer | None:
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
     return ExpertsContainer(
         path=path,
-        module=module,
+        module=base,
         kind="fused",
         layout=layout,
-        num_experts=module.down_proj.shape[0],
+        num_experts=base.down_proj.shape[0],
         weight_names=tuple(weight_names),
         layer_index=int(numbers[0]) if numbers else None,
-        _called=(called,) if called is not module else (),
+        _called=(called,) if called is not base else (),
     )
 
 
@@ -173,7 +174,7 @@ def _walk(module: nn.Module, path: str) -> Iterator[ExpertsContainer]:
         yield from _walk(child, f"{path}.{name}" if path else name)
 
 
-def _fused_layout(module: nn.Module) -> ExpertsLayout | None:
+def _fused_layout(module: Any) -> ExpertsLayout | None:
     if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or module.down_proj.dim() != 3:
         return None
     if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")):

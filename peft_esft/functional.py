@@ -121,7 +121,7 @@ def split_experts_forward(
         body: what lies between the projections.
 
     Returns:
-        The output `[T, H]` in the dtype of `hidden_states`, and the number of pairs of each trained expert, int64 `[n]`.
+        The output `[T, H]` in the dtype of `hidden_states`, and the pairs of each trained expert, int64 `[n]`.
     """
     num_tokens, top_k = top_k_index.shape
     num_trained, num_experts = trained.down.shape[0], frozen.down.shape[0]

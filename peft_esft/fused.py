@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ class FusedExperts(ESFTLayer):
         return ExpertWeights(*(by_name[name] for name in self.weight_names))
 
     def _body(self) -> ExpertBody:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if not self.layout.has_gate:
             activation = base.act_fn
         else:

@@ -246,8 +246,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self._trained_pairs.pop(adapter_name, None)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own looks for `base_layer.weight`, which fused experts do not have, and casts to the base's dtype: that
-        # would round the fp32 deltas of a half-precision base whenever an adapter is loaded with low_cpu_mem_usage.
+        # PEFT's own looks for `base_layer.weight`, which fused experts do not have, and casts to its dtype: that would
+        # round the fp32 deltas of a half-precision base whenever an adapter is loaded with low_cpu_mem_usage.
         target = self._base_weight(self.weight_names[0]).device if device is None else device
         for weight_name in self.weight_names:
             deltas = self._deltas(weight_name)
@@ -274,9 +274,9 @@ def check_base_weights(container: ExpertsContainer) -> None:
             )
         if weight.dtype not in READABLE_DTYPES:
             raise NotImplementedError(
-                f"{container.path}.{name} has dtype {weight.dtype}, a quantised form that cannot be read yet. Load the "
-                f"model in one of {[str(dtype) for dtype in READABLE_DTYPES]} (dtype=..., or dequantize=True in its "
-                "quantization config)."
+                f"{container.path}.{name} has dtype {weight.dtype}, a quantised form that cannot be read. Load "
+                f"the model in one of {[str(dtype) for dtype in READABLE_DTYPES]} (dtype=...; or dequantize=True in "
+                "its quantization config)."
             )
     if getattr(container.module, "_is_expert_parallel", False):
         raise NotImplementedError(f"{container.path} is under expert parallelism, which is not supported yet")

@@ -42,6 +42,7 @@ def register(config_cls: type, model_cls: type) -> None:
         return
     if (known, PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.ESFT)) != (model_cls, config_cls):
         raise RuntimeError(
-            f"PEFT already knows an ESFT tuner, {known.__module__}.{known.__qualname__}. Two cannot work side by side: "
-            "uninstall peft_esft if your PEFT ships its own, or start a new process if the package was imported twice."
+            f"PEFT already knows an ESFT tuner, {known.__module__}.{known.__qualname__}. Two cannot work together: "
+            "uninstall peft_esft if your PEFT ships its own, or start a new process if this package was imported "
+            "twice."
         )

@@ -272,20 +272,23 @@ def score_experts(
     was_training = model.training
     model.eval()
     try:
-        with _observing(containers) as observer, torch.inference_mode():
-            with tqdm(total=max_tokens, unit=" tokens", desc="Scoring experts", disable=not progress) as bar:
-                for inputs in batches:
-                    batch = _count_batch(inputs, max_tokens - num_tokens)
-                    counted = int(batch.lengths.sum())
-                    if counted == 0:
-                        continue
-                    observer.batch = batch
-                    model(**_to_device(inputs, model))
-                    num_tokens += counted
-                    num_samples += int((batch.lengths > 0).sum())
-                    bar.update(counted)
-                    if num_tokens >= max_tokens:
-                        break
+        with (
+            _observing(containers) as observer,
+            torch.inference_mode(),
+            tqdm(total=max_tokens, unit=" tokens", desc="Scoring experts", disable=not progress) as bar,
+        ):
+            for inputs in batches:
+                batch = _count_batch(inputs, max_tokens - num_tokens)
+                counted = int(batch.lengths.sum())
+                if counted == 0:
+                    continue
+                observer.batch = batch
+                model(**_to_device(inputs, model))
+                num_tokens += counted
+                num_samples += int((batch.lengths > 0).sum())
+                bar.update(counted)
+                if num_tokens >= max_tokens:
+                    break
     finally:
         model.train(was_training)
     if num_tokens == 0:

@@ -60,9 +60,8 @@ class DenseOracle:
         for (path, name), rows in self.rows.items():
             weight = self.model.get_parameter(f"{path}.{name}")
             ids = torch.tensor(self.selection[path])
-            if self.additive:
-                rows = (weight[ids].float() + rows).to(weight.dtype)
-            dense[f"{path}.{name}"] = weight.index_copy(0, ids, rows)
+            effective = (weight[ids].float() + rows).to(weight.dtype) if self.additive else rows
+            dense[f"{path}.{name}"] = weight.index_copy(0, ids, effective)
         return dense
 
     def __call__(self, **inputs: Tensor) -> Tensor:

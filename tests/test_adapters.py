@@ -120,6 +120,12 @@ def test_the_file_holds_the_selected_rows_and_nothing_else(saved):
     assert all(len(tensor) == len(SELECTION) for tensor in tensors.values())
 
 
+def _transformers_load(base, folder):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.load_adapter(folder)
+    return model
+
+
 LOADERS = {
     "from_pretrained": lambda base, folder: PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base), folder
@@ -132,14 +138,8 @@ LOADERS = {
     ),
     "auto_peft": lambda base, folder: AutoPeftModelForCausalLM.from_pretrained(folder),
     "transformers_auto": lambda base, folder: AutoModelForCausalLM.from_pretrained(folder),
-    "transformers_load_adapter": lambda base, folder: _transformers_load(base, folder),
+    "transformers_load_adapter": _transformers_load,
 }
-
-
-def _transformers_load(base, folder):
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.load_adapter(folder)
-    return model
 
 
 @pytest.mark.parametrize("loader", LOADERS)

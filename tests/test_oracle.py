@@ -212,3 +212,46 @@ def test_autocast_runs_and_keeps_gradients_in_fp32(family):
     task_loss(output).backward()
     assert (output - expected).abs().max() <= 0.1 * expected.abs().max()
     assert {delta.grad.dtype for delta in deltas_of(model).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v2", "step3p7"])
+def test_weight_decay_acts_on_the_change_of_the_rows(family, dtype, weight_decay):
+    """The dense counterpart of a delta under weight decay: rows that are pulled towards their first values."""
+    base = tiny_model(family, dtype)
+    oracle = DenseOracle(base, select_in_all(base), additive=True)
+    model = get_peft_model(base, config_for(base))
+    deltas = deltas_of(model)
+    own, dense = (
+        torch.optim.AdamW(list(rows.values()), lr=1e-2, weight_decay=weight_decay) for rows in (deltas, oracle.rows)
+    )
+    for step in range(4):
+        tokens = random_tokens(4, 16, seed=step)
+        for run, steps in ((lambda t: model(input_ids=t)[0], own), (lambda t: oracle(input_ids=t), dense)):
+            steps.zero_grad()
+            (100 * task_loss(run(tokens))).backward()
+            steps.step()
+    for key, delta in deltas.items():
+        expected = oracle.rows[key].detach()
+        # In bf16 the order of sums decides the sign of gradients that are all rounding, and Adam makes them full steps.
+        tolerance = 1e-3 if dtype == torch.float32 else 0.3
+        assert (delta.detach() - expected).norm() <= tolerance * expected.norm(), key
+        assert torch.nn.functional.cosine_similarity(delta.flatten(), expected.flatten(), 0) > 0.95
+
+
+def test_the_trainer_of_transformers_trains_an_adapter(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    base = tiny_model("olmoe")
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    model = get_peft_model(base, config_for(base, task_type="CAUSAL_LM"))
+    rows = [{"input_ids": row, "labels": row} for row in random_tokens(8, 10)]
+    arguments = TrainingArguments(
+        tmp_path, max_steps=3, per_device_train_batch_size=4, report_to=[], disable_tqdm=True, use_cpu=True
+    )
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
+    assert all(bool(delta.any()) for delta in deltas_of(model).values())
+    after = dict(model.unload().named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.items())

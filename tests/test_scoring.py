@@ -169,7 +169,8 @@ def test_joined_runs_equal_one_run_and_files_round_trip(tmp_path):
     whole.save(tmp_path / "scores.json")
     assert ExpertScores.load(tmp_path / "scores.json") == whole
     assert repr(whole) == (
-        "ExpertScores(2 containers of (experts, top_k) [(8, 2)], 54 tokens in 6 samples, averaging='sample', model=None)"
+        "ExpertScores(2 containers of (experts, top_k) [(8, 2)], 54 tokens in 6 samples, "
+        "averaging='sample', model=None)"
     )
 
 
