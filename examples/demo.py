@@ -11,6 +11,7 @@ import copy
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,13 +28,13 @@ from peft_esft import ESFTConfig, score_experts
 from tasks import batches, evaluate, general_loss, load_base, load_task
 
 
-DEMO_TASKS = ("signatures", "sections")
+DEMO_TASKS = ("sections", "verses")
 EXPLANATIONS = {
-    "signatures": "a Python function's head to JSON",
-    "sections": "a paragraph of a Russian manual page to its heading",
+    "sections": "a paragraph of a Russian manual page to its heading, of 7",
+    "verses": "a verse of the King James Bible to its book, of 8",
 }
 STEPS = 200
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3
 OUTPUT = Path("demo_output")
 
 
@@ -62,6 +63,12 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if ".esft_" not in name
     }
+
+
+def frequency_of_commonest(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> float:
+    """Share of the held-out answers that are the training answers' commonest one."""
+    commonest, _ = Counter(answer for _, answer in train).most_common(1)[0]
+    return sum(answer == commonest for _, answer in held_out) / len(held_out)
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -106,7 +113,9 @@ def main() -> int:
         model.print_trainable_parameters()
         train(model, tokenizer, training[task], task)
         model.save_pretrained(OUTPUT / task)
+        rows = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         sizes[task] = (OUTPUT / task / "adapter_model.safetensors").stat().st_size
+        checks[f"the {task} file is at most 1 % larger than the trained rows"] = sizes[task] <= 1.01 * rows
         trained = base_weights(model)
         checks[f"training {task} left the base bit-identical"] = all(
             torch.equal(trained[name], weight) for name, weight in pristine.items()
@@ -115,6 +124,8 @@ def main() -> int:
     print("\n3. Both adapters on one frozen base\n")
     model = PeftModel.from_pretrained(base, OUTPUT / DEMO_TASKS[0], adapter_name=DEMO_TASKS[0])
     model.load_adapter(OUTPUT / DEMO_TASKS[1], adapter_name=DEMO_TASKS[1])
+    # What a model would score that has learnt nothing but the most frequent answer.
+    guesses = {task: frequency_of_commonest(training[task], held_out[task]) for task in DEMO_TASKS}
     results: dict[str, dict[str, float]] = {"base": {}}
     general: dict[str, float] = {}
     with model.disable_adapter():
@@ -127,8 +138,8 @@ def main() -> int:
         general[adapter] = sum(general_loss(model, tokenizer).values()) / 6
     for task, other in (DEMO_TASKS, DEMO_TASKS[::-1]):
         own = results[task][task]
-        checks[f"the {task} adapter lifts its task above the base and the other adapter"] = (
-            own >= results["base"][task] + 0.1 and own >= results[other][task] + 0.1
+        checks[f"the {task} adapter lifts its task above the base, the other adapter and guessing"] = (
+            own >= max(results["base"][task], results[other][task], guesses[task]) + 0.1
         )
 
     print("4. Merge one\n")
@@ -148,7 +159,7 @@ def main() -> int:
 
     header = ["answers that are exactly right (%)", *DEMO_TASKS, "loss on general text", "file"]
     names = {"base": "base", **{task: f"adapter {task}" for task in DEMO_TASKS}}
-    rows = []
+    rows = [["the commonest answer", *(f"{100 * guesses[task]:.1f}" for task in DEMO_TASKS), "", ""]]
     for key, name in names.items():
         file = f"{sizes[key] / 1e6:.2f} MB" if key in sizes else "-"
         rows.append([name, *(f"{100 * results[key][task]:.1f}" for task in DEMO_TASKS), f"{general[key]:.3f}", file])

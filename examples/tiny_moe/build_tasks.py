@@ -12,6 +12,7 @@ import ast
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,9 +83,21 @@ def build_task(name: str, documents: dict[str, str]) -> list[dict[str, str]]:
         seen = {(record["prompt"], record["completion"]) for record in records}
         unique = [example for example in examples if example not in seen]
         random.Random(0).shuffle(unique)
+        if name == "verses":
+            unique = in_turns(unique)
         for prompt, completion in unique[:wanted]:
             records.append({"split": split, "prompt": prompt, "completion": completion})
     return records
+
+
+def in_turns(examples: list[Example]) -> list[Example]:
+    """The examples with the answers taking turns, so that a split's beginning has each equally often."""
+    seen: Counter[str] = Counter()
+    turns = []
+    for place, (_, answer) in enumerate(examples):
+        turns.append((seen[answer], place))
+        seen[answer] += 1
+    return [examples[place] for _, place in sorted(turns)]
 
 
 def build_general(cache: Path) -> list[dict[str, str]]:

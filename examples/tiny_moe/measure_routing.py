@@ -2,8 +2,8 @@
 
     python examples/tiny_moe/measure_routing.py --cache ~/.cache/peft_esft_tiny_moe
 
-Two disjoint samples of held-out text for each domain: the experts that take 20 % of a domain's choices, and how many of
-the six most used experts two samples share, within a domain and between domains. Means over the layers.
+Two disjoint samples of held-out text for each domain: the experts that take 20 % of a domain's choices, and how many
+of the six most used experts two samples share, within a domain and between domains. Means over the layers.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def main() -> None:
     lines = [
         "# Routing of the embedded model",
         "",
-        f"Two samples of {ROWS * LENGTH:,} tokens of held-out text for each domain; means over the layers. French is not",
-        "in the pretraining data. Uniform routing over 64 experts would need 12.8, 32 and 57.6 of them, and two",
+        f"Two samples of {ROWS * LENGTH:,} tokens of held-out text for each domain; means over the layers. French is",
+        "not in the pretraining data. Uniform routing over 64 experts would need 12.8, 32 and 57.6 of them, and two",
         "independent choices of six would share 0.56.",
         "",
         "| domain | experts for 20 % of choices | for 50 % | for 90 % | top-6 shared by two samples |",
