@@ -280,3 +280,18 @@ def check_base_weights(container: ExpertsContainer) -> None:
             )
     if getattr(container.module, "_is_expert_parallel", False):
         raise NotImplementedError(f"{container.path} is under expert parallelism, which is not supported yet")
+
+
+def check_not_shared(container: ExpertsContainer, containers: dict[str, ExpertsContainer]) -> None:
+    """Refuses a container whose weights are also those of another: one delta would have to serve both.
+
+    Raises:
+        NotImplementedError: naming both containers.
+    """
+    own = {id(getattr(container.module, name)) for name in container.weight_names}
+    for other in containers.values():
+        shared = [name for name in other.weight_names if id(getattr(other.module, name)) in own]
+        if other.path != container.path and shared:
+            raise NotImplementedError(
+                f"{container.path} and {other.path} are tied: they share {shared}. Tied experts are not supported yet."
+            )

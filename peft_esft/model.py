@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .config import ESFTConfig
 from .containers import ExpertsContainer, describe_experts, find_experts, resolve_container
 from .fused import LAYER_CLASSES
-from .layer import PREFIX, ESFTLayer, check_base_weights
+from .layer import PREFIX, ESFTLayer, check_base_weights, check_not_shared
 
 
 class ESFTModel(BaseTuner):
@@ -75,7 +75,8 @@ class ESFTModel(BaseTuner):
                 "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
             )
         target_experts = resolve_target_experts(peft_config.target_experts, containers)
-        chosen = [path for path in target_experts if _is_chosen(peft_config, path)]
+        # PEFT marks an excluded module by an object, which is true as a bool.
+        chosen = [path for path in target_experts if _match_options(peft_config, path) is True]
         if not chosen:
             raise ValueError(
                 f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
@@ -84,22 +85,13 @@ class ESFTModel(BaseTuner):
             )
         for path in chosen:
             check_base_weights(containers[path])
+            check_not_shared(containers[path], containers)
         peft_config.target_experts = target_experts
         return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: ESFTConfig, key: str) -> Any:
-        if key not in (peft_config.target_experts or {}):
-            return False
-        # PEFT's matcher, so that its options keep their meaning; it looks at them only for targets named by ending.
-        view = SimpleNamespace(
-            target_modules=[key.rpartition(".")[2]],
-            exclude_modules=peft_config.exclude_modules,
-            modules_to_save=peft_config.modules_to_save,
-            layers_to_transform=peft_config.layers_to_transform,
-            layers_pattern=peft_config.layers_pattern,
-        )
-        return check_target_module_exists(view, key)
+        return key in (peft_config.target_experts or {}) and _match_options(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -222,6 +214,14 @@ def resolve_target_experts(
     return resolved
 
 
-def _is_chosen(peft_config: ESFTConfig, path: str) -> bool:
-    # PEFT marks an excluded module by an object, which is true as a bool.
-    return ESFTModel._check_target_module_exists(peft_config, path) is True
+def _match_options(peft_config: ESFTConfig, path: str) -> Any:
+    """What PEFT's matcher says of a container, by `exclude_modules`, `layers_to_transform` and the like."""
+    # The matcher looks at its options only for targets that are named by their ending.
+    view = SimpleNamespace(
+        target_modules=[path.rpartition(".")[2]],
+        exclude_modules=peft_config.exclude_modules,
+        modules_to_save=peft_config.modules_to_save,
+        layers_to_transform=peft_config.layers_to_transform,
+        layers_pattern=peft_config.layers_pattern,
+    )
+    return check_target_module_exists(view, path)

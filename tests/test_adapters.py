@@ -459,3 +459,12 @@ def test_config_round_trip(tmp_path):
     assert PeftConfig.from_pretrained(tmp_path) == config
     assert pickle.loads(pickle.dumps(config)) == config
     assert peft.get_peft_config(config.to_dict()) == config
+
+
+def test_training_works_after_a_call_in_inference_mode():
+    base = tiny_model("gpt_oss")
+    model = get_peft_model(base, config_for(base))
+    with torch.inference_mode():
+        model(input_ids=TOKENS)
+    task_loss(model(input_ids=TOKENS)[0]).backward()
+    assert all(delta.grad is not None for delta in deltas_of(model).values())

@@ -169,6 +169,17 @@ def test_quantised_and_expert_parallel_containers_are_refused():
         get_peft_model(base, config_for(base))
 
 
+def test_tied_containers_are_refused():
+    base = tiny_model("olmoe")
+    first, second = (layer.mlp.experts for layer in base.model.layers)
+    second.down_proj = first.down_proj
+    with pytest.raises(
+        NotImplementedError, match=r"layers.0.mlp.experts and .*layers.1.mlp.experts are tied.*down_proj"
+    ):
+        get_peft_model(base, ESFTConfig(target_experts={0: [1]}))
+    assert not any(isinstance(module, peft_esft.ESFTLayer) for module in base.modules())
+
+
 def test_shapes_in_the_file_that_do_not_fit_the_base_are_refused(tmp_path):
     base = tiny_model("olmoe")
     get_peft_model(base, config_for(base)).save_pretrained(tmp_path)
@@ -206,3 +217,20 @@ def test_the_forward_needs_no_seed_and_uses_no_randomness():
     state = torch.get_rng_state()
     model(input_ids=random_tokens())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("key", [1, "1"])
+def test_layers_are_named_by_index_and_stored_by_path(key, tmp_path):
+    base = tiny_model("deepseek_v2")  # its layer 0 is dense
+    model = get_peft_model(base, ESFTConfig(target_experts={key: [3, 0]}))
+    assert model.peft_config["default"].target_experts == {"model.layers.1.mlp.experts": [3, 0]}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("deepseek_v2"), tmp_path)
+    assert loaded.peft_config["default"].target_experts == {"model.layers.1.mlp.experts": [3, 0]}
+
+
+def test_a_refused_config_is_left_as_it_was():
+    config = ESFTConfig(target_experts={0: [1]}, layers_to_transform=[5])
+    with pytest.raises(ValueError, match="leave none"):
+        get_peft_model(tiny_model("olmoe"), config)
+    assert config.target_experts == {"0": [1]}
