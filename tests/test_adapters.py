@@ -257,17 +257,29 @@ def test_several_active_adapters_add_up(dtype):
         assert torch.equal(parameter, dense.get_parameter(f"{path}.{weight}"))
 
 
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(st.sampled_from(["merge", "set"]), st.sampled_from([["a"], ["b"], ["a", "b"]])),
-            st.tuples(st.sampled_from(["unmerge", "broken_merge", "disable", "forward", "train"]), st.none()),
-        ),
-        max_size=10,
-    )
+SEQUENCES = st.lists(
+    st.one_of(
+        st.tuples(st.sampled_from(["merge", "set"]), st.sampled_from([["a"], ["b"], ["a", "b"]])),
+        st.tuples(st.sampled_from(["unmerge", "broken_merge", "disable", "forward", "train"]), st.none()),
+    ),
+    max_size=10,
 )
+
+
+@given(SEQUENCES)
 @settings(max_examples=25)
 def test_the_base_is_restored_after_any_sequence_of_operations(operations):
+    run_and_check_restored(operations)
+
+
+@pytest.mark.slow
+@given(SEQUENCES)
+@settings(max_examples=400)
+def test_the_base_is_restored_after_many_sequences_of_operations(operations):
+    run_and_check_restored(operations)
+
+
+def run_and_check_restored(operations):
     model = two_adapters(dtype=torch.bfloat16)
     before = snapshot(tiny_model("olmoe", torch.bfloat16))
     with warnings.catch_warnings():
