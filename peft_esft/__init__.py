@@ -13,7 +13,7 @@ from .containers import ExpertsContainer, find_experts  # noqa: E402
 from .layer import ESFTLayer  # noqa: E402
 from .model import ESFTModel  # noqa: E402
 from .scoring import ExpertScores, score_experts  # noqa: E402
-from .selection import select_experts  # noqa: E402
+from .selection import random_experts, select_experts  # noqa: E402
 
 
 register(ESFTConfig, ESFTModel)
@@ -27,6 +27,7 @@ __all__ = [
     "ExpertScores",
     "ExpertsContainer",
     "find_experts",
+    "random_experts",
     "score_experts",
     "select_experts",
 ]

@@ -96,7 +96,16 @@ class ESFTConfig(PeftConfig):
 
     @classmethod
     def from_scores(
-        cls, scores: ExpertScores, *, metric: Metric = "token", top_p: float | None = None, **kwargs: Any
+        cls,
+        scores: ExpertScores,
+        *,
+        metric: Metric = "token",
+        top_p: float | None = None,
+        top_k: int | None = None,
+        budget: float | None = None,
+        min_experts: int = 1,
+        max_experts: int | None = None,
+        **kwargs: Any,
     ) -> ESFTConfig:
         """Builds a config that trains the experts which a task uses most.
 
@@ -104,6 +113,10 @@ class ESFTConfig(PeftConfig):
             scores: from `score_experts`.
             metric: "token" for the token selection ratio, "gate" for the average gate score.
             top_p: the share that the chosen experts cover; None means the paper's: 0.2 for "token", 0.1 for "gate".
+            top_k: see `select_experts`, as for the next three.
+            budget: share of the experts' parameters.
+            min_experts: of each container.
+            max_experts: of each container.
             **kwargs: further fields of the config.
 
         Returns:
@@ -112,10 +125,22 @@ class ESFTConfig(PeftConfig):
         Example:
             >>> config = ESFTConfig.from_scores(scores, task_type="CAUSAL_LM")
         """
-        target_experts = select_experts(scores, top_p=top_p, metric=metric)
+        target_experts = select_experts(
+            scores,
+            metric=metric,
+            top_p=top_p,
+            top_k=top_k,
+            budget=budget,
+            min_experts=min_experts,
+            max_experts=max_experts,
+        )
+        if top_p is None and top_k is None and budget is None:
+            top_p = DEFAULT_TOP_P[metric]
+        rule = {"top_p": top_p, "top_k": top_k, "budget": budget, "max_experts": max_experts}
         selection = {
             "metric": metric,
-            "top_p": DEFAULT_TOP_P[metric] if top_p is None else top_p,
+            **{name: value for name, value in rule.items() if value is not None},
+            **({"min_experts": min_experts} if min_experts > 1 else {}),
             "averaging": scores.averaging,
             "num_tokens": scores.num_tokens,
             "num_samples": scores.num_samples,

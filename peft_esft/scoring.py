@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,6 +31,7 @@ class ContainerScores:
         gate_weight_sum: sum of the values that multiplied each expert's output.
         token_share_sum: sum over samples of each sample's share of choices (its mean over tokens, divided by top_k).
         gate_share_sum: sum over samples of each sample's mean gate value.
+        parameters_per_expert: number of weights of one expert.
     """
 
     top_k: int
@@ -38,6 +39,7 @@ class ContainerScores:
     gate_weight_sum: list[float]
     token_share_sum: list[float]
     gate_share_sum: list[float]
+    parameters_per_expert: int = 1
 
     @property
     def num_experts(self) -> int:
@@ -45,11 +47,11 @@ class ContainerScores:
         return len(self.selected_pairs)
 
     def __add__(self, other: ContainerScores) -> ContainerScores:
-        sums = {
+        sums: dict[str, Any] = {
             name: [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)]
             for name in ("selected_pairs", "gate_weight_sum", "token_share_sum", "gate_share_sum")
         }
-        return ContainerScores(top_k=self.top_k, **sums)
+        return replace(self, **sums)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,10 @@ class ExpertScores:
             path: torch.tensor(c.gate_weight_sum, dtype=torch.float64) / max(1, self.num_tokens)
             for path, c in self.containers.items()
         }
+
+    def parameters_per_expert(self) -> dict[str, int]:
+        """Number of weights of one expert of each container."""
+        return {path: c.parameters_per_expert for path, c in self.containers.items()}
 
     def by_metric(self, metric: Metric) -> dict[str, Tensor]:
         """`token()` or `gate()`, by name."""
@@ -294,7 +300,10 @@ def score_experts(
     if num_tokens == 0:
         raise ValueError("the batches hold no token that counts; check that there are any and their attention_mask")
     return ExpertScores(
-        containers={path: accumulator.result() for path, accumulator in observer.accumulators.items()},
+        containers={
+            path: replace(accumulator.result(), parameters_per_expert=containers[path].parameters_per_expert)
+            for path, accumulator in observer.accumulators.items()
+        },
         num_tokens=num_tokens,
         num_samples=num_samples,
         averaging=averaging,

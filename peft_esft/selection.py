@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .scoring import ExpertScores
 
 Metric = Literal["token", "gate"]
+Selection = dict[str, list[int]]
 DEFAULT_TOP_P: dict[str, float] = {"token": 0.2, "gate": 0.1}
 """The paper's thresholds (arXiv 2407.01906, section 4.3)."""
 
@@ -26,48 +27,154 @@ def select_experts(
     *,
     top_p: float | None = None,
     metric: Metric = "token",
-) -> dict[str, list[int]]:
-    """Takes, in each container, the experts of the highest scores until their sum reaches `top_p`.
+    top_k: int | None = None,
+    budget: float | None = None,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+) -> Selection:
+    """Chooses the experts to train in each container.
 
-    Equal scores are resolved by expert id (arXiv 2407.01906, section 3.2; the order of the released selections).
+    By `top_p`, the paper's way, it takes the experts of the highest scores until their sum reaches `top_p`. Equal
+    scores are resolved by expert id (arXiv 2407.01906, section 3.2; the order of the released selections).
 
     Args:
         scores: what `score_experts` returned, or `{path: scores [E]}`.
         top_p: the share of a layer's choices (metric "token") or gate mass (metric "gate") to cover; None means the
-            paper's: 0.2 for "token", 0.1 for "gate".
+            paper's, 0.2 for "token" and 0.1 for "gate", unless `top_k` or `budget` is given.
         metric: which of the scores to use. Ignored if `scores` is a plain mapping, apart from the default of top_p.
+        top_k: the same number of experts in every container, instead of `top_p`.
+        budget: share of all experts' parameters to train, instead of `top_p`: the highest scores of the whole model
+            are taken as long as they fit. Experts of a plain mapping count as equally large.
+        min_experts: no container gets fewer, whatever the scores say.
+        max_experts: no container gets more.
 
     Returns:
         `{path: expert ids}`, the ids in falling order of score; at least one expert for each container.
 
     Raises:
-        ValueError: if `metric` or `top_p` is out of range, or a score is negative or not finite.
+        ValueError: if a setting is out of range, two ways of choosing are asked for at once, the budget does not hold
+            `min_experts` of every container, or a score is negative or not finite.
     """
+    _check_settings(metric, top_p, top_k, budget, min_experts, max_experts)
+    table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
+    rows = {path: _score_row(path, values) for path, values in table.items()}
+    # Falling scores, equal ones in order of id.
+    orders = {path: torch.sort(row, descending=True, stable=True).indices for path, row in rows.items()}
+    bounds = {path: (min(min_experts, len(row)), min(max_experts or len(row), len(row))) for path, row in rows.items()}
+    if budget is not None:
+        sizes = dict.fromkeys(rows, 1) if isinstance(scores, Mapping) else scores.parameters_per_expert()
+        counts = _counts_by_budget(rows, orders, bounds, sizes, budget)
+    elif top_k is not None:
+        counts = dict.fromkeys(rows, top_k)
+    else:
+        top_p = DEFAULT_TOP_P[metric] if top_p is None else top_p
+        counts = {path: _count_by_top_p(row[orders[path]], top_p) for path, row in rows.items()}
+        _warn_of_odd_sums(rows, counts, top_p, metric)
+    return {path: orders[path][: min(max(counts[path], bounds[path][0]), bounds[path][1])].tolist() for path in rows}
+
+
+def random_experts(selection: Mapping[str, Sequence[int]], num_experts: Mapping[str, int], *, seed: int) -> Selection:
+    """As many random experts of each container as a selection has: the paper's control.
+
+    Args:
+        selection: what `select_experts` returned.
+        num_experts: number of experts of each container.
+        seed: equal seeds give equal choices.
+
+    Returns:
+        `{path: expert ids}`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: torch.randperm(num_experts[path], generator=generator)[: len(ids)].tolist()
+        for path, ids in selection.items()
+    }
+
+
+def _check_settings(
+    metric: str,
+    top_p: float | None,
+    top_k: int | None,
+    budget: float | None,
+    min_experts: int,
+    max_experts: int | None,
+) -> None:
     if metric not in get_args(Metric):
         raise ValueError(f"metric is {metric!r}; it is one of {get_args(Metric)}")
-    top_p = DEFAULT_TOP_P[metric] if top_p is None else top_p
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it is a share above 0 and at most 1")
-    table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
+    given = {
+        name: value for name, value in (("top_p", top_p), ("top_k", top_k), ("budget", budget)) if value is not None
+    }
+    if len(given) > 1:
+        raise ValueError(f"{given} are different ways of choosing; give one of them")
+    for name in ("top_p", "budget"):
+        if name in given and not 0 < given[name] <= 1:
+            raise ValueError(f"{name} is {given[name]}; it is a share above 0 and at most 1")
+    for name, value in (("top_k", top_k), ("min_experts", min_experts), ("max_experts", max_experts)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; it is at least 1")
+    if max_experts is not None and max_experts < min_experts:
+        raise ValueError(f"max_experts is {max_experts}, less than min_experts, {min_experts}")
 
-    selection: dict[str, list[int]] = {}
-    too_little = {}
-    for path, values in table.items():
-        row = torch.as_tensor(values, dtype=torch.float64)
-        if row.dim() != 1 or row.numel() == 0 or not bool(torch.isfinite(row).all()) or bool((row < 0).any()):
-            raise ValueError(f"scores of {path} are not a row of finite numbers of at least 0: {row}")
-        order = torch.sort(row, descending=True, stable=True).indices
-        reached = torch.cumsum(row[order], 0) >= top_p - _ROUNDING
-        if not bool(reached.any()):
-            too_little[path] = float(row.sum())
-        count = int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else row.numel()
-        selection[path] = order[:count].tolist()
-    if too_little:
-        path, mass = next(iter(too_little.items()))
-        warnings.warn(
-            f"the scores of {len(too_little)} of {len(table)} containers sum to less than top_p={top_p} (for example "
-            f"{mass:.3f} in {path}), so all experts of these are selected. Choose a smaller top_p, or metric='token', "
-            "whose scores always sum to 1.",
-            stacklevel=2,
+
+def _score_row(path: str, values: Tensor | Sequence[float]) -> Tensor:
+    row = torch.as_tensor(values, dtype=torch.float64)
+    if row.dim() != 1 or row.numel() == 0 or not bool(torch.isfinite(row).all()) or bool((row < 0).any()):
+        raise ValueError(f"scores of {path} are not a row of finite numbers of at least 0: {row}")
+    return row
+
+
+def _count_by_top_p(falling: Tensor, top_p: float) -> int:
+    reached = torch.cumsum(falling, 0) >= top_p - _ROUNDING
+    return int(reached.to(torch.int8).argmax()) + 1 if bool(reached.any()) else falling.numel()
+
+
+def _counts_by_budget(
+    rows: Mapping[str, Tensor],
+    orders: Mapping[str, Tensor],
+    bounds: Mapping[str, tuple[int, int]],
+    sizes: Mapping[str, int],
+    budget: float,
+) -> dict[str, int]:
+    """Takes the highest scores of the whole model that fit, after every container's minimum."""
+    counts = {path: least for path, (least, _) in bounds.items()}
+    left = budget * sum(len(row) * sizes[path] for path, row in rows.items()) * (1 + _ROUNDING)
+    left -= sum(counts[path] * sizes[path] for path in rows)
+    if left < 0:
+        raise ValueError(
+            f"budget={budget} of the experts' parameters does not hold {sum(counts.values())} experts, the least "
+            "number of every container together"
         )
-    return selection
+    candidates = [
+        (-float(rows[path][expert]), place, path)
+        for path, order in orders.items()
+        for place, expert in enumerate(order[: bounds[path][1]].tolist())
+        if place >= counts[path]
+    ]
+    for _, place, path in sorted(candidates):
+        # An expert is taken only after those of its container with higher scores.
+        if place == counts[path] and sizes[path] <= left:
+            counts[path] += 1
+            left -= sizes[path]
+    return counts
+
+
+def _warn_of_odd_sums(rows: Mapping[str, Tensor], counts: Mapping[str, int], top_p: float, metric: str) -> None:
+    """Says so where top_p means something else than in the paper."""
+    sums = {path: float(row.sum()) for path, row in rows.items()}
+    too_little = [path for path, mass in sums.items() if mass < top_p - _ROUNDING]
+    if too_little:
+        warnings.warn(
+            f"the scores of {len(too_little)} of {len(rows)} containers sum to less than top_p={top_p} (for example "
+            f"{sums[too_little[0]]:.3f} in {too_little[0]}), so all experts of these are selected. Choose a smaller "
+            "top_p, or metric='token', whose scores always sum to 1.",
+            stacklevel=3,
+        )
+    renormalised = [path for path, mass in sums.items() if mass > 0.99]
+    if metric == "gate" and renormalised and top_p <= DEFAULT_TOP_P["gate"]:
+        mean = sum(counts[path] for path in renormalised) / len(renormalised)
+        warnings.warn(
+            f"the gates of {len(renormalised)} of {len(rows)} containers sum to 1 or more, as those of routers that "
+            f"renormalise them: top_p={top_p}, which the paper chose for gates that sum to 0.26 to 0.53, keeps "
+            f"{mean:.1f} experts a container on average. metric='token' with top_p=0.2 carries over to every router.",
+            stacklevel=3,
+        )

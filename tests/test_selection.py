@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peft_esft import select_experts
+from peft_esft import random_experts, select_experts
 
 
 GOLDEN = Path(__file__).parent / "data" / "deepseek_v2_lite_routing"
@@ -64,9 +64,61 @@ def test_scores_below_top_p_select_all_and_warn():
     assert selection == {"a": [1, 0], "b": [0]}
 
 
+def test_a_fixed_number_for_every_container():
+    assert select_experts({"a": [0.1, 0.6, 0.3], "b": [0.9, 0.1]}, top_k=2) == {"a": [1, 2], "b": [0, 1]}
+    assert select_experts({"a": [0.1, 0.6, 0.3], "b": [0.9, 0.1]}, top_k=3) == {"a": [1, 2, 0], "b": [0, 1]}
+
+
+def test_bounds_hold_whatever_the_scores_say():
+    scores = {"steep": [0.9, 0.06, 0.04], "flat": [0.4, 0.3, 0.3]}
+    assert select_experts(scores, top_p=0.7, min_experts=2) == {"steep": [0, 1], "flat": [0, 1]}
+    assert select_experts(scores, top_p=0.8, max_experts=2) == {"steep": [0], "flat": [0, 1]}
+    assert select_experts(scores, top_k=3, max_experts=1) == {"steep": [0], "flat": [0]}
+
+
+@given(st.lists(scores_rows, min_size=1, max_size=5), st.integers(1, 100), st.integers(1, 3))
+def test_a_budget_is_kept_and_spent_on_the_highest_scores(rows, percent, least):
+    scores = {f"layer {number}": [value / sum(row) for value in row] for number, row in enumerate(rows)}
+    total = sum(map(len, rows))
+    if sum(min(least, len(row)) for row in rows) > percent / 100 * total * (1 + 1e-9):
+        with pytest.raises(ValueError, match="does not hold"):
+            select_experts(scores, budget=percent / 100, min_experts=least)
+        return
+    selection = select_experts(scores, budget=percent / 100, min_experts=least)
+    chosen = sum(map(len, selection.values()))
+    assert chosen == int(percent / 100 * total * (1 + 1e-9))
+    # Beyond the minimum, no expert that was left out scores more than one that was taken.
+    taken = [scores[path][e] for path, ids in selection.items() for e in ids[least:]]
+    left = [score for path, row in scores.items() for e, score in enumerate(row) if e not in selection[path]]
+    assert not taken or not left or min(taken) >= max(left)
+
+
+def test_random_experts_are_as_many_and_reproducible():
+    selection = {"a": [3, 1], "b": [0]}
+    sizes = {"a": 8, "b": 4}
+    first = random_experts(selection, sizes, seed=1)
+    assert first == random_experts(selection, sizes, seed=1)
+    assert {path: len(set(ids)) for path, ids in first.items()} == {"a": 2, "b": 1}
+    assert all(0 <= expert < sizes[path] for path, ids in first.items() for expert in ids)
+    assert len({str(random_experts(selection, sizes, seed=seed)) for seed in range(20)}) > 10
+
+
+def test_renormalised_gates_are_pointed_out_with_the_numbers():
+    scores = {"a": [0.05, 0.15, 0.8], "b": [0.4, 0.3, 0.3]}
+    with pytest.warns(UserWarning, match=r"gates of 2 of 2 containers sum to 1 or more.*keeps 1\.0 experts"):
+        select_experts(scores, metric="gate")
+
+
 @pytest.mark.parametrize(
     ("scores", "settings", "message"),
     [
+        ({"a": [0.5, 0.5]}, {"top_p": 0.2, "top_k": 3}, "different ways of choosing"),
+        ({"a": [0.5, 0.5]}, {"budget": 0.2, "top_k": 3}, "different ways of choosing"),
+        ({"a": [0.5, 0.5]}, {"budget": 2}, "budget is 2"),
+        ({"a": [0.5, 0.5]}, {"budget": 0.4}, "does not hold 1 experts"),
+        ({"a": [0.5, 0.5]}, {"top_k": 0}, "top_k is 0"),
+        ({"a": [0.5, 0.5]}, {"min_experts": 0}, "min_experts is 0"),
+        ({"a": [0.5, 0.5]}, {"min_experts": 3, "max_experts": 2}, "max_experts is 2, less than min_experts, 3"),
         ({"a": [0.5, 0.5]}, {"top_p": 0.0}, "top_p is 0.0"),
         ({"a": [0.5, 0.5]}, {"top_p": 1.5}, "top_p is 1.5"),
         ({"a": [0.5, 0.5]}, {"metric": "tokens"}, "metric is 'tokens'"),
