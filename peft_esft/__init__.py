@@ -8,6 +8,7 @@ from .registration import extend_peft_type, register
 
 extend_peft_type()  # before the config, which names the new member
 
+from .batches import text_batches  # noqa: E402
 from .config import ESFTConfig  # noqa: E402
 from .containers import ExpertsContainer, find_experts  # noqa: E402
 from .layer import ESFTLayer  # noqa: E402
@@ -30,4 +31,5 @@ __all__ = [
     "random_experts",
     "score_experts",
     "select_experts",
+    "text_batches",
 ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -19,6 +22,7 @@ from .selection import Metric
 
 Averaging = Literal["sample", "token"]
 FORMAT_VERSION = 1
+IGNORED_LABEL = -100  # what the losses of transformers leave out
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class ContainerScores:
     """What was observed at one container.
 
     Attributes:
-        top_k: experts for each token.
+        top_k: experts for each token; 0 if the container was never called.
         selected_pairs: how often each of the `E` experts was chosen.
         gate_weight_sum: sum of the values that multiplied each expert's output.
         token_share_sum: sum over samples of each sample's share of choices (its mean over tokens, divided by top_k).
@@ -51,7 +55,7 @@ class ContainerScores:
             name: [a + b for a, b in zip(getattr(self, name), getattr(other, name), strict=True)]
             for name in ("selected_pairs", "gate_weight_sum", "token_share_sum", "gate_share_sum")
         }
-        return replace(self, **sums)
+        return replace(self, top_k=max(self.top_k, other.top_k), **sums)
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class ExpertScores:
             return NotImplemented
         if self.averaging != other.averaging:
             raise ValueError(f"cannot join scores averaged by {self.averaging} and by {other.averaging}")
-        if self._signature() != other._signature():
+        if not self._fits(other):
             raise ValueError(
                 "cannot join scores of different models: their containers are "
                 f"{_sample(self._signature())} and {_sample(other._signature())}"
@@ -158,6 +162,13 @@ class ExpertScores:
             path: torch.tensor(getattr(c, name), dtype=torch.float64) / max(1, self.num_samples)
             for path, c in self.containers.items()
         }
+
+    def _fits(self, other: ExpertScores) -> bool:
+        pairs = [(c, other.containers.get(path)) for path, c in self.containers.items()]
+        return len(self.containers) == len(other.containers) and all(
+            d is not None and c.num_experts == d.num_experts and (c.top_k == d.top_k or 0 in (c.top_k, d.top_k))
+            for c, d in pairs
+        )
 
     def _signature(self) -> dict[str, tuple[int, int]]:
         return {path: (c.num_experts, c.top_k) for path, c in self.containers.items()}
@@ -238,6 +249,7 @@ def score_experts(
     *,
     max_tokens: int = 131_072,
     averaging: Averaging = "sample",
+    answers_only: bool = False,
     progress: bool = True,
 ) -> ExpertScores:
     """Measures which experts a task uses, by forward passes over its training data.
@@ -246,12 +258,16 @@ def score_experts(
     outputs, after whatever the router does to them. The model is scored as it is, active adapters included; it is put
     in eval mode for the time of the call.
 
+    Where `torch.distributed` is initialised, call it on every process, each with its own part of the data: the counts
+    are summed and every process returns the same scores. `max_tokens` is then shared out evenly.
+
     Args:
         model: a transformers model, with or without adapters.
         batches: dicts of tensors as the model's forward takes them, rows being samples; `attention_mask` says which
             tokens count. A `labels` entry is not passed on.
         max_tokens: stop after exactly so many counted tokens; the paper's sample is 131,072.
         averaging: see `ExpertScores`.
+        answers_only: count only tokens whose `labels` entry is not -100.
         progress: show a progress bar.
 
     Returns:
@@ -274,6 +290,9 @@ def score_experts(
     if not containers:
         raise ValueError(f"{type(model).__name__} has no experts container of a known kind; nothing can be scored")
 
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if processes > 1:
+        max_tokens = max_tokens // processes + (dist.get_rank() < max_tokens % processes)
     num_tokens = num_samples = 0
     was_training = model.training
     model.eval()
@@ -284,7 +303,9 @@ def score_experts(
             tqdm(total=max_tokens, unit=" tokens", desc="Scoring experts", disable=not progress) as bar,
         ):
             for inputs in batches:
-                batch = _count_batch(inputs, max_tokens - num_tokens)
+                if num_tokens >= max_tokens:
+                    break
+                batch = _count_batch(inputs, max_tokens - num_tokens, answers_only)
                 counted = int(batch.lengths.sum())
                 if counted == 0:
                     continue
@@ -293,13 +314,9 @@ def score_experts(
                 num_tokens += counted
                 num_samples += int((batch.lengths > 0).sum())
                 bar.update(counted)
-                if num_tokens >= max_tokens:
-                    break
     finally:
         model.train(was_training)
-    if num_tokens == 0:
-        raise ValueError("the batches hold no token that counts; check that there are any and their attention_mask")
-    return ExpertScores(
+    scores = ExpertScores(
         containers={
             path: replace(accumulator.result(), parameters_per_expert=containers[path].parameters_per_expert)
             for path, accumulator in observer.accumulators.items()
@@ -309,6 +326,13 @@ def score_experts(
         averaging=averaging,
         model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
     )
+    if processes > 1:
+        gathered: list[Any] = [None] * processes
+        dist.all_gather_object(gathered, scores)
+        scores = reduce(operator.add, gathered)
+    if scores.num_tokens == 0:
+        raise ValueError("the batches hold no token that counts; check that there are any, attention_mask and labels")
+    return scores
 
 
 class _Observer:
@@ -353,7 +377,7 @@ def _observing(containers: dict[str, ExpertsContainer]) -> Iterator[_Observer]:
             handle.remove()
 
 
-def _count_batch(inputs: Mapping[str, Any], remaining: int) -> _Batch:
+def _count_batch(inputs: Mapping[str, Any], remaining: int, answers_only: bool) -> _Batch:
     """Which tokens of a batch count, at most `remaining` of them, in the order of the batch."""
     tokens = inputs.get("input_ids")
     if tokens is None:
@@ -365,6 +389,10 @@ def _count_batch(inputs: Mapping[str, Any], remaining: int) -> _Batch:
     counts = torch.ones(num_samples, length, dtype=torch.bool) if mask is None else mask.bool().cpu()
     if counts.shape != (num_samples, length):
         raise ValueError(f"attention_mask has shape {tuple(counts.shape)}; expected {(num_samples, length)}")
+    if answers_only:
+        if inputs.get("labels") is None:
+            raise ValueError(f"answers_only needs labels in every batch; this one has {sorted(inputs)}")
+        counts = counts & (inputs["labels"].cpu() != IGNORED_LABEL)
     counts = counts & (counts.reshape(-1).cumsum(0).view_as(counts) <= remaining)
     samples = torch.arange(num_samples)[:, None].expand(num_samples, length)
     return _Batch(torch.where(counts, samples, -1).reshape(-1), counts.sum(1))

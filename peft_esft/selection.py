@@ -49,7 +49,8 @@ def select_experts(
         max_experts: no container gets more.
 
     Returns:
-        `{path: expert ids}`, the ids in falling order of score; at least one expert for each container.
+        `{path: expert ids}`, the ids in falling order of score; at least one expert for each container that the data
+        reached. Containers whose scores are all 0 are left out, with a warning.
 
     Raises:
         ValueError: if a setting is out of range, two ways of choosing are asked for at once, the budget does not hold
@@ -58,6 +59,14 @@ def select_experts(
     _check_settings(metric, top_p, top_k, budget, min_experts, max_experts)
     table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
     rows = {path: _score_row(path, values) for path, values in table.items()}
+    unused = [path for path, row in rows.items() if not bool(row.any())]
+    if unused:
+        warnings.warn(
+            f"no token of the scored data reached {len(unused)} of {len(rows)} containers, for example {unused[0]}; "
+            "none of their experts are selected",
+            stacklevel=2,
+        )
+        rows = {path: row for path, row in rows.items() if path not in unused}
     # Falling scores, equal ones in order of id.
     orders = {path: torch.sort(row, descending=True, stable=True).indices for path, row in rows.items()}
     bounds = {path: (min(min_experts, len(row)), min(max_experts or len(row), len(row))) for path, row in rows.items()}

@@ -185,6 +185,55 @@ def test_config_from_scores_records_the_choice():
     assert config.task_type == "CAUSAL_LM"
 
 
+def test_answers_only_counts_the_trained_tokens():
+    model = tiny_model("olmoe")
+    tokens = random_tokens(2, 8)
+    labels = tokens.clone()
+    labels[0, :5] = labels[1, :] = -100
+    mask = (labels != -100).long()
+    recorded = RecordedRouting(model)
+    scores = score_experts(model, [{"input_ids": tokens, "labels": labels}], answers_only=True, progress=False)
+    assert (scores.num_tokens, scores.num_samples) == (3, 1)
+    for path, expected in recorded.scores([mask], 8).items():
+        values = torch.tensor(expected["token", "sample"], dtype=torch.float64)
+        torch.testing.assert_close(scores.token()[path], values)
+    with pytest.raises(ValueError, match="answers_only needs labels"):
+        score_experts(model, [{"input_ids": tokens}], answers_only=True, progress=False)
+
+
+def test_runs_join_where_one_never_called_a_container():
+    called = ContainerScores(2, [3, 1], [1.0, 0.5], [1.5, 0.5], [0.5, 0.25])
+    silent = ContainerScores(0, [0, 0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+    joined = ExpertScores({"image": called}, 2, 1) + ExpertScores({"image": silent}, 5, 2)
+    assert joined.containers["image"].top_k == 2
+    assert joined.num_tokens == 7
+
+
+def _score_on_one_process(rank, world_size, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
+    torch.set_num_threads(1)
+    batches = [{"input_ids": random_tokens(2, 9, seed=seed)} for seed in range(5)]
+    # Process 2 has no data.
+    own = batches[rank :: world_size - 1] if rank < world_size - 1 else []
+    score_experts(tiny_model("olmoe"), own, progress=False).save(f"{folder}/{rank}.json")
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_give_the_scores_of_one(tmp_path):
+    torch.multiprocessing.spawn(_score_on_one_process, (3, str(tmp_path)), nprocs=3)
+    expected = score_experts(
+        tiny_model("olmoe"), [{"input_ids": random_tokens(2, 9, seed=seed)} for seed in range(5)], progress=False
+    )
+    for rank in range(3):
+        scores = ExpertScores.load(tmp_path / f"{rank}.json")
+        assert (scores.num_tokens, scores.num_samples) == (90, 10)
+        for path, values in expected.containers.items():
+            assert scores.containers[path].selected_pairs == values.selected_pairs
+            torch.testing.assert_close(scores.gate()[path], expected.gate()[path], rtol=1e-5, atol=1e-9)
+
+
 def test_bad_input_is_refused(tmp_path):
     model = tiny_model("olmoe")
     batch = {"input_ids": random_tokens()}

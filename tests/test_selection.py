@@ -58,6 +58,11 @@ def test_equal_scores_are_resolved_by_id():
     assert select_experts({"layer": [0.1, 0.3, 0.3, 0.3]}, top_p=0.6) == {"layer": [1, 2]}
 
 
+def test_containers_that_no_token_reached_are_left_out():
+    with pytest.warns(UserWarning, match="reached 1 of 2 containers, for example image"):
+        assert select_experts({"image": [0.0, 0.0], "text": [0.5, 0.5]}, top_p=0.2) == {"text": [0]}
+
+
 def test_scores_below_top_p_select_all_and_warn():
     with pytest.warns(UserWarning, match=r"1 of 2 containers sum to less than top_p=0.5 \(for example 0.300 in a\)"):
         selection = select_experts({"a": [0.1, 0.2], "b": [0.5, 0.5]}, top_p=0.5)

@@ -1,0 +1,64 @@
+"""From text to the batches that a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def text_batches(
+    data: Iterable[str | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 8,
+    max_length: int = 4096,
+) -> Iterator[dict[str, Any]]:
+    """Tokenizes texts or conversations into padded batches, lazily.
+
+    Args:
+        data: strings, or rows with a `text` or a `messages` entry, as a list or a `datasets.Dataset`. The tokenizer's
+            chat template turns `messages` into text.
+        tokenizer: the model's own.
+        batch_size: samples in a batch.
+        max_length: samples are cut to so many tokens.
+
+    Yields:
+        `input_ids` and `attention_mask`, int64 `[samples, length]`.
+
+    Raises:
+        ValueError: if a row is neither text nor messages, or there is nothing to pad with.
+
+    Example:
+        >>> scores = score_experts(model, text_batches(["some text", "some more"], tokenizer))
+    """
+    rows = iter(data)
+    while texts := [_as_text(row, tokenizer) for row in islice(rows, batch_size)]:
+        # A chat template writes the special tokens itself.
+        encoded = [
+            tokenizer(text, add_special_tokens=not templated, truncation=True, max_length=max_length)["input_ids"]
+            for text, templated in texts
+        ]
+        if tokenizer.pad_token_id is None and len({len(ids) for ids in encoded}) > 1:
+            raise ValueError(
+                "the tokenizer has no pad token, so samples of different lengths cannot share a batch; set "
+                "tokenizer.pad_token = tokenizer.eos_token (padding is masked), or use batch_size=1"
+            )
+        padded = tokenizer.pad({"input_ids": encoded}, return_tensors="pt", padding=tokenizer.pad_token_id is not None)
+        yield dict(padded)
+
+
+def _as_text(row: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    """The text of a row, and whether a chat template wrote it."""
+    if isinstance(row, str):
+        return row, False
+    if isinstance(row, Mapping) and isinstance(row.get("messages"), list):
+        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False)), True
+    if isinstance(row, Mapping) and isinstance(row.get("text"), str):
+        return row["text"], False
+    shown = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+    raise ValueError(f"a row is neither a string nor has a text or messages entry: {shown}")

@@ -1,0 +1,69 @@
+"""From text to batches, with the embedded model's tokenizer."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from test_examples import ROOT
+
+from peft_esft import score_experts, text_batches
+
+
+sys.path.insert(0, str(ROOT / "examples" / "tiny_moe"))
+
+import tasks
+
+
+TEXTS = ["In the beginning", "God created the heaven and the earth.", "And", "the earth was without form"]
+
+
+@pytest.fixture
+def tokenizer():
+    return tasks.load_base()[1]
+
+
+@pytest.mark.parametrize("rows", [TEXTS, [{"text": text, "id": 1} for text in TEXTS]], ids=["strings", "text column"])
+def test_texts_become_padded_batches(tokenizer, rows):
+    batches = list(text_batches(rows, tokenizer, batch_size=3))
+    assert [batch["input_ids"].shape[0] for batch in batches] == [3, 1]
+    decoded = [
+        tokenizer.decode(ids[mask.bool()])
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert decoded == TEXTS
+
+
+def test_messages_go_through_the_chat_template(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    (batch,) = text_batches([{"messages": [{"role": "user", "content": "Who?"}]}], tokenizer)
+    assert tokenizer.decode(batch["input_ids"][0]) == "<user>Who?"
+
+
+def test_samples_are_cut_and_batches_are_lazy(tokenizer):
+    def endless():
+        while True:
+            yield "word " * 100
+
+    batch = next(text_batches(endless(), tokenizer, batch_size=2, max_length=5))
+    assert batch["input_ids"].shape == (2, 5)
+
+
+def test_scores_of_texts_do_not_depend_on_the_batch_size(tokenizer):
+    model, _ = tasks.load_base()
+    scores = [score_experts(model, text_batches(TEXTS, tokenizer, batch_size=size), progress=False) for size in (1, 4)]
+    for path, values in scores[0].token().items():
+        torch.testing.assert_close(values, scores[1].token()[path])
+
+
+def test_bad_rows_are_refused(tokenizer):
+    with pytest.raises(ValueError, match=r"neither a string nor has a text or messages entry: \['prompt'\]"):
+        list(text_batches([{"prompt": "x"}], tokenizer))
+    with pytest.raises(ValueError, match="messages entry: int"):
+        list(text_batches([3], tokenizer))
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="has no pad token"):
+        list(text_batches(TEXTS, tokenizer))
+    assert len(list(text_batches(TEXTS, tokenizer, batch_size=1))) == 4
