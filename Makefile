@@ -23,7 +23,7 @@ types: $(VENV)/.installed
 	$(RUN) -m mypy
 
 docs: $(VENV)/.installed
-	$(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) site demo_output

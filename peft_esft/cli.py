@@ -1,0 +1,219 @@
+"""`peft-esft`, the command line: thin over the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .batches import text_batches
+from .config import ESFTConfig
+from .containers import find_experts
+from .preview import format_previews, preview_selections
+from .scoring import ExpertScores, score_experts
+from .selection import select_experts
+
+
+BAR_WIDTH = 32
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0 if it worked, 1 if it was refused with a message. Wrong usage exits with 2.
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], tuple[Any, str]] = options.command
+    try:
+        record, text = command(options)
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"peft-esft: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(record, indent=1) if options.json else text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="peft-esft",
+        description="Expert-Specialized Fine-Tuning: find out which experts of a mixture-of-experts model a task uses.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    score = commands.add_parser("score", help="measure which experts a task uses (forward passes only)")
+    score.set_defaults(command=_score)
+    score.add_argument("model", help="folder or Hub name of the model")
+    score.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help=".jsonl with text or messages in each line, or .txt, a sample a line",
+    )
+    score.add_argument("--out", type=Path, required=True, help="file for the scores (JSON)")
+    score.add_argument(
+        "--max-tokens", type=int, default=131_072, help="stop after so many tokens (default: %(default)s)"
+    )
+    score.add_argument(
+        "--max-length", type=int, default=4096, help="cut samples to so many tokens (default: %(default)s)"
+    )
+    score.add_argument("--batch-size", type=int, default=8, help="samples in a batch (default: %(default)s)")
+    score.add_argument(
+        "--averaging", choices=["sample", "token"], default="sample", help="mean over samples, or over tokens"
+    )
+    score.add_argument("--dtype", default="auto", help="dtype to load the model in; score in the one you train in")
+    score.add_argument("--device-map", help="passed to transformers, for example auto")
+
+    select = commands.add_parser("select", help="choose experts from scores")
+    select.set_defaults(command=_select)
+    select.add_argument("scores", type=Path, help="file written by `peft-esft score`")
+    select.add_argument(
+        "--metric", choices=["token", "gate"], default="token", help="which score (default: %(default)s)"
+    )
+    how = select.add_mutually_exclusive_group()
+    how.add_argument("--top-p", type=float, help="share to cover in each layer (default: 0.2 for token, 0.1 for gate)")
+    how.add_argument("--top-k", type=int, help="the same number of experts in every layer")
+    how.add_argument("--budget", type=float, help="share of all experts' parameters, spread by score")
+    how.add_argument("--preview", action="store_true", help="only show what several values of --top-p would cost")
+    select.add_argument("--min-experts", type=int, default=1, help="at least so many in each layer")
+    select.add_argument("--max-experts", type=int, help="at most so many in each layer")
+    select.add_argument("--out", type=Path, help="folder for an adapter_config.json with the selection")
+
+    inspect = commands.add_parser("inspect", help="show the experts of a model, or what an adapter holds")
+    inspect.set_defaults(command=_inspect)
+    inspect.add_argument("path", help="folder or Hub name of a model, or folder of an adapter")
+
+    for command in (score, select, inspect):
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _score(options: argparse.Namespace) -> tuple[Any, str]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = _read_rows(options.data)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, device_map=options.device_map)
+    scores = score_experts(
+        model,
+        text_batches(rows, tokenizer, batch_size=options.batch_size, max_length=options.max_length),
+        max_tokens=options.max_tokens,
+        averaging=options.averaging,
+        progress=sys.stderr.isatty(),
+    )
+    scores.save(options.out)
+    record = {
+        "out": str(options.out),
+        "model": scores.model,
+        "containers": len(scores.containers),
+        "num_tokens": scores.num_tokens,
+        "num_samples": scores.num_samples,
+    }
+    return record, f"{scores}\nwritten to {options.out}; next: peft-esft select {options.out} --preview"
+
+
+def _select(options: argparse.Namespace) -> tuple[Any, str]:
+    scores = ExpertScores.load(options.scores)
+    if options.preview:
+        previews = preview_selections(scores, metric=options.metric)
+        return [asdict(preview) for preview in previews], format_previews(previews)
+    settings = {
+        name: getattr(options, name) for name in ("metric", "top_p", "top_k", "budget", "min_experts", "max_experts")
+    }
+    selection = select_experts(scores, **settings)
+    text = _bars({path: (len(ids), scores.containers[path].num_experts) for path, ids in selection.items()})
+    if options.out is not None:
+        ESFTConfig.from_scores(scores, **settings).save_pretrained(str(options.out))
+        text += f"\nwritten to {options.out}/adapter_config.json; load it with ESFTConfig.from_pretrained"
+    return selection, text
+
+
+def _inspect(options: argparse.Namespace) -> tuple[Any, str]:
+    if (Path(options.path) / "adapter_config.json").exists():
+        return _inspect_adapter(Path(options.path))
+    containers = find_experts(_empty_model(options.path))
+    if not containers:
+        raise ValueError(f"{options.path} has no experts container of a known kind")
+    record = {
+        path: {"kind": c.kind, "num_experts": c.num_experts, "weights": c.weight_shapes}
+        for path, c in containers.items()
+    }
+    lines = [
+        f"{path}: {c.num_experts} experts of {c.parameters_per_expert:,} parameters ({c.kind})"
+        for path, c in containers.items()
+    ]
+    return record, "\n".join(lines)
+
+
+def _inspect_adapter(folder: Path) -> tuple[Any, str]:
+    from safetensors import safe_open
+
+    config = ESFTConfig.from_pretrained(str(folder))
+    if not isinstance(config, ESFTConfig) or config.target_experts is None:
+        raise ValueError(f"{folder} is no ESFT adapter: its peft_type is {config.peft_type}")
+    weights = folder / "adapter_model.safetensors"
+    tensors: dict[str, list[int]] = {}
+    if weights.exists():
+        with safe_open(weights, "pt") as file:
+            tensors = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    record = {
+        "base": config.base_model_name_or_path,
+        "selection": config.selection,
+        "target_experts": config.target_experts,
+        "tensors": tensors,
+    }
+    most = max(map(len, config.target_experts.values()))
+    lines = [f"ESFT adapter for {config.base_model_name_or_path}", f"chosen by {config.selection}"]
+    lines.append(_bars({path: (len(ids), most) for path, ids in config.target_experts.items()}))
+    if weights.exists():
+        lines.append(f"{len(tensors)} tensors, {weights.stat().st_size / 1e6:.2f} MB")
+    return record, "\n".join(lines)
+
+
+def _empty_model(name: str) -> Any:
+    """The model without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(name)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _read_rows(path: Path) -> Iterator[str | dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        lines = [line.rstrip("\n") for line in file if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    if path.suffix != ".jsonl":
+        return iter(lines)
+    return (_parse_line(path, number, line) for number, line in enumerate(lines, start=1))
+
+
+def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} of {path} is not a JSON object with a text or messages entry")
+    return row
+
+
+def _bars(counts: dict[str, tuple[int, int]]) -> str:
+    """A bar chart in plain text: how many of how many, a line for each path."""
+    width = max(map(len, counts), default=0)
+    return "\n".join(
+        f"{path:<{width}}  {'#' * max(1, round(BAR_WIDTH * count / most)):<{BAR_WIDTH}}  {count}"
+        for path, (count, most) in counts.items()
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

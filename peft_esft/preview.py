@@ -1,0 +1,85 @@
+"""What a selection would cost, before any training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .scoring import ExpertScores
+from .selection import Metric, select_experts
+
+
+BYTES_PER_DELTA = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class SelectionPreview:
+    """What one `top_p` would train.
+
+    Attributes:
+        top_p: the threshold.
+        fewest, mean, most: experts a container.
+        num_parameters: weights of all chosen experts.
+        share: `num_parameters` over the weights of all experts.
+        megabytes: size of the adapter's file (10^6 bytes), by dtype of the deltas; fp32 is what is saved by default.
+    """
+
+    top_p: float
+    fewest: int
+    mean: float
+    most: int
+    num_parameters: int
+    share: float
+    megabytes: dict[str, float]
+
+
+def preview_selections(
+    scores: ExpertScores,
+    top_ps: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5),
+    *,
+    metric: Metric = "token",
+) -> list[SelectionPreview]:
+    """Says how many experts, parameters and megabytes each `top_p` would give.
+
+    Args:
+        scores: from `score_experts`.
+        top_ps: thresholds to try.
+        metric: as in `select_experts`.
+
+    Returns:
+        One preview for each threshold, in the order given.
+    """
+    sizes = scores.parameters_per_expert()
+    total = sum(c.num_experts * c.parameters_per_expert for c in scores.containers.values())
+    previews = []
+    for top_p in top_ps:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # trying thresholds is the point; the choice itself warns
+            selection = select_experts(scores, top_p=top_p, metric=metric)
+        counts = [len(ids) for ids in selection.values()]
+        parameters = sum(len(ids) * sizes[path] for path, ids in selection.items())
+        previews.append(
+            SelectionPreview(
+                top_p=top_p,
+                fewest=min(counts, default=0),
+                mean=sum(counts) / max(1, len(counts)),
+                most=max(counts, default=0),
+                num_parameters=parameters,
+                share=parameters / max(1, total),
+                megabytes={dtype: parameters * size / 1e6 for dtype, size in BYTES_PER_DELTA.items()},
+            )
+        )
+    return previews
+
+
+def format_previews(previews: Sequence[SelectionPreview]) -> str:
+    """The previews as a table in plain text."""
+    lines = ["top_p   experts a container   parameters      share   adapter fp32 / bf16"]
+    for preview in previews:
+        spread = f"{preview.mean:.1f} ({preview.fewest} to {preview.most})"
+        sizes = " / ".join(f"{size:.1f} MB" for size in preview.megabytes.values())
+        lines.append(
+            f"{preview.top_p:<7g} {spread:<21} {preview.num_parameters:>13,}   {preview.share:>6.1%}   {sizes}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,112 @@
+"""The command line, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from test_examples import ROOT
+
+from peft_esft import ESFTConfig, ExpertScores, select_experts
+from peft_esft.cli import main
+from peft_esft.preview import format_previews, preview_selections
+
+
+MODEL = str(ROOT / "examples" / "tiny_moe" / "model")
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """A score file made by the command, from the general text."""
+    folder = tmp_path_factory.mktemp("scores")
+    data = ROOT / "examples" / "tiny_moe" / "tasks" / "general.jsonl"
+    command = ["score", MODEL, "--data", str(data), "--out", str(folder / "s.json"), "--max-tokens", "2000"]
+    assert main([*command, "--dtype", "float32", "--json"]) == 0
+    return str(folder / "s.json")
+
+
+def test_score_writes_exact_token_counts(scored, capsys):
+    scores = ExpertScores.load(scored)
+    assert scores.num_tokens == 2000
+    assert len(scores.containers) == 4
+    assert set(scores.parameters_per_expert().values()) == {3 * 64 * 192}
+
+
+def test_select_prints_what_the_library_selects(scored, capsys, tmp_path):
+    for flags, settings in (
+        ([], {}),
+        (["--top-p", "0.4"], {"top_p": 0.4}),
+        (["--top-k", "5"], {"top_k": 5}),
+        (["--budget", "0.1", "--max-experts", "9"], {"budget": 0.1, "max_experts": 9}),
+        (["--metric", "gate", "--min-experts", "3"], {"metric": "gate", "min_experts": 3}),
+    ):
+        assert main(["select", scored, "--json", *flags]) == 0
+        assert json.loads(capsys.readouterr().out) == select_experts(ExpertScores.load(scored), **settings)
+    assert main(["select", scored, "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("#") > 4 and "adapter_config.json" in text
+    config = ESFTConfig.from_pretrained(str(tmp_path))
+    assert config.target_experts == select_experts(ExpertScores.load(scored))
+    assert config.selection["num_tokens"] == 2000
+
+
+def test_preview_counts_what_would_be_trained(scored, capsys):
+    scores = ExpertScores.load(scored)
+    previews = preview_selections(scores, [0.2, 1.0])
+    chosen = select_experts(scores, top_p=0.2)
+    assert previews[0].num_parameters == sum(map(len, chosen.values())) * 3 * 64 * 192
+    assert previews[0].megabytes["fp32"] == previews[0].num_parameters * 4 / 1e6
+    assert previews[0].mean == sum(map(len, chosen.values())) / 4
+    assert previews[1].share > previews[0].share > 0
+    assert len(format_previews(previews).splitlines()) == 3
+    assert main(["select", scored, "--preview"]) == 0
+    assert capsys.readouterr().out.count("MB") == 10
+
+
+def test_inspect_a_model_and_an_adapter(scored, capsys, tmp_path):
+    assert main(["inspect", MODEL]) == 0
+    assert "model.layers.3.mlp.experts: 64 experts of 36,864 parameters (fused)" in capsys.readouterr().out
+    main(["select", scored, "--out", str(tmp_path)])
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["target_experts"] == select_experts(ExpertScores.load(scored))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["select", "missing.json"], "missing.json"),
+        (["score", MODEL, "--data", "missing.jsonl", "--out", "x"], "missing.jsonl"),
+        (["inspect", "no/such/model"], "no/such/model"),
+    ],
+)
+def test_refusals_exit_with_1_and_say_why(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("peft-esft: ") and message in output.err
+    assert output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\nnonsense', "line 2 of"),
+        ("a.jsonl", "[1]", "line 1 of"),
+        ("a.jsonl", '{"prompt": "x"}', "neither a string nor has a text or messages entry"),
+        ("a.txt", "\n\n", "is empty"),
+    ],
+)
+def test_bad_data_files_are_refused_with_the_line(name, content, message, capsys, tmp_path):
+    (tmp_path / name).write_text(content)
+    assert main(["score", MODEL, "--data", str(tmp_path / name), "--out", str(tmp_path / "s.json")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_wrong_usage_exits_with_2(capsys):
+    for arguments in ([], ["nonsense"], ["select", "x", "--top-p", "0.1", "--top-k", "2"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 2
