@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="peft-esft",
-        description="Expert-Specialized Fine-Tuning: find out which experts of a mixture-of-experts model a task uses.",
+        description="Expert-Specialized Fine-Tuning: find out which experts of a model a task uses.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
 

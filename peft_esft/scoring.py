@@ -22,6 +22,7 @@ from .selection import Metric
 
 Averaging = Literal["sample", "token"]
 FORMAT_VERSION = 1
+FIRST_CHECKPOINT = 1024  # tokens; the next ones follow at each doubling
 IGNORED_LABEL = -100  # what the losses of transformers leave out
 
 
@@ -59,6 +60,30 @@ class ContainerScores:
 
 
 @dataclass(frozen=True)
+class HalfCounts:
+    """What two disjoint halves of the samples had chosen at one point of a run; see `analysis.stability_report`.
+
+    Attributes:
+        num_tokens: tokens of the first and of the second half.
+        selected_pairs: by container path, how often each half chose each expert, two lists of `E`.
+    """
+
+    num_tokens: list[int]
+    selected_pairs: dict[str, list[list[int]]]
+
+    def __add__(self, other: HalfCounts) -> HalfCounts:
+        return HalfCounts(
+            num_tokens=[a + b for a, b in zip(self.num_tokens, other.num_tokens, strict=True)],
+            selected_pairs={
+                path: [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(halves, other_halves, strict=True)]
+                for path, halves, other_halves in (
+                    (path, halves, other.selected_pairs[path]) for path, halves in self.selected_pairs.items()
+                )
+            },
+        )
+
+
+@dataclass(frozen=True)
 class ExpertScores:
     """How often a task chose each expert, and with what weight.
 
@@ -69,6 +94,7 @@ class ExpertScores:
         averaging: "sample" for the paper's equations, the mean over samples of each sample's mean over tokens;
             "token" for the released code's flat mean over tokens. They agree where all samples are equally long.
         model: name of the scored model, for the record.
+        halves: the counts of two disjoint halves of the samples, each time that the tokens had doubled and at the end.
     """
 
     containers: dict[str, ContainerScores]
@@ -76,6 +102,7 @@ class ExpertScores:
     num_samples: int
     averaging: Averaging = "sample"
     model: str | None = None
+    halves: list[HalfCounts] = field(default_factory=list, repr=False)
 
     def token(self) -> dict[str, Tensor]:
         """Token selection ratio `r_i` (arXiv 2407.01906, equation 6), float64 `[E]`; sums to 1 over a container."""
@@ -124,6 +151,7 @@ class ExpertScores:
             num_samples=self.num_samples + other.num_samples,
             averaging=self.averaging,
             model=self.model if self.model == other.model else None,
+            halves=self.halves + [self.halves[-1] + half for half in other.halves] if self.halves else other.halves,
         )
 
     def save(self, path: str | Path) -> None:
@@ -148,7 +176,8 @@ class ExpertScores:
         if set(record) != expected:
             raise ValueError(f"{path} holds the fields {sorted(record)}; expected {sorted(expected)}")
         containers = {path_: ContainerScores(**values) for path_, values in record.pop("containers").items()}
-        return cls(containers=containers, **record)
+        halves = [HalfCounts(**values) for values in record.pop("halves")]
+        return cls(containers=containers, halves=halves, **record)
 
     def __repr__(self) -> str:
         shapes = sorted({(c.num_experts, c.top_k) for c in self.containers.values()})
@@ -183,12 +212,20 @@ class RoutingAccumulator:
     def __init__(self, num_experts: int, device: torch.device) -> None:
         self.num_experts = num_experts
         self.top_k = 0
-        self.selected_pairs = torch.zeros(num_experts, dtype=torch.int64, device=device)
+        # By half: samples of even and of odd number.
+        self.half_pairs = torch.zeros(2, num_experts, dtype=torch.int64, device=device)
         self.gate_weight_sum, self.token_share_sum, self.gate_share_sum = (
             torch.zeros(num_experts, dtype=torch.float64, device=device) for _ in range(3)
         )
 
-    def update(self, top_k_index: Tensor, top_k_weights: Tensor, sample_of_token: Tensor, lengths: Tensor) -> None:
+    def update(
+        self,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        sample_of_token: Tensor,
+        lengths: Tensor,
+        half_of_sample: Tensor | None = None,
+    ) -> None:
         """Counts one batch.
 
         A pair counts if its weight is above 0: routers that skip an expert send it with weight 0.
@@ -198,6 +235,7 @@ class RoutingAccumulator:
             top_k_weights: `[T, K]`.
             sample_of_token: int64 `[T]`, the sample of each token; -1 for a token that does not count.
             lengths: int64 `[samples]`, counted tokens of each sample.
+            half_of_sample: int64 `[samples]` of 0 and 1; None puts all samples into the first half.
         """
         self.top_k = top_k_index.shape[1]
         num_samples = lengths.shape[0]
@@ -213,7 +251,8 @@ class RoutingAccumulator:
         gate_sums = gate_sums.index_add(0, bins, gates)[:-1].view(num_samples, self.num_experts)
 
         tokens = lengths.clamp(min=1)[:, None].to(torch.float64)
-        self.selected_pairs += pairs.sum(0)
+        half_of_sample = torch.zeros_like(lengths) if half_of_sample is None else half_of_sample
+        self.half_pairs.index_add_(0, half_of_sample, pairs)
         self.gate_weight_sum += gate_sums.sum(0)
         self.token_share_sum += (pairs / (tokens * self.top_k)).sum(0)
         self.gate_share_sum += (gate_sums / tokens).sum(0)
@@ -222,7 +261,7 @@ class RoutingAccumulator:
         """The sums so far, on the host."""
         return ContainerScores(
             top_k=self.top_k,
-            selected_pairs=self.selected_pairs.tolist(),
+            selected_pairs=self.half_pairs.sum(0).tolist(),
             gate_weight_sum=self.gate_weight_sum.tolist(),
             token_share_sum=self.token_share_sum.tolist(),
             gate_share_sum=self.gate_share_sum.tolist(),
@@ -235,11 +274,13 @@ class _Batch:
 
     sample_of_token: Tensor
     lengths: Tensor
-    _by_device: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    half_of_sample: Tensor
+    _by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._by_device:
-            self._by_device[device] = (self.sample_of_token.to(device), self.lengths.to(device))
+            tensors = (self.sample_of_token, self.lengths, self.half_of_sample)
+            self._by_device[device] = tuple(tensor.to(device) for tensor in tensors)  # type: ignore[assignment]
         return self._by_device[device]
 
 
@@ -293,7 +334,8 @@ def score_experts(
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if processes > 1:
         max_tokens = max_tokens // processes + (dist.get_rank() < max_tokens % processes)
-    num_tokens = num_samples = 0
+    num_tokens = num_samples = num_rows = 0
+    next_checkpoint = FIRST_CHECKPOINT
     was_training = model.training
     model.eval()
     try:
@@ -305,8 +347,9 @@ def score_experts(
             for inputs in batches:
                 if num_tokens >= max_tokens:
                     break
-                batch = _count_batch(inputs, max_tokens - num_tokens, answers_only)
+                batch = _count_batch(inputs, max_tokens - num_tokens, num_rows, answers_only)
                 counted = int(batch.lengths.sum())
+                num_rows += len(batch.lengths)
                 if counted == 0:
                     continue
                 observer.batch = batch
@@ -314,6 +357,10 @@ def score_experts(
                 num_tokens += counted
                 num_samples += int((batch.lengths > 0).sum())
                 bar.update(counted)
+                observer.half_tokens.index_add_(0, batch.half_of_sample, batch.lengths)
+                if num_tokens >= next_checkpoint:
+                    observer.note_halves()
+                    next_checkpoint = 2 * num_tokens
     finally:
         model.train(was_training)
     scores = ExpertScores(
@@ -325,6 +372,7 @@ def score_experts(
         num_samples=num_samples,
         averaging=averaging,
         model=getattr(getattr(model, "config", None), "name_or_path", None) or None,
+        halves=observer.halves(),
     )
     if processes > 1:
         gathered: list[Any] = [None] * processes
@@ -340,10 +388,23 @@ class _Observer:
 
     def __init__(self, containers: dict[str, ExpertsContainer]) -> None:
         self.batch: _Batch | None = None
+        self.half_tokens = torch.zeros(2, dtype=torch.int64)
+        self._noted: list[tuple[list[int], dict[str, Tensor]]] = []
         self.accumulators = {
             path: RoutingAccumulator(container.num_experts, container.module.down_proj.device)
             for path, container in containers.items()
         }
+
+    def note_halves(self) -> None:
+        """Keeps the counts of the halves as they are now, on their devices."""
+        pairs = {path: accumulator.half_pairs.clone() for path, accumulator in self.accumulators.items()}
+        self._noted.append((self.half_tokens.tolist(), pairs))
+
+    def halves(self) -> list[HalfCounts]:
+        """What was noted, and the counts at the end."""
+        if not self._noted or self._noted[-1][0] != self.half_tokens.tolist():
+            self.note_halves()
+        return [HalfCounts(tokens, {path: p.tolist() for path, p in pairs.items()}) for tokens, pairs in self._noted]
 
     def hook(self, path: str) -> Any:
         def observe(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -352,13 +413,13 @@ class _Observer:
             index, weights = bound["top_k_index"], bound["top_k_weights"]
             if self.batch is None:
                 return
-            sample_of_token, lengths = self.batch.on(index.device)
+            sample_of_token, lengths, half_of_sample = self.batch.on(index.device)
             if index.shape[0] != sample_of_token.shape[0]:
                 raise ValueError(
                     f"{path} was called with {index.shape[0]} tokens for a batch of {sample_of_token.shape[0]}; the "
                     "tokens of such a container cannot be told apart"
                 )
-            self.accumulators[path].update(index, weights, sample_of_token, lengths)
+            self.accumulators[path].update(index, weights, sample_of_token, lengths, half_of_sample)
 
         return observe
 
@@ -377,7 +438,7 @@ def _observing(containers: dict[str, ExpertsContainer]) -> Iterator[_Observer]:
             handle.remove()
 
 
-def _count_batch(inputs: Mapping[str, Any], remaining: int, answers_only: bool) -> _Batch:
+def _count_batch(inputs: Mapping[str, Any], remaining: int, first_sample: int, answers_only: bool) -> _Batch:
     """Which tokens of a batch count, at most `remaining` of them, in the order of the batch."""
     tokens = inputs.get("input_ids")
     if tokens is None:
@@ -395,7 +456,8 @@ def _count_batch(inputs: Mapping[str, Any], remaining: int, answers_only: bool) 
         counts = counts & (inputs["labels"].cpu() != IGNORED_LABEL)
     counts = counts & (counts.reshape(-1).cumsum(0).view_as(counts) <= remaining)
     samples = torch.arange(num_samples)[:, None].expand(num_samples, length)
-    return _Batch(torch.where(counts, samples, -1).reshape(-1), counts.sum(1))
+    halves = (first_sample + torch.arange(num_samples)) % 2
+    return _Batch(torch.where(counts, samples, -1).reshape(-1), counts.sum(1), halves)
 
 
 def _to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""Was the sample big enough? Two halves of it should choose the same experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..scoring import ExpertScores, HalfCounts
+from ..selection import DEFAULT_TOP_P, select_experts
+
+
+@dataclass(frozen=True)
+class StabilityPoint:
+    """How far two halves of the samples agreed when so many tokens had been scored.
+
+    Attributes:
+        num_tokens: tokens of both halves together.
+        shared: by container path, the experts that both halves select.
+        selected: by container path, the experts that a half selects, mean of the two.
+    """
+
+    num_tokens: int
+    shared: dict[str, int]
+    selected: dict[str, float]
+
+    @property
+    def agreement(self) -> float:
+        """Share of the selected experts on which the halves agree, over all containers."""
+        return sum(self.shared.values()) / max(1e-9, sum(self.selected.values()))
+
+
+@dataclass(frozen=True)
+class StabilityReport:
+    """Agreement of two disjoint halves at growing token counts; `print` it.
+
+    Attributes:
+        top_p: the threshold of the selections that are compared (metric "token", flat mean over tokens).
+        points: in growing order of tokens.
+    """
+
+    top_p: float
+    points: list[StabilityPoint]
+
+    def __str__(self) -> str:
+        lines = [f"tokens    agreement of two halves (top_p {self.top_p})"]
+        lines += [f"{point.num_tokens:<9,} {point.agreement:.0%}" for point in self.points]
+        last = self.points[-1]
+        weakest = min(last.shared, key=lambda path: last.shared[path] / last.selected[path])
+        lines.append(
+            f"weakest container: {weakest}, where the halves share {last.shared[weakest]} of "
+            f"{last.selected[weakest]:.1f} experts"
+        )
+        return "\n".join(lines)
+
+
+def stability_report(scores: ExpertScores, *, top_p: float = DEFAULT_TOP_P["token"]) -> StabilityReport:
+    """Compares the selections of two disjoint halves of the scored samples, at growing token counts.
+
+    The samples of even and of odd number are the halves. Each has half of the tokens, so the whole sample is at least
+    as reliable as the report says. The paper's sample is 131,072 tokens.
+
+    Args:
+        scores: from `score_experts`.
+        top_p: the threshold to select with, by the token selection ratio.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: if the scores hold no two halves, for example because there was a single sample.
+
+    Example:
+        >>> print(stability_report(scores))
+    """
+    points = [_compare(half, top_p) for half in scores.halves if min(half.num_tokens) > 0]
+    if not points:
+        raise ValueError("the scores hold no two halves to compare: there was a single sample, or none")
+    return StabilityReport(top_p, points)
+
+
+def _compare(half: HalfCounts, top_p: float) -> StabilityPoint:
+    selections = []
+    for number in (0, 1):
+        shares = {
+            path: [pairs / sum(rows[number]) for pairs in rows[number]]
+            for path, rows in half.selected_pairs.items()
+            if min(map(sum, rows)) > 0
+        }
+        selections.append(select_experts(shares, top_p=top_p))
+    first, second = selections
+    return StabilityPoint(
+        num_tokens=sum(half.num_tokens),
+        shared={path: len(set(ids) & set(second[path])) for path, ids in first.items()},
+        selected={path: (len(ids) + len(second[path])) / 2 for path, ids in first.items()},
+    )
