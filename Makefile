@@ -4,7 +4,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow lint types docs clean
+.PHONY: demo test test-slow lint types docs bench clean
 
 demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
 	$(RUN) examples/demo.py
@@ -24,6 +24,9 @@ types: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
+	$(RUN) benchmarks/scoring.py
 
 clean:
 	rm -rf $(VENV) site demo_output

@@ -154,6 +154,23 @@ class ExpertScores:
             halves=self.halves + [self.halves[-1] + half for half in other.halves] if self.halves else other.halves,
         )
 
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row for each expert: container, expert, selected_pairs, token, gate."""
+        import pandas as pd
+
+        token, gate = self.token(), self.gate()
+        return pd.DataFrame(
+            {
+                "container": path,
+                "expert": expert,
+                "selected_pairs": pairs,
+                "token": float(token[path][expert]),
+                "gate": float(gate[path][expert]),
+            }
+            for path, container in self.containers.items()
+            for expert, pairs in enumerate(container.selected_pairs)
+        )
+
     def save(self, path: str | Path) -> None:
         """Writes the scores as JSON."""
         Path(path).write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n")

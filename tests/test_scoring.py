@@ -185,6 +185,14 @@ def test_config_from_scores_records_the_choice():
     assert config.task_type == "CAUSAL_LM"
 
 
+def test_the_data_frame_has_a_row_for_each_expert():
+    scores = score_experts(tiny_model("olmoe"), [{"input_ids": random_tokens()}], progress=False)
+    frame = scores.to_dataframe()
+    assert len(frame) == 16
+    assert frame.groupby("container")["token"].sum().tolist() == pytest.approx([1, 1])
+    assert frame["selected_pairs"].sum() == 2 * 2 * scores.num_tokens
+
+
 def test_answers_only_counts_the_trained_tokens():
     model = tiny_model("olmoe")
     tokens = random_tokens(2, 8)

@@ -1,0 +1,92 @@
+"""Time of scoring over a plain forward pass.
+
+    python benchmarks/scoring.py
+
+The two take turns in one process. Reported are the median of the ratios of neighbouring passes, the ratio of the
+fastest ones, and the bytes that the accumulators hold.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from peft_esft import find_experts
+from peft_esft.scoring import _count_batch, _observing
+
+from reporting import versions, write_results
+
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 4, 64, 6, 512, 256
+BATCHES = [(1, 256), (4, 256), (8, 512)]
+ROUNDS = 41
+
+
+def build_model() -> OlmoeForCausalLM:
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        vocab_size=4096,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return OlmoeForCausalLM(config).eval()
+
+
+@torch.inference_mode()
+def measure(model: OlmoeForCausalLM, rows: int, length: int) -> dict[str, float]:
+    """Interleaved rounds of one plain and one scored pass over the same batch."""
+    inputs = {"input_ids": torch.randint(4096, (rows, length))}
+    containers = find_experts(model)
+    seconds: dict[str, list[float]] = {"plain": [], "scored": []}
+    for _ in range(3):
+        model(**inputs)
+    for number in range(ROUNDS):
+        for kind in ("plain", "scored") if number % 2 else ("scored", "plain"):
+            started = time.perf_counter()
+            if kind == "plain":
+                model(**inputs)
+            else:
+                with _observing(containers) as observer:
+                    observer.batch = _count_batch(inputs, 10**9, 0, False)
+                    model(**inputs)
+            seconds[kind].append(time.perf_counter() - started)
+    held = sum(
+        tensor.numel() * tensor.element_size()
+        for accumulator in observer.accumulators.values()
+        for tensor in vars(accumulator).values()
+        if isinstance(tensor, torch.Tensor)
+    )
+    return {
+        "tokens": rows * length,
+        "median of ratios": statistics.median(s / p for s, p in zip(seconds["scored"], seconds["plain"], strict=True)),
+        "ratio of minima": min(seconds["scored"]) / min(seconds["plain"]),
+        "accumulators (bytes)": held,
+    }
+
+
+def main() -> None:
+    model = build_model()
+    rows = [measure(model, *batch) for batch in BATCHES]
+    write_results(
+        "scoring",
+        "Scoring over a plain forward pass",
+        f"OLMoE-like, fp32: {LAYERS} layers, {EXPERTS} experts, top-{TOP_K}, hidden {HIDDEN}, expert width {INTERMEDIATE}; "
+        f"{ROUNDS} interleaved rounds.",
+        rows,
+        versions(),
+    )
+
+
+if __name__ == "__main__":
+    main()
