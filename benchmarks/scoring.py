@@ -81,8 +81,8 @@ def main() -> None:
     write_results(
         "scoring",
         "Scoring over a plain forward pass",
-        f"OLMoE-like, fp32: {LAYERS} layers, {EXPERTS} experts, top-{TOP_K}, hidden {HIDDEN}, expert width {INTERMEDIATE}; "
-        f"{ROUNDS} interleaved rounds.",
+        f"OLMoE-like, fp32: {LAYERS} layers, {EXPERTS} experts, top-{TOP_K}, hidden {HIDDEN}, "
+        f"expert width {INTERMEDIATE}; {ROUNDS} interleaved rounds.",
         rows,
         versions(),
     )
