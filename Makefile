@@ -27,6 +27,7 @@ docs: $(VENV)/.installed
 
 bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/scoring.py
+	$(RUN) benchmarks/inference.py
 
 clean:
 	rm -rf $(VENV) site demo_output

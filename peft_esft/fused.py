@@ -25,7 +25,7 @@ class FusedExperts(ESFTLayer):
             hidden_states,
             top_k_index,
             top_k_weights,
-            trained=self._weights({name: self.effective_rows(name, adapter_names) for name in self.weight_names}),
+            trained=self._weights({name: self.rows_for_forward(name, adapter_names) for name in self.weight_names}),
             frozen=self._weights({name: self._base_weight(name)[: self.num_experts] for name in self.weight_names}),
             slots=self.slots(adapter_names, hidden_states.device),
             body=self._body(),

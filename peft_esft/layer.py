@@ -52,6 +52,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._slots: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
         self._trained_pairs: dict[str, Tensor] = {}
+        self._rows: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
         # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
         self._replaced_ids: list[int] = []
         self._replaced_rows: dict[str, Tensor] = {}
@@ -108,6 +109,24 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         base = self._base_weight(weight_name)
         rows = base.index_select(0, torch.tensor(ids, device=base.device))
         return self._with_deltas(rows, ids, weight_name, adapter_names)
+
+    def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
+        """`effective_rows`, computed once for adapters that are not trained, until a delta or the base changes."""
+        deltas = [self._deltas(weight_name)[name] for name in adapter_names]
+        if any(delta.requires_grad for delta in deltas):
+            return self.effective_rows(weight_name, adapter_names)
+        # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
+        sources = [self._base_weight(weight_name), *deltas]
+        state = (tuple(adapter_names), [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources])
+        known = self._rows.get(weight_name)
+        if known is None or known[0] != state:
+            # A tensor made in inference mode could not take part in a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                rows = self.effective_rows(weight_name, adapter_names)
+            # Holding the sources keeps their ids from being given to other tensors.
+            known = (state, sources, rows)
+            self._rows[weight_name] = known
+        return known[2]
 
     def slots(self, adapter_names: Sequence[str], device: torch.device) -> Tensor:
         """The sorting keys of the experts, see `functional.expert_slots`; kept until an adapter changes."""
@@ -244,6 +263,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """Drops what was derived from an adapter that changes."""
         self._slots = {key: slots for key, slots in self._slots.items() if adapter_name not in key[0]}
         self._trained_pairs.pop(adapter_name, None)
+        self._rows = {}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own looks for `base_layer.weight`, which fused experts do not have, and casts to its dtype: that would

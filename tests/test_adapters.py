@@ -480,3 +480,70 @@ def test_training_works_after_a_call_in_inference_mode():
         model(input_ids=TOKENS)
     task_loss(model(input_ids=TOKENS)[0]).backward()
     assert all(delta.grad is not None for delta in deltas_of(model).values())
+
+
+def frozen_adapter():
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base, inference_mode=True)).eval()
+    randomize(model)
+    return model
+
+
+CHANGES = {
+    "in place": lambda layer: layer.esft_down_proj["default"].mul_(2),
+    "replaced": lambda layer: layer.esft_down_proj.update(
+        {"default": torch.nn.Parameter(2 * layer.esft_down_proj["default"], requires_grad=False)}
+    ),
+    "data replaced": lambda layer: setattr(
+        layer.esft_down_proj["default"], "data", 2 * layer.esft_down_proj["default"]
+    ),
+    "base": lambda layer: layer.base_layer.down_proj.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_effective_rows_follow_every_change_of_delta_or_base(change):
+    model = frozen_adapter()
+    before = logits(model)
+    with torch.no_grad():
+        CHANGES[change](layers(model)[0])
+    after = logits(model)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, logits(copy.deepcopy(model).merge_and_unload()))
+
+
+def test_effective_rows_of_a_frozen_adapter_are_computed_once(monkeypatch):
+    model = frozen_adapter()
+    computed = []
+    original = ESFTLayer.effective_rows
+    monkeypatch.setattr(ESFTLayer, "effective_rows", lambda *args: computed.append(args) or original(*args))
+    for _ in range(3):
+        logits(model)
+    assert len(computed) == 4  # two layers of two weights
+    model.to(torch.bfloat16)
+    logits(model)
+    assert len(computed) == 8
+
+
+def test_rows_made_in_inference_mode_serve_a_later_backward():
+    model = frozen_adapter()
+    with torch.inference_mode():
+        expected = model(input_ids=TOKENS)[0]
+    embeddings = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    output = model(inputs_embeds=embeddings)[0]
+    torch.testing.assert_close(output, expected.clone())
+    task_loss(output).backward()
+    assert embeddings.grad.any()
+
+
+def test_switching_back_and_forth_uses_the_right_rows():
+    model = two_adapters()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    outputs = {}
+    for _ in range(2):
+        for name in ("a", "b"):
+            model.base_model.set_adapter(name, inference_mode=True)
+            output = logits(model)
+            assert torch.equal(outputs.setdefault(name, output), output)
+    assert not torch.allclose(outputs["a"], outputs["b"])

@@ -1,0 +1,72 @@
+"""Inference with an unmerged and a merged adapter over the base alone.
+
+    python benchmarks/inference.py
+
+The three take turns in one process on the same inputs; reported are medians of the ratios of neighbouring calls, and
+ratios of the fastest calls.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from peft import get_peft_model
+from scoring import build_model
+
+from peft_esft import ESFTConfig, find_experts
+
+from reporting import versions, write_results
+
+
+TRAINED = 8  # of 64 experts in each layer
+CASES = {"prefill 1 x 1,024": (1, 1024, 15), "decode 1 x 1": (1, 1, 201), "decode 8 x 1": (8, 1, 101)}
+
+
+def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, the order turning round."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for call in calls.values():
+        call()
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            started = time.perf_counter()
+            calls[name]()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+@torch.inference_mode()
+def measure(case: str, dtype: torch.dtype) -> dict[str, object]:
+    base = build_model().to(dtype)
+    selection = {path: list(range(0, 64, 64 // TRAINED)) for path in find_experts(base)}
+    config = ESFTConfig(target_experts=selection, inference_mode=True, init_weights=False)
+    unmerged = get_peft_model(copy.deepcopy(base), config).eval()
+    merged = copy.deepcopy(unmerged).merge_and_unload()
+    rows, length, rounds = CASES[case]
+    tokens = torch.randint(4096, (rows, length))
+    calls = {
+        name: lambda m=m: m(input_ids=tokens)
+        for name, m in (("base", base), ("unmerged", unmerged), ("merged", merged))
+    }
+    seconds = time_in_turns(calls, rounds)
+    result: dict[str, object] = {"case": case, "dtype": str(dtype).removeprefix("torch.")}
+    for name in ("unmerged", "merged"):
+        ratios = [own / plain for own, plain in zip(seconds[name], seconds["base"], strict=True)]
+        result[f"{name}: median of ratios"] = statistics.median(ratios)
+        result[f"{name}: ratio of minima"] = min(seconds[name]) / min(seconds["base"])
+    return result
+
+
+def main() -> None:
+    rows = [measure(case, dtype) for dtype in (torch.float32, torch.bfloat16) for case in CASES]
+    setting = f"OLMoE-like model of benchmarks/scoring.py, {TRAINED} of 64 experts in each layer adapted, base = 1."
+    write_results("inference", "Inference with an adapter over the base alone", setting, rows, versions())
+
+
+if __name__ == "__main__":
+    main()
