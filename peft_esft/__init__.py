@@ -13,7 +13,8 @@ from .config import ESFTConfig  # noqa: E402
 from .containers import ExpertsContainer, find_experts  # noqa: E402
 from .layer import ESFTLayer  # noqa: E402
 from .model import ESFTModel  # noqa: E402
-from .scoring import ExpertScores, score_experts  # noqa: E402
+from .scores import ExpertScores  # noqa: E402
+from .scoring import score_experts  # noqa: E402
 from .selection import random_experts, select_experts  # noqa: E402
 
 

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .batches import text_batches
 from .config import ESFTConfig
 from .containers import find_experts
 from .preview import format_previews, preview_selections
-from .scoring import ExpertScores, score_experts
-from .selection import select_experts
+from .scores import ExpertScores
+from .scoring import score_experts
+from .selection import Metric, select_experts
 
 
 BAR_WIDTH = 32
@@ -72,10 +73,10 @@ def _parser() -> argparse.ArgumentParser:
     select.set_defaults(command=_select)
     select.add_argument("scores", type=Path, help="file written by `peft-esft score`")
     select.add_argument(
-        "--metric", choices=["token", "gate"], default="token", help="which score (default: %(default)s)"
+        "--metric", choices=get_args(Metric), default="token", help="which score (default: %(default)s)"
     )
     how = select.add_mutually_exclusive_group()
-    how.add_argument("--top-p", type=float, help="share to cover in each layer (default: 0.2 for token, 0.1 for gate)")
+    how.add_argument("--top-p", type=float, help="share to cover in each layer (default: 0.2, for gate 0.1)")
     how.add_argument("--top-k", type=int, help="the same number of experts in every layer")
     how.add_argument("--budget", type=float, help="share of all experts' parameters, spread by score")
     how.add_argument("--preview", action="store_true", help="only show what several values of --top-p would cost")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,7 +14,7 @@ from .selection import DEFAULT_TOP_P, Metric, select_experts
 
 
 if TYPE_CHECKING:
-    from .scoring import ExpertScores
+    from .scores import ExpertScores
 
 
 @dataclass
@@ -26,11 +27,17 @@ class ESFTConfig(PeftConfig):
             `find_experts`) or by the index of the decoder layer (`3` or `"3"`), which is resolved to the path when the
             adapter is attached.
         train_shared_experts (`bool`, *optional*, defaults to `False`):
-            Also train the shared experts. Not available yet.
+            Also train the experts that every token goes through, in all layers that have some.
         train_non_expert_modules (`bool`, *optional*, defaults to `False`):
-            Also train everything that is not an expert. Not available yet.
+            Also train everything that is neither an expert nor a shared expert; routers included, as the released code
+            of the paper does.
         rank (`int`, *optional*):
-            The rank of the deltas; None means full rank. Only None is available yet.
+            The rank of the deltas; None means full rank. With a rank only matrices change, vectors such as biases do
+            not.
+        alpha (`float`, *optional*):
+            Deltas of low rank are scaled by `alpha / rank`; None means `alpha = rank`.
+        use_rslora (`bool`, *optional*, defaults to `False`):
+            Scale by `alpha / sqrt(rank)` instead (arXiv 2312.03732).
         modules_to_save (`list[str]`, *optional*):
             Further modules that are trained and saved whole, for example a classification head.
         exclude_modules (`list[str]` or `str`, *optional*):
@@ -44,7 +51,8 @@ class ESFTConfig(PeftConfig):
             True starts from zero deltas: the model is unchanged before training. False starts from small random
             deltas, which is of use in tests only.
         selection (`dict`, *optional*):
-            Where the choice of experts came from: metric, top_p, averaging, tokens seen. A record; nothing reads it.
+            Where the choice of experts came from: metric, top_p, averaging, tokens seen. A record, but for
+            `num_experts`: a model that has another number of experts than the one scored is refused.
     """
 
     target_experts: dict[str, list[int]] | None = field(
@@ -52,14 +60,16 @@ class ESFTConfig(PeftConfig):
         metadata={"help": "The experts to train: {module path of the container or decoder layer index: expert ids}."},
     )
     train_shared_experts: bool = field(
-        default=False, metadata={"help": "Also train the shared experts. Not available yet."}
+        default=False, metadata={"help": "Also train the experts that every token goes through."}
     )
     train_non_expert_modules: bool = field(
-        default=False, metadata={"help": "Also train everything that is not an expert. Not available yet."}
+        default=False, metadata={"help": "Also train everything that is not an expert, routers included."}
     )
-    rank: int | None = field(
-        default=None, metadata={"help": "Rank of the deltas; None means full rank, the only choice yet."}
+    rank: int | None = field(default=None, metadata={"help": "Rank of the deltas; None means full rank."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Deltas of low rank are scaled by alpha / rank; None means alpha = rank."}
     )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank) instead."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained and saved whole."}
     )
@@ -85,6 +95,9 @@ class ESFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.ESFT
+        # What is adapted in the model at hand, by module path, once the adapter is attached. No field: of no meaning
+        # in a file.
+        self.adapted_paths: dict[str, list[int]] = {}
         if self.target_experts is not None:
             self.target_experts = check_target_experts(self.target_experts)
         if isinstance(self.exclude_modules, set):
@@ -93,6 +106,38 @@ class ESFTConfig(PeftConfig):
             raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"rank is {self.rank!r}; it is None for full-rank deltas or a positive integer")
+        if self.rank is None and (self.alpha is not None or self.use_rslora):
+            raise ValueError("alpha and use_rslora scale deltas of low rank; without rank they would have no effect")
+
+    @property
+    def scaling(self) -> float:
+        """What the product of a low-rank delta's factors is multiplied with; 1 for full-rank deltas."""
+        if self.rank is None:
+            return 1.0
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / math.sqrt(self.rank) if self.use_rslora else alpha / self.rank
+
+    @classmethod
+    def balance(cls, scores: ExpertScores, **kwargs: Any) -> ESFTConfig:
+        """The paper's choice between the task and all else (arXiv 2407.01906, section 6.3): relevant experts only.
+
+        Args:
+            scores: from `score_experts`.
+            **kwargs: see `from_scores`.
+        """
+        return cls.from_scores(scores, **kwargs)
+
+    @classmethod
+    def specialise(cls, scores: ExpertScores, **kwargs: Any) -> ESFTConfig:
+        """The paper's choice for the task alone (arXiv 2407.01906, section 6.3).
+
+        Relevant experts, shared experts, and all non-expert modules are trained.
+
+        Args:
+            scores: from `score_experts`.
+            **kwargs: see `from_scores`.
+        """
+        return cls.from_scores(scores, train_shared_experts=True, train_non_expert_modules=True, **kwargs)
 
     @classmethod
     def from_scores(
@@ -111,8 +156,9 @@ class ESFTConfig(PeftConfig):
 
         Args:
             scores: from `score_experts`.
-            metric: "token" for the token selection ratio, "gate" for the average gate score.
-            top_p: the share that the chosen experts cover; None means the paper's: 0.2 for "token", 0.1 for "gate".
+            metric: "token" for the token selection ratio, "gate" for the average gate score, "gate_share" for the
+                latter as a share of the layer's.
+            top_p: the share that the chosen experts cover; None means 0.2, the paper's 0.1 for "gate".
             top_k: see `select_experts`, as for the next three.
             budget: share of the experts' parameters.
             min_experts: of each container.
@@ -144,6 +190,7 @@ class ESFTConfig(PeftConfig):
             "averaging": scores.averaging,
             "num_tokens": scores.num_tokens,
             "num_samples": scores.num_samples,
+            "num_experts": {path: scores.containers[path].num_experts for path in target_experts},
         }
         return cls(target_experts=target_experts, selection=selection, **kwargs)
 

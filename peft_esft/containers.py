@@ -1,4 +1,4 @@
-"""Finds the experts containers of a model and describes each: path, kind, weights, layout, number of experts.
+"""Finds the experts containers of a model and describes each: path, kind, weights, layout, number of experts, router.
 
 Everything that is known of an architecture is data in this file. A container is recognised by what it is, never by the
 name of its module.
@@ -7,15 +7,28 @@ name of its module.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from .routing import (
+    RoutingSource,
+    read_doge_call,
+    read_jetmoe_router,
+    read_llama4_router,
+    read_nllb_call,
+    read_one_hot_call,
+    read_router_result,
+    read_standard_call,
+    read_vitpose_call,
+)
+from .weights import ExpertWeight, ListedWeight, StackedForm, StackedWeight
 
-ContainerKind = Literal["fused"]
+
+ContainerKind = Literal["fused", "listed", "stacked", "module"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +54,88 @@ class ExpertsLayout:
     identity_experts: str | None = None
 
 
+STANDARD_CALL = RoutingSource(read_standard_call)
+
 UNFLAGGED_LAYOUTS: dict[str, ExpertsLayout] = {
     "Step3p7Experts": ExpertsLayout(),
     "LongcatFlashExperts": ExpertsLayout(identity_experts="zero_expert_num"),
 }
 """Fused experts of transformers that share the call of the standard ones but do not carry their flags."""
 
+
+@dataclass(frozen=True)
+class KnownContainer:
+    """What has to be said of a class that does not say it itself.
+
+    Attributes:
+        routing: where its routing can be seen.
+        weights: `{name: parameter below the module}` of experts stacked in parameters; empty for a list of modules.
+        form: how the experts lie in these parameters.
+        refusal: why its experts cannot be trained, and what would do; None if they can.
+    """
+
+    routing: RoutingSource
+    weights: dict[str, str] = field(default_factory=dict)
+    form: StackedForm = "stacked"
+    refusal: str | None = None
+
+
+_QUANTISED = "its experts are quantised, and no gradient reaches them. Load the model with {} or without quantization"
+_FUSED_WEIGHTS = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj"}
+
+KNOWN_CONTAINERS: dict[str, KnownContainer] = {
+    "Llama4TextExperts": KnownContainer(
+        RoutingSource(read_llama4_router, watched="router", of_result=True), _FUSED_WEIGHTS
+    ),
+    "DbrxExperts": KnownContainer(STANDARD_CALL, {"w1": "mlp.w1", "v1": "mlp.v1", "w2": "mlp.w2"}, form="flat"),
+    "JetMoeParallelExperts": KnownContainer(
+        RoutingSource(read_jetmoe_router, watched="router", of_result=True), {"weight": "weight"}
+    ),
+    "DogeCDMoE": KnownContainer(
+        RoutingSource(read_doge_call, of_result=True),
+        {"down_embed": "down_embed.weight", "up_embed": "up_embed.weight"},
+    ),
+    "SwitchTransformersExperts": KnownContainer(RoutingSource(read_one_hot_call)),
+    "NllbMoeExperts": KnownContainer(RoutingSource(read_nllb_call)),
+    "VitPoseNaiveMoe": KnownContainer(RoutingSource(read_vitpose_call)),
+    "FP8Experts": KnownContainer(
+        STANDARD_CALL, {"down_proj": "down_proj"}, refusal=_QUANTISED.format("FineGrainedFP8Config(dequantize=True)")
+    ),
+    "Mxfp4GptOssExperts": KnownContainer(
+        STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("Mxfp4Config(dequantize=True)")
+    ),
+}
+"""Containers that are neither standard fused experts nor a plain list of modules beside a router."""
+
+GATED_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""Gate, up and down projection of experts in modules of their own; `gate_up_proj` and `down_proj` in fused ones."""
+
+SHARED_EXPERTS = re.compile(r"shared_(experts?|mlp)")
+"""Names of the modules that hold what transformers' families call shared experts."""
+
 READABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a container stands in the model.
+
+    Attributes:
+        path: the module's path, without the prefix of a PEFT wrapper.
+        called: the module that the forward pass calls: an adapter layer around the container if there is one.
+        module: the container itself.
+        parent: the module that holds it.
+    """
+
+    path: str
+    called: Any = field(repr=False, compare=False)
+    module: Any = field(repr=False, compare=False)
+    parent: Any = field(repr=False, compare=False)
+
+    def watched(self, source: RoutingSource) -> nn.Module:
+        """The module whose call shows the routing."""
+        watched: nn.Module = self.called if source.watched == "container" else getattr(self.parent, source.watched)
+        return watched
 
 
 @dataclass(frozen=True)
@@ -55,34 +143,62 @@ class ExpertsContainer:
     """One module that holds the routed experts of one layer.
 
     Attributes:
-        path: the module's path in the model, without the prefix of a PEFT wrapper.
-        module: the module itself; the base module where an adapter layer is wrapped around it.
-        kind: "fused" for experts in fused 3-D parameters behind `forward(hidden_states, top_k_index, top_k_weights)`.
-        layout: how they are stored.
+        places: where it stands; more than one if other modules share all of its weights.
+        kind: "fused" for experts in fused 3-D parameters behind `forward(hidden_states, top_k_index, top_k_weights)`;
+            "listed" for a list of experts in modules of their own; "stacked" for any other layout with the experts on
+            one dimension of a parameter; "module" for a module trained whole, as if it were one expert.
         num_experts: routed experts that have weights.
-        weight_names: the parameters with a leading expert dimension.
-        layer_index: the number of the decoder layer, counted as the path counts it; None if the path has no number.
+        weights: how each weight of the experts is stored.
+        layout: the flags of fused experts.
+        routing: where the routing can be seen; None if only the calls of the single experts can.
+        refusal: why its experts cannot be trained, and what would do; None if they can.
     """
 
-    path: str
-    module: Any = field(repr=False, compare=False)
+    places: tuple[Place, ...]
     kind: ContainerKind
-    layout: ExpertsLayout
     num_experts: int
-    weight_names: tuple[str, ...]
-    layer_index: int | None
+    weights: tuple[ExpertWeight, ...] = field(repr=False)
+    layout: ExpertsLayout = field(default=ExpertsLayout(), repr=False)
+    routing: RoutingSource | None = field(default=None, repr=False)
+    refusal: str | None = field(default=None, repr=False)
 
     @property
-    def wrapper_or_module(self) -> nn.Module:
-        """The module that is called in the forward pass: an adapter layer around the container if there is one."""
-        return self._called[0] if self._called else self.module
+    def path(self) -> str:
+        """The module's path in the model, without the prefix of a PEFT wrapper; the first one if it is tied."""
+        return self.places[0].path
 
-    _called: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
+    @property
+    def module(self) -> Any:
+        """The module itself; the base module where an adapter layer is wrapped around it."""
+        return self.places[0].module
+
+    @property
+    def wrapper_or_module(self) -> Any:
+        """The module that is called in the forward pass: an adapter layer around the container if there is one."""
+        return self.places[0].called
+
+    @property
+    def layer_index(self) -> int | None:
+        """The number of the layer, counted as the path counts it; None if the path has no number."""
+        number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", self.path)
+        return int(number[1]) if number else None
+
+    @property
+    def weight_names(self) -> tuple[str, ...]:
+        """Names of the weights, as in adapter files."""
+        return tuple(weight.name for weight in self.weights)
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each weight for one expert, without the expert dimension."""
+        return {weight.name: weight.shape(self.module) for weight in self.weights}
 
     @property
     def hidden_size(self) -> int:
-        """The width of the experts' input and output, which need not be the model's."""
-        return self.module.down_proj.shape[2 if self.layout.is_transposed else 1]
+        """The width of the experts' input, which need not be the model's."""
+        if self.kind == "fused":
+            return self.weight_shapes["down_proj"][1 if self.layout.is_transposed else 0]
+        return next(iter(self.weight_shapes.values()))[-1]
 
     @property
     def num_identity_experts(self) -> int:
@@ -92,12 +208,16 @@ class ExpertsContainer:
     @property
     def parameters_per_expert(self) -> int:
         """Number of weights of one expert."""
-        return sum(getattr(self.module, name)[0].numel() for name in self.weight_names)
+        return sum(torch.Size(shape).numel() for shape in self.weight_shapes.values())
 
     @property
-    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each weight for one expert, without the expert dimension."""
-        return {name: tuple(getattr(self.module, name).shape[1:]) for name in self.weight_names}
+    def device(self) -> torch.device:
+        """The device of the experts' weights."""
+        return self.weights[0].parameters(self.module)[0].device
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters that hold weights of the experts."""
+        return [parameter for weight in self.weights for parameter in weight.parameters(self.module)]
 
 
 def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
@@ -108,15 +228,42 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
 
     Returns:
         A description for each container, keyed by its module path, in the order of the model's modules. Empty if the
-        model holds no experts of a known kind.
+        model holds no experts of a known kind. Containers that share all their weights are one, with several places.
 
     Example:
         >>> find_experts(model)["model.layers.0.mlp.experts"].num_experts
         64
     """
-    base: Any = model
-    model = base.get_base_model() if hasattr(base, "get_base_model") else base
-    return {container.path: container for container in _walk(model, "")}
+    return _join_tied(_walk(_base_model(model), "", None))
+
+
+def find_shared_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
+    """Finds the experts that every token goes through, each a container of kind "module"."""
+    containers = find_experts(model)
+    experts = {place.path for container in containers.values() for place in container.places}
+    if not experts:
+        return {}
+    found = (
+        _describe_whole(place)
+        for place in _places(_base_model(model), "", None)
+        if SHARED_EXPERTS.fullmatch(place.path.rpartition(".")[2]) and place.path not in experts
+    )
+    return _join_tied(found)
+
+
+def find_other_modules(model: nn.Module) -> tuple[dict[str, ExpertsContainer], list[str]]:
+    """Finds all that is neither an expert nor a shared expert, routers included.
+
+    Returns:
+        The smallest modules that hold parameters, each a container of kind "module"; and the names of the parameters
+        that cannot be trained so, since they belong directly to a module that holds experts too.
+    """
+    base = _base_model(model)
+    containers = [*find_experts(model).values(), *find_shared_experts(model).values()]
+    taken = {place.path for container in containers for place in container.places}
+    left_out: list[str] = []
+    found = list(_walk_others(Place("", base, base, None), taken, left_out))
+    return _join_tied(found), left_out
 
 
 def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -> str:
@@ -125,8 +272,9 @@ def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -
     Raises:
         ValueError: if no container, or more than one, fits the key.
     """
-    if key in containers:
-        return str(key)
+    for path, container in containers.items():
+        if any(place.path == key for place in container.places):
+            return path
     if re.fullmatch(r"\d+", str(key)):
         paths = [path for path, container in containers.items() if container.layer_index == int(key)]
         if len(paths) == 1:
@@ -141,37 +289,108 @@ def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -
     )
 
 
-def describe_experts(module: nn.Module, path: str) -> ExpertsContainer | None:
-    """Describes one module if it is an experts container, looking through an adapter layer; None otherwise."""
-    called = module
-    base: Any = getattr(module, "base_layer", module)
-    layout = _fused_layout(base)
-    if layout is None:
-        return None
-    up_proj = "gate_up_proj" if layout.has_gate else "up_proj"
-    weight_names = [up_proj, "down_proj"]
-    if layout.has_bias:
-        weight_names += [f"{up_proj}_bias", "down_proj_bias"]
-    numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", path)
-    return ExpertsContainer(
-        path=path,
-        module=base,
-        kind="fused",
-        layout=layout,
-        num_experts=base.down_proj.shape[0],
-        weight_names=tuple(weight_names),
-        layer_index=int(numbers[0]) if numbers else None,
-        _called=(called,) if called is not base else (),
-    )
+def _base_model(model: nn.Module) -> nn.Module:
+    base: Any = model
+    return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
-def _walk(module: nn.Module, path: str) -> Iterator[ExpertsContainer]:
-    container = describe_experts(module, path)
+def _children(place: Place) -> Iterator[Place]:
+    for name, child in place.module.named_children():
+        path = f"{place.path}.{name}" if place.path else name
+        yield Place(path, child, getattr(child, "base_layer", child), place.module)
+
+
+def _places(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[Place]:
+    """All modules from here on, seen through adapter layers."""
+    place = Place(path, module, getattr(module, "base_layer", module), parent)
+    yield place
+    for child in _children(place):
+        yield from _places(child.called, child.path, place.module)
+
+
+def _walk(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[ExpertsContainer]:
+    place = Place(path, module, getattr(module, "base_layer", module), parent)
+    container = _describe(place)
     if container is not None:
         yield container
         return
-    for name, child in module.named_children():
-        yield from _walk(child, f"{path}.{name}" if path else name)
+    for child in _children(place):
+        yield from _walk(child.called, child.path, place.module)
+
+
+def _walk_others(place: Place, taken: set[str], left_out: list[str]) -> Iterator[ExpertsContainer]:
+    if place.path in taken:
+        return
+    own = [name for name, _ in place.module.named_parameters(recurse=False)]
+    if own and not any(path.startswith(f"{place.path}.") for path in taken):
+        yield _describe_whole(place)
+        return
+    left_out += [f"{place.path}.{name}" if place.path else name for name in own]
+    for child in _children(place):
+        yield from _walk_others(child, taken, left_out)
+
+
+def _describe(place: Place) -> ExpertsContainer | None:
+    """Describes a module if it is an experts container; None otherwise."""
+    known = KNOWN_CONTAINERS.get(type(place.module).__name__)
+    layout = _fused_layout(place.module) if known is None else None
+    if layout is not None:
+        return _describe_fused(place, layout)
+    if known is not None and known.weights:
+        return _describe_stacked(place, known)
+    if known is not None or _is_list_of_experts(place):
+        return _describe_listed(place, known)
+    return None
+
+
+def _describe_fused(place: Place, layout: ExpertsLayout) -> ExpertsContainer:
+    up_proj = "gate_up_proj" if layout.has_gate else "up_proj"
+    names = [up_proj, "down_proj"]
+    if layout.has_bias:
+        names += [f"{up_proj}_bias", "down_proj_bias"]
+    num_experts = place.module.down_proj.shape[0]
+    return ExpertsContainer(
+        places=(place,),
+        kind="fused",
+        num_experts=num_experts,
+        weights=tuple(StackedWeight(name, name, num_experts) for name in names),
+        layout=layout,
+        routing=STANDARD_CALL,
+    )
+
+
+def _describe_stacked(place: Place, known: KnownContainer) -> ExpertsContainer:
+    num_experts = place.module.num_experts
+    return ExpertsContainer(
+        places=(place,),
+        kind="stacked",
+        num_experts=num_experts,
+        weights=tuple(StackedWeight(name, path, num_experts, known.form) for name, path in known.weights.items()),
+        routing=known.routing,
+        refusal=known.refusal,
+    )
+
+
+def _describe_listed(place: Place, known: KnownContainer | None) -> ExpertsContainer:
+    experts = tuple(name for name, _ in place.module.named_children())
+    routing = known.routing if known else _router_beside(place)
+    return ExpertsContainer(
+        places=(place,),
+        kind="listed",
+        num_experts=len(experts),
+        weights=tuple(_listed_weights(next(place.module.children()), experts)),
+        routing=routing,
+    )
+
+
+def _describe_whole(place: Place) -> ExpertsContainer:
+    names = [name for name, _ in place.module.named_parameters()]
+    return ExpertsContainer(
+        places=(place,),
+        kind="module",
+        num_experts=1,
+        weights=tuple(StackedWeight(_weight_name(name), name, 1, "single") for name in names),
+    )
 
 
 def _fused_layout(module: Any) -> ExpertsLayout | None:
@@ -185,6 +404,76 @@ def _fused_layout(module: Any) -> ExpertsLayout | None:
         is_transposed=module.is_transposed,
         has_post_expert_norm=module.has_post_expert_norm,
     )
+
+
+def _is_list_of_experts(place: Place) -> bool:
+    """True for a list of equal feed-forward modules beside a router, whose weight is `[E, H]`."""
+    if not isinstance(place.module, nn.ModuleList | nn.ModuleDict) or len(place.module) < 2 or place.parent is None:
+        return False
+    experts = list(place.module.children())
+    shapes = {tuple((name, p.shape) for name, p in expert.named_parameters()) for expert in experts}
+    if len({type(expert) for expert in experts}) > 1 or len(shapes) > 1 or not next(iter(shapes)):
+        return False
+    if not all(
+        re.fullmatch(r"(\w+\.)?(weight|bias)", name) and p.dim() <= 2 for name, p in experts[0].named_parameters()
+    ):
+        return False
+    beside = (child for child in place.parent.children() if child is not place.called)
+    return any(p.dim() == 2 and p.shape[0] == len(experts) for child in beside for p in child.parameters())
+
+
+def _router_beside(place: Place) -> RoutingSource | None:
+    """The router of a list of experts, if it returns its choice and not just its logits."""
+    for name, child in place.parent.named_children():
+        weights = [p for p in child.parameters() if p.dim() == 2 and p.shape[0] == len(place.module)]
+        if child is not place.called and weights and not isinstance(child, nn.Linear):
+            return RoutingSource(read_router_result, watched=name, of_result=True)
+    return None
+
+
+def _listed_weights(expert: nn.Module, experts: tuple[str, ...]) -> Iterator[ListedWeight]:
+    """The weights of experts in modules of their own, by the names that they have in the fused form of the model."""
+    names = [name for name, _ in expert.named_parameters()]
+    fused: dict[str, tuple[str, ...]] = {}
+    for gate, up, down in GATED_PROJECTIONS:
+        if {f"{gate}.weight", f"{up}.weight", f"{down}.weight"} <= set(names):
+            for leaf, suffix in (("weight", ""), ("bias", "_bias")):
+                if f"{gate}.{leaf}" in names:
+                    fused[f"gate_up_proj{suffix}"] = (f"{gate}.{leaf}", f"{up}.{leaf}")
+                if f"{down}.{leaf}" in names:
+                    fused[f"down_proj{suffix}"] = (f"{down}.{leaf}",)
+    joined = {part for parts in fused.values() for part in parts}
+    fused |= {_weight_name(name): (name,) for name in names if name not in joined}
+    for name, parts in fused.items():
+        yield ListedWeight(name, parts, experts)
+
+
+def _weight_name(parameter: str) -> str:
+    """`up_proj.weight` is `up_proj` and `up_proj.bias` is `up_proj_bias`, as in fused experts."""
+    module, _, leaf = parameter.rpartition(".")
+    module = module.replace(".", "_")
+    return module or leaf if leaf == "weight" else f"{module}_{leaf}".lstrip("_")
+
+
+def _join_tied(containers: Iterable[ExpertsContainer]) -> dict[str, ExpertsContainer]:
+    """Makes one container of those that share all their parameters."""
+    joined: dict[str, ExpertsContainer] = {}
+    by_parameters: dict[tuple[int, ...], str] = {}
+    owners: dict[int, str] = {}
+    for container in containers:
+        key = tuple(id(parameter) for parameter in container.parameters())
+        first = by_parameters.setdefault(key, container.path)
+        if first != container.path:
+            joined[first] = replace(joined[first], places=joined[first].places + container.places)
+            continue
+        shared = {owners[parameter] for parameter in key if parameter in owners}
+        if shared:
+            reason = f"it shares some, but not all, of its weights with {sorted(shared)}"
+            joined[container.path] = replace(container, refusal=reason)
+        else:
+            joined[container.path] = container
+        owners |= dict.fromkeys(key, container.path)
+    return joined
 
 
 def _shortened(containers: dict[str, ExpertsContainer], shown: int = 4) -> str:

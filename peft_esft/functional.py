@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -56,19 +57,24 @@ def default_gate(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Ten
     return activation(gate) * up
 
 
+@lru_cache(maxsize=4096)
 def expert_slots(
-    expert_ids: Sequence[int], num_experts: int, device: torch.device, num_identity_experts: int = 0
+    expert_ids: tuple[int, ...], num_experts: int, device: torch.device, num_identity_experts: int = 0
 ) -> Tensor:
     """Sorting keys that put the pairs of trained experts first, then the frozen ones, then identity experts.
+
+    Made once for each set of arguments.
 
     Returns:
         int64 `[E + identity experts]`: for a trained expert its position in `expert_ids`, for any other expert `e` the
         value `n + e`, for all identity experts `n + E`.
     """
-    slots = torch.arange(len(expert_ids), len(expert_ids) + num_experts + num_identity_experts)
-    slots.clamp_(max=len(expert_ids) + num_experts)
-    slots[list(expert_ids)] = torch.arange(len(expert_ids))
-    return slots.to(device)
+    # A tensor made in inference mode could not take part in a later training step.
+    with torch.inference_mode(False):
+        slots = torch.arange(len(expert_ids), len(expert_ids) + num_experts + num_identity_experts)
+        slots.clamp_(max=len(expert_ids) + num_experts)
+        slots[list(expert_ids)] = torch.arange(len(expert_ids))
+        return slots.to(device)
 
 
 def add_deltas(rows: Tensor, deltas: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
@@ -104,7 +110,7 @@ def split_experts_forward(
     frozen: ExpertWeights,
     slots: Tensor,
     body: ExpertBody,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Runs a mixture of experts in which a few experts are trained and all others are frozen.
 
     The (token, expert) pairs are sorted once by slot, trained experts first. The rows of the first part go through
@@ -121,7 +127,7 @@ def split_experts_forward(
         body: what lies between the projections.
 
     Returns:
-        The output `[T, H]` in the dtype of `hidden_states`, and the pairs of each trained expert, int64 `[n]`.
+        `[T, H]` in the dtype of `hidden_states`.
     """
     num_tokens, top_k = top_k_index.shape
     num_trained, num_experts = trained.down.shape[0], frozen.down.shape[0]
@@ -148,8 +154,7 @@ def split_experts_forward(
     per_pair = torch.empty(pairs.shape[0], hidden_states.shape[-1], dtype=outputs[0].dtype, device=pairs.device)
     for part, output in zip(pairs_of_part, outputs, strict=True):
         per_pair = per_pair.index_copy(0, part, output.to(per_pair.dtype))
-    result = per_pair.view(num_tokens, top_k, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)
-    return result, counts[:num_trained]
+    return per_pair.view(num_tokens, top_k, hidden_states.shape[-1]).sum(dim=1).to(hidden_states.dtype)
 
 
 def expert_mlp(

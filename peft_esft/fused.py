@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .functional import ExpertBody, ExpertWeights, default_gate, split_experts_forward
+from .functional import ExpertBody, ExpertWeights, default_gate, expert_slots, split_experts_forward
 from .layer import ESFTLayer
+from .weights import StackedWeight
 
 
 class FusedExperts(ESFTLayer):
@@ -19,25 +20,36 @@ class FusedExperts(ESFTLayer):
     """
 
     def _adapted_forward(
-        self, adapter_names: list[str], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+        self,
+        base_layer: Any,
+        adapter_names: list[str],
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
     ) -> Tensor:
-        output, pairs = split_experts_forward(
+        return split_experts_forward(
             hidden_states,
             top_k_index,
             top_k_weights,
-            trained=self._weights({name: self.rows_for_forward(name, adapter_names) for name in self.weight_names}),
-            frozen=self._weights({name: self._base_weight(name)[: self.num_experts] for name in self.weight_names}),
-            slots=self.slots(adapter_names, hidden_states.device),
-            body=self._body(),
+            trained=self._by_name({name: self.rows_for_forward(name, adapter_names) for name in self.weight_names}),
+            frozen=self._by_name({name: weight.whole(base_layer) for name, weight in self.stacked_weights()}),
+            slots=expert_slots(
+                tuple(self.union_of_experts(adapter_names)),
+                self.num_experts,
+                hidden_states.device,
+                self.num_identity_experts,
+            ),
+            body=self._body(base_layer),
         )
-        self._count_pairs(adapter_names, pairs)
-        return output
 
-    def _weights(self, by_name: dict[str, Tensor]) -> ExpertWeights:
+    def stacked_weights(self) -> list[tuple[str, StackedWeight]]:
+        """The weights by name; those of fused experts are all stacked."""
+        return [(name, weight) for name, weight in self.weights.items() if isinstance(weight, StackedWeight)]
+
+    def _by_name(self, by_name: dict[str, Tensor]) -> ExpertWeights:
         return ExpertWeights(*(by_name[name] for name in self.weight_names))
 
-    def _body(self) -> ExpertBody:
-        base: Any = self.get_base_layer()
+    def _body(self, base: Any) -> ExpertBody:
         if not self.layout.has_gate:
             activation = base.act_fn
         else:
@@ -47,7 +59,3 @@ class FusedExperts(ESFTLayer):
             is_transposed=self.layout.is_transposed,
             post_expert_norm=base.post_expert_norm if self.layout.has_post_expert_norm else None,
         )
-
-
-LAYER_CLASSES: dict[str, type[ESFTLayer]] = {"fused": FusedExperts}
-"""The layer for each kind of container."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from .config import ESFTConfig
 from .containers import READABLE_DTYPES, ExpertsContainer
-from .functional import add_deltas, expert_slots
+from .functional import add_deltas
+from .weights import ExpertWeight, expert_index
 
 
 PREFIX = "esft_"
@@ -23,7 +25,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     """An experts container with, for each adapter, trainable deltas on the weights of that adapter's experts.
 
     For every weight `w [E, ...]` of the container there is a `ParameterDict` `esft_w` that holds, by adapter name, a
-    delta `[n, ...]` in the order of the adapter's expert ids. The base is only written to by `merge` and `unmerge`.
+    delta `[n, ...]` in the order of the adapter's expert ids. An adapter with a rank holds two factors of it instead,
+    `esft_w_B [n, out, rank]` and `esft_w_A [n, rank, in]`. The base is only written to by `merge` and `unmerge`.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -43,16 +46,18 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.layout = container.layout
         self.num_experts = container.num_experts
         self.num_identity_experts = container.num_identity_experts
+        self.weights: dict[str, ExpertWeight] = {weight.name: weight for weight in container.weights}
         self.weight_names = container.weight_names
-        self.adapter_layer_names = tuple(PREFIX + name for name in self.weight_names)
+        for name, shape in container.weight_shapes.items():
+            suffixes = ("", "_A", "_B") if len(shape) == 2 else ("",)
+            self.adapter_layer_names += tuple(f"{PREFIX}{name}{suffix}" for suffix in suffixes)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.expert_ids: dict[str, list[int]] = {}
+        self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._slots: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
-        self._trained_pairs: dict[str, Tensor] = {}
-        self._rows: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
+        self._rows: dict[str, tuple[Any, list[nn.Parameter], Tensor]] = {}
         # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
         self._replaced_ids: list[int] = []
         self._replaced_rows: dict[str, Tensor] = {}
@@ -75,25 +80,27 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: its name.
             expert_ids: the experts it trains, in the order of its rows.
-            config: for `init_weights` and `inference_mode`.
+            config: for `rank`, `init_weights` and `inference_mode`.
         """
         self.expert_ids[adapter_name] = list(expert_ids)
-        self._forget(adapter_name)
-        for name in self.weight_names:
-            weight = self._base_weight(name)
-            shape = (len(expert_ids), *weight.shape[1:])
-            # At least fp32: transformers attaches and loads adapters without asking PEFT to widen them.
-            delta = torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), device=weight.device)
-            if not config.init_weights:
-                nn.init.normal_(delta, std=0.02)
-            self._deltas(name)[adapter_name] = nn.Parameter(delta)
+        self.scaling[adapter_name] = config.scaling
+        self._rows = {}
+        for name, weight in self.weights.items():
+            shape = (len(expert_ids), *weight.shape(self.get_base_layer()))
+            if config.rank is None:
+                self._add_delta(name, "", adapter_name, shape, zero=config.init_weights)
+            elif len(shape) == 3:
+                # As LoRA does: A random, B zero.
+                self._add_delta(name, "_A", adapter_name, (shape[0], config.rank, shape[2]), zero=False)
+                self._add_delta(name, "_B", adapter_name, (*shape[:2], config.rank), zero=config.init_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter from this layer."""
         super().delete_adapter(adapter_name)
         self.expert_ids.pop(adapter_name, None)
-        self._forget(adapter_name)
+        self.scaling.pop(adapter_name, None)
+        self._rows = {}
 
     def adapters_here(self, adapter_names: Sequence[str]) -> list[str]:
         """Those of the named adapters that have experts in this layer, each once."""
@@ -103,20 +110,35 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """The experts that at least one of the adapters trains, in the order in which they first occur."""
         return list(dict.fromkeys(expert for name in adapter_names for expert in self.expert_ids[name]))
 
-    def effective_rows(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
-        """The rows `W + delta` of a weight for the union of the adapters' experts, `[n, ...]` in the base's dtype."""
-        ids = self.union_of_experts(adapter_names)
-        base = self._base_weight(weight_name)
-        rows = base.index_select(0, torch.tensor(ids, device=base.device))
+    def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None:
+        """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
+        factors = self._delta_parameters(weight_name, adapter_name)
+        if len(factors) < 2:
+            return factors[0] if factors else None
+        matrix_a, matrix_b = factors
+        return self.scaling[adapter_name] * (matrix_b @ matrix_a)
+
+    def effective_rows(
+        self, weight_name: str, adapter_names: Sequence[str], expert_ids: Sequence[int] | None = None
+    ) -> Tensor:
+        """The rows `W + delta` of a weight, `[n, ...]` in the base's dtype.
+
+        Args:
+            weight_name: which weight.
+            adapter_names: whose deltas are added.
+            expert_ids: whose rows; None means the union of the adapters' experts.
+        """
+        ids = self.union_of_experts(adapter_names) if expert_ids is None else list(expert_ids)
+        rows = self.weights[weight_name].read(self.get_base_layer(), ids)
         return self._with_deltas(rows, ids, weight_name, adapter_names)
 
     def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """`effective_rows`, computed once for adapters that are not trained, until a delta or the base changes."""
-        deltas = [self._deltas(weight_name)[name] for name in adapter_names]
+        deltas = [delta for name in adapter_names for delta in self._delta_parameters(weight_name, name)]
         if any(delta.requires_grad for delta in deltas):
             return self.effective_rows(weight_name, adapter_names)
         # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
-        sources = [self._base_weight(weight_name), *deltas]
+        sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
         state = (tuple(adapter_names), [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources])
         known = self._rows.get(weight_name)
         if known is None or known[0] != state:
@@ -128,19 +150,13 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             self._rows[weight_name] = known
         return known[2]
 
-    def slots(self, adapter_names: Sequence[str], device: torch.device) -> Tensor:
-        """The sorting keys of the experts, see `functional.expert_slots`; kept until an adapter changes."""
-        key = (tuple(adapter_names), device)
-        if key not in self._slots:
-            ids = self.union_of_experts(adapter_names)
-            self._slots[key] = expert_slots(ids, self.num_experts, device, self.num_identity_experts)
-        return self._slots[key]
-
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Stores an adapter's deltas in the base's dtype, at the price of updates that its rounding swallows."""
-        for name in self.weight_names if adapter_name in self.expert_ids else ():
-            deltas = self._deltas(name)
-            deltas[adapter_name] = deltas[adapter_name].to(self._base_weight(name).dtype)
+        for name in self.weight_names:
+            dtype = self._base_parameter(name).dtype
+            for deltas in self._parameter_dicts(name):
+                if adapter_name in deltas:
+                    deltas[adapter_name] = deltas[adapter_name].to(dtype)
 
     def check_finite(self, adapter_names: Sequence[str]) -> None:
         """Refuses adapters whose merged rows would not be finite.
@@ -177,10 +193,11 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         new_ids = ids[len(self._replaced_ids) :]
         originals, merged = {}, {}
         for weight_name in self.weight_names:
-            base = self._base_weight(weight_name)
-            rows = base.index_select(0, torch.tensor(new_ids, dtype=torch.int64, device=base.device))
-            if self._replaced_ids:
-                rows = torch.cat([self._replaced_rows[weight_name].to(rows), rows])
+            rows = self._replaced_rows.get(weight_name)
+            if new_ids:
+                new_rows = self.weights[weight_name].read(self.get_base_layer(), new_ids)
+                rows = new_rows if rows is None else torch.cat([rows.to(new_rows), new_rows])
+            assert rows is not None  # the first merge always has new experts
             originals[weight_name] = rows
             merged[weight_name] = self._with_deltas(rows, ids, weight_name, all_names)
         self._replaced_ids, self._replaced_rows = ids, originals
@@ -205,113 +222,182 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.get_base_layer()
 
-    def experts_without_tokens(self, adapter_name: str) -> list[int]:
-        """Experts of an adapter that no token reached in any training step; empty before training."""
-        pairs = self._trained_pairs.get(adapter_name)
-        if pairs is None:
-            return []
-        return [
-            expert for expert, count in zip(self.expert_ids[adapter_name], pairs.tolist(), strict=True) if not count
-        ]
+    @torch.no_grad()
+    def untrained_experts(self, adapter_name: str) -> list[int]:
+        """Experts whose deltas are all zero: no token reached them in training; all of them before training."""
+        ids = self.expert_ids.get(adapter_name, [])
+        moved = torch.zeros(len(ids), dtype=torch.bool)
+        for name in self.weight_names:
+            factors = self._delta_parameters(name, adapter_name)
+            if factors:
+                moved |= (factors[-1] != 0).flatten(1).any(1).cpu()
+        return [expert for expert, has_moved in zip(ids, moved.tolist(), strict=True) if not has_moved]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(*args, **kwargs)
-        names = self.adapters_here(self.active_adapters)
-        if self.merged or not names:
-            return self.base_layer(*args, **kwargs)
-        return self._adapted_forward(names, *args, **kwargs)
+        return self.forward_through(self.base_layer, *args, **kwargs)
 
-    def _adapted_forward(self, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are active."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = self.adapters_in_use()
+        if not names:
+            return base_layer(*args, **kwargs)
+        return self._adapted_forward(base_layer, names, *args, **kwargs)
+
+    def adapters_in_use(self) -> list[str]:
+        """The adapters whose deltas have to be added in a forward pass."""
+        return [] if self.disable_adapters or self.merged else self.adapters_here(self.active_adapters)
+
+    def _adapted_forward(self, base_layer: nn.Module, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def _count_pairs(self, adapter_names: Sequence[str], pairs: Tensor) -> None:
-        """Notes how many pairs each expert of the adapters under training got; `pairs` is int64 `[n]` of the union."""
-        if not torch.is_grad_enabled():
-            return
-        ids = self.union_of_experts(adapter_names)
-        for name in adapter_names:
-            if not self._deltas(self.weight_names[0])[name].requires_grad:
-                continue
-            own = pairs if len(adapter_names) == 1 else pairs[[ids.index(expert) for expert in self.expert_ids[name]]]
-            seen = self._trained_pairs.get(name)
-            self._trained_pairs[name] = own if seen is None else seen + own
+    def _add_delta(
+        self, weight_name: str, suffix: str, adapter_name: str, shape: tuple[int, ...], *, zero: bool
+    ) -> None:
+        parameter = self._base_parameter(weight_name)
+        # At least fp32: transformers attaches and loads adapters without asking PEFT to widen them.
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        delta = torch.zeros(shape, dtype=dtype, device=parameter.device)
+        if not zero and suffix == "_A":
+            nn.init.uniform_(delta, -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]))
+        elif not zero:
+            nn.init.normal_(delta, std=0.02)
+        getattr(self, f"{PREFIX}{weight_name}{suffix}")[adapter_name] = nn.Parameter(delta)
+
+    def _parameter_dicts(self, weight_name: str) -> list[nn.ParameterDict]:
+        names = (f"{PREFIX}{weight_name}{suffix}" for suffix in ("", "_A", "_B"))
+        return [getattr(self, name) for name in names if name in self.adapter_layer_names]
+
+    def _delta_parameters(self, weight_name: str, adapter_name: str) -> list[nn.Parameter]:
+        """An adapter's delta of a weight, or its factors A and B; none if it leaves the weight as it is."""
+        return [deltas[adapter_name] for deltas in self._parameter_dicts(weight_name) if adapter_name in deltas]
 
     def _with_deltas(self, rows: Tensor, ids: list[int], weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """Adds the adapters' deltas to `rows`, the base's rows of the experts `ids`."""
         deltas: list[tuple[Tensor | None, Tensor]] = []
         for name in adapter_names:
+            delta = self.get_delta_weight(name, weight_name)
             own = self.expert_ids[name]
-            positions = None if own == ids else torch.tensor([ids.index(expert) for expert in own], device=rows.device)
-            deltas.append((positions, self._deltas(weight_name)[name]))
+            if delta is None:
+                continue
+            places = [place for place, expert in enumerate(own) if expert in ids]
+            if len(places) < len(own):
+                delta = delta.index_select(0, expert_index(tuple(places), delta.device))
+            positions = tuple(ids.index(own[place]) for place in places)
+            exact = positions == tuple(range(len(ids)))
+            deltas.append((None if exact else expert_index(positions, rows.device), delta))
         return add_deltas(rows, deltas)
 
     def _write_rows(self, ids: list[int], rows: dict[str, Tensor]) -> None:
         for weight_name, values in rows.items():
-            weight = self._base_weight(weight_name)
-            weight.data.index_copy_(0, torch.tensor(ids, device=weight.device), values.to(weight))
+            self.weights[weight_name].write(self.get_base_layer(), ids, values)
 
-    def _deltas(self, weight_name: str) -> nn.ParameterDict:
-        return getattr(self, PREFIX + weight_name)
-
-    def _base_weight(self, weight_name: str) -> Tensor:
-        return getattr(self.get_base_layer(), weight_name)
-
-    def _forget(self, adapter_name: str) -> None:
-        """Drops what was derived from an adapter that changes."""
-        self._slots = {key: slots for key, slots in self._slots.items() if adapter_name not in key[0]}
-        self._trained_pairs.pop(adapter_name, None)
-        self._rows = {}
+    def _base_parameter(self, weight_name: str) -> nn.Parameter:
+        return self.weights[weight_name].parameters(self.get_base_layer())[0]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own looks for `base_layer.weight`, which fused experts do not have, and casts to its dtype: that would
+        # PEFT's own looks for `base_layer.weight`, which experts need not have, and casts to its dtype: that would
         # round the fp32 deltas of a half-precision base whenever an adapter is loaded with low_cpu_mem_usage.
-        target = self._base_weight(self.weight_names[0]).device if device is None else device
         for weight_name in self.weight_names:
-            deltas = self._deltas(weight_name)
-            if adapter_name in deltas and deltas[adapter_name].device != torch.device("meta"):
-                deltas[adapter_name] = deltas[adapter_name].to(target)
+            target = self._base_parameter(weight_name).device if device is None else device
+            for deltas in self._parameter_dicts(weight_name):
+                if adapter_name in deltas and deltas[adapter_name].device != torch.device("meta"):
+                    deltas[adapter_name] = deltas[adapter_name].to(target)
 
     def __repr__(self) -> str:
         # PEFT reads the layer's type from the part before the bracket.
         return "esft." + super().__repr__()
 
 
-def check_base_weights(container: ExpertsContainer) -> None:
+class TiedLayer(nn.Module, BaseTunerLayer):
+    """A module that shares its weights with one that an `ESFTLayer` is around: the same deltas serve both.
+
+    All state is the other layer's, so there is one delta to train, save and merge.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module, leader: ESFTLayer) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self._leader = (leader,)  # in a tuple, so that it is no submodule of this one
+
+    @property
+    def leader(self) -> ESFTLayer:
+        """The layer that holds the deltas."""
+        return self._leader[0]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.leader.active_adapters
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.leader.disable_adapters
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        return self.leader.merged_adapters
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the module stay visible through the wrapper."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base_layer", "_leader"):
+                raise
+            return getattr(self.base_layer, name)
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing of its own to set."""
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Nothing of its own to switch."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Nothing of its own to delete."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """The other layer's merge changes these weights too."""
+
+    def unmerge(self) -> None:
+        """The other layer's unmerge changes these weights too."""
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base module."""
+        return self.get_base_layer()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.leader.forward_through(self.base_layer, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        return "esft." + super().__repr__()
+
+
+def check_trainable(container: ExpertsContainer) -> None:
     """Refuses containers whose weights cannot be read as plain rows.
 
     Raises:
-        NotImplementedError: for quantised or distributed weights, and under expert parallelism.
+        NotImplementedError: for quantised, distributed or partly shared weights, and under expert parallelism.
     """
-    for name in container.weight_names:
-        weight = getattr(container.module, name)
-        if isinstance(weight, DTensor):
-            raise NotImplementedError(
-                f"{container.path}.{name} is a distributed tensor. Attach the adapter before the model is sharded; "
-                "tensor and expert parallelism are not supported yet."
-            )
-        if weight.dtype not in READABLE_DTYPES:
-            raise NotImplementedError(
-                f"{container.path}.{name} has dtype {weight.dtype}, a quantised form that cannot be read. Load "
-                f"the model in one of {[str(dtype) for dtype in READABLE_DTYPES]} (dtype=...; or dequantize=True in "
-                "its quantization config)."
-            )
+    if container.refusal is not None:
+        raise NotImplementedError(f"{container.path} ({type(container.module).__name__}): {container.refusal}")
+    for weight in container.weights:
+        for parameter in weight.parameters(container.module):
+            if isinstance(parameter, DTensor):
+                raise NotImplementedError(
+                    f"{container.path}.{weight.name} is a distributed tensor. Attach the adapter before the model is "
+                    "sharded; tensor and expert parallelism are not supported yet."
+                )
+            if parameter.dtype not in READABLE_DTYPES:
+                raise NotImplementedError(
+                    f"{container.path}.{weight.name} has dtype {parameter.dtype}, a quantised form that cannot be "
+                    f"read. Load the model in one of {[str(dtype) for dtype in READABLE_DTYPES]} (dtype=...; or "
+                    "dequantize=True in its quantization config)."
+                )
     if getattr(container.module, "_is_expert_parallel", False):
         raise NotImplementedError(f"{container.path} is under expert parallelism, which is not supported yet")
-
-
-def check_not_shared(container: ExpertsContainer, containers: dict[str, ExpertsContainer]) -> None:
-    """Refuses a container whose weights are also those of another: one delta would have to serve both.
-
-    Raises:
-        NotImplementedError: naming both containers.
-    """
-    own = {id(getattr(container.module, name)) for name in container.weight_names}
-    for other in containers.values():
-        shared = [name for name in other.weight_names if id(getattr(other.module, name)) in own]
-        if other.path != container.path and shared:
-            raise NotImplementedError(
-                f"{container.path} and {other.path} are tied: they share {shared}. Tied experts are not supported yet."
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +12,27 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
 from .config import ESFTConfig
-from .containers import ExpertsContainer, describe_experts, find_experts, resolve_container
-from .fused import LAYER_CLASSES
-from .layer import PREFIX, ESFTLayer, check_base_weights, check_not_shared
+from .containers import (
+    ContainerKind,
+    ExpertsContainer,
+    find_experts,
+    find_other_modules,
+    find_shared_experts,
+    resolve_container,
+)
+from .fused import FusedExperts
+from .layer import PREFIX, ESFTLayer, TiedLayer, check_trainable
+from .listed import ListedExperts
+from .substituted import SubstitutedExperts
+
+
+LAYER_CLASSES: dict[ContainerKind, type[ESFTLayer]] = {
+    "fused": FusedExperts,
+    "listed": ListedExperts,
+    "stacked": SubstitutedExperts,
+    "module": SubstitutedExperts,
+}
+"""The layer for each kind of container."""
 
 
 class ESFTModel(BaseTuner):
@@ -54,44 +72,62 @@ class ESFTModel(BaseTuner):
 
         Raises:
             ValueError: if the config selects nothing, or something that this model does not have.
-            NotImplementedError: if it asks for what is not available yet, or the weights cannot be read.
+            NotImplementedError: if weights that are to be trained cannot be read.
         """
-        for name, wanted in (
-            ("rank", peft_config.rank is not None),
-            ("train_shared_experts", peft_config.train_shared_experts),
-            ("train_non_expert_modules", peft_config.train_non_expert_modules),
-        ):
-            if wanted:
-                raise NotImplementedError(f"{name}={getattr(peft_config, name)!r} is not available yet; leave it out")
         containers = find_experts(self.model)
         if not containers:
             raise ValueError(
                 f"{type(self.model).__name__} has no experts container of a known kind. ESFT needs a "
-                "mixture-of-experts model whose experts transformers keeps in fused parameters."
+                "mixture-of-experts model whose experts are fused parameters or a list of modules beside a router."
             )
-        if not peft_config.target_experts:
+        whole = self._modules_trained_whole(peft_config)
+        if not peft_config.target_experts and not whole:
             raise ValueError(
                 "target_experts is empty, so nothing would be trained. Choose experts with "
                 "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
             )
-        target_experts = resolve_target_experts(peft_config.target_experts, containers)
+        target_experts = resolve_target_experts(peft_config.target_experts or {}, containers)
+        _check_scored_model(peft_config.selection or {}, target_experts, containers)
+        selection = {**target_experts, **{path: [0] for path in whole}}
         # PEFT marks an excluded module by an object, which is true as a bool.
-        chosen = [path for path in target_experts if _match_options(peft_config, path) is True]
+        chosen = {path: ids for path, ids in selection.items() if _match_options(peft_config, path) is True}
         if not chosen:
             raise ValueError(
                 f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
-                f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(target_experts)} "
+                f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(selection)} "
                 "containers of target_experts"
             )
-        for path in chosen:
-            check_base_weights(containers[path])
-            check_not_shared(containers[path], containers)
+        self._containers = {path: (containers | whole)[path] for path in chosen}
+        for container in self._containers.values():
+            check_trainable(container)
+        _warn_of_slow_layouts(self._containers.values())
         peft_config.target_experts = target_experts
+        # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
+        peft_config.adapted_paths = selection
         return peft_config
+
+    def _modules_trained_whole(self, peft_config: ESFTConfig) -> dict[str, ExpertsContainer]:
+        whole: dict[str, ExpertsContainer] = {}
+        if peft_config.train_shared_experts:
+            whole |= find_shared_experts(self.model)
+            if not whole:
+                raise ValueError(
+                    f"train_shared_experts is set, but {type(self.model).__name__} has no shared experts; leave it out"
+                )
+        if peft_config.train_non_expert_modules:
+            others, left_out = find_other_modules(self.model)
+            whole |= others
+            if left_out:
+                warnings.warn(
+                    "train_non_expert_modules leaves these parameters frozen, since they belong to modules that hold "
+                    f"experts too: {left_out}",
+                    stacklevel=2,
+                )
+        return whole
 
     @staticmethod
     def _check_target_module_exists(peft_config: ESFTConfig, key: str) -> Any:
-        return key in (peft_config.target_experts or {}) and _match_options(peft_config, key)
+        return key in peft_config.adapted_paths and _match_options(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -102,21 +138,20 @@ class ESFTModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        expert_ids = (peft_config.target_experts or {}).get(current_key)
+        expert_ids = peft_config.adapted_paths.get(current_key)
         if expert_ids is None:
             raise ValueError(f"the state dict has weights for {current_key}, which target_experts does not name")
         if isinstance(target, ESFTLayer):
             target.update_layer(adapter_name, expert_ids, peft_config)
             return
-        container = describe_experts(target, current_key)
-        if container is None:
-            raise ValueError(f"{current_key} is a {type(target).__name__}, not an experts container")
-        layer_class = LAYER_CLASSES[container.kind]
-        new_module = layer_class(target, adapter_name, container, expert_ids, peft_config)
+        container = self._containers[current_key]
+        new_module = LAYER_CLASSES[container.kind](target, adapter_name, container, expert_ids, peft_config)
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+        for place in container.places[1:]:
+            setattr(place.parent, place.path.rpartition(".")[2], TiedLayer(place.module, new_module))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The deltas are created on the device of the rows they change; PEFT's own moves things to `child.weight`.
@@ -160,6 +195,10 @@ class ESFTModel(BaseTuner):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
+        return []
+
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
             layer.check_finite(layer.active_adapters if adapter_names is None else adapter_names)
@@ -177,12 +216,9 @@ class ESFTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # Called when an adapter is saved: the place where a user can still act on what training did not do.
-        unused = {
-            layer.path: experts
-            for layer in model.modules()
-            if isinstance(layer, ESFTLayer) and (experts := layer.experts_without_tokens(adapter_name))
-        }
-        if unused:
+        layers = [m for m in model.modules() if isinstance(m, ESFTLayer) and adapter_name in m.expert_ids]
+        unused = {layer.path: experts for layer in layers if (experts := layer.untrained_experts(adapter_name))}
+        if unused and sum(map(len, unused.values())) < sum(len(layer.expert_ids[adapter_name]) for layer in layers):
             warnings.warn(
                 f"adapter {adapter_name!r}: {sum(map(len, unused.values()))} selected experts received no token in "
                 f"training and are unchanged: {unused}. Score on the data that you train on, or train longer.",
@@ -212,6 +248,28 @@ def resolve_target_experts(
             )
         resolved[path] = ids
     return resolved
+
+
+def _check_scored_model(
+    selection: dict[str, Any], target_experts: dict[str, list[int]], containers: dict[str, ExpertsContainer]
+) -> None:
+    """Refuses experts that were chosen in a model with another number of them."""
+    for path, num_experts in selection.get("num_experts", {}).items():
+        if path in target_experts and containers[path].num_experts != num_experts:
+            raise ValueError(
+                f"the experts of {path} were chosen among {num_experts}, but this model has "
+                f"{containers[path].num_experts}: the selection was made for another model"
+            )
+
+
+def _warn_of_slow_layouts(containers: Iterable[ExpertsContainer]) -> None:
+    slow = sorted({type(container.module).__name__ for container in containers if container.kind == "stacked"})
+    if slow:
+        warnings.warn(
+            f"{', '.join(slow)}: training writes the whole weights of all experts anew in each call, and their whole "
+            "gradient. The result is exact, but time and memory are those of full fine-tuning.",
+            stacklevel=2,
+        )
 
 
 def _match_options(peft_config: ESFTConfig, path: str) -> Any:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .scoring import ExpertScores
+from .scores import ExpertScores
 from .selection import Metric, select_experts
 
 

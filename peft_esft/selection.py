@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 if TYPE_CHECKING:
-    from .scoring import ExpertScores
+    from .scores import ExpertScores
 
-Metric = Literal["token", "gate"]
+Metric = Literal["token", "gate", "gate_share"]
 Selection = dict[str, list[int]]
-DEFAULT_TOP_P: dict[str, float] = {"token": 0.2, "gate": 0.1}
-"""The paper's thresholds (arXiv 2407.01906, section 4.3)."""
+DEFAULT_TOP_P: dict[str, float] = {"token": 0.2, "gate": 0.1, "gate_share": 0.2}
+"""The paper's thresholds (arXiv 2407.01906, section 4.3); the last, of no paper, is like the first a share of all."""
 
 _ROUNDING = 1e-9
 """Slack for the running sum, so that scores that add up to top_p on paper also do so in binary."""
@@ -39,8 +39,8 @@ def select_experts(
 
     Args:
         scores: what `score_experts` returned, or `{path: scores [E]}`.
-        top_p: the share of a layer's choices (metric "token") or gate mass (metric "gate") to cover; None means the
-            paper's, 0.2 for "token" and 0.1 for "gate", unless `top_k` or `budget` is given.
+        top_p: the share of a layer's choices (metric "token"), the gate mass (metric "gate") or the share of a layer's
+            gate mass (metric "gate_share") to cover; None means 0.2, 0.1 and 0.2, unless `top_k` or `budget` is given.
         metric: which of the scores to use. Ignored if `scores` is a plain mapping, apart from the default of top_p.
         top_k: the same number of experts in every container, instead of `top_p`.
         budget: share of all experts' parameters to train, instead of `top_p`: the highest scores of the whole model
@@ -184,6 +184,7 @@ def _warn_of_odd_sums(rows: Mapping[str, Tensor], counts: Mapping[str, int], top
         warnings.warn(
             f"the gates of {len(renormalised)} of {len(rows)} containers sum to 1 or more, as those of routers that "
             f"renormalise them: top_p={top_p}, which the paper chose for gates that sum to 0.26 to 0.53, keeps "
-            f"{mean:.1f} experts a container on average. metric='token' with top_p=0.2 carries over to every router.",
+            f"{mean:.1f} experts a container on average. metric='token' with top_p=0.2 carries over to every router, "
+            "and metric='gate_share' takes top_p as a share of each layer's gates.",
             stacklevel=3,
         )

@@ -155,11 +155,17 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def tiny_model(
-    family: str, dtype: torch.dtype = torch.float32, experts_implementation: str | None = None
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    experts_implementation: str | None = None,
+    tied: bool = False,
 ) -> PreTrainedModel:
     """A model of `family` with seeded random weights large enough that experts differ, in eval mode."""
     torch.manual_seed(0)
     model = FAMILIES[family]()
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

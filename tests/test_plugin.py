@@ -130,9 +130,10 @@ def test_malformed_selections_are_refused(target_experts, message):
         ({"layers_pattern": "layers"}, ValueError, "layers_pattern is given without layers_to_transform"),
         ({"layers_to_transform": [7]}, ValueError, "leave none of the 2 containers"),
         ({"exclude_modules": ["experts"]}, ValueError, "leave none of the 2 containers"),
-        ({"rank": 4}, NotImplementedError, "rank=4 is not available yet"),
-        ({"train_shared_experts": True}, NotImplementedError, "train_shared_experts=True is not available yet"),
-        ({"train_non_expert_modules": True}, NotImplementedError, "train_non_expert_modules=True is not"),
+        ({"rank": 0}, ValueError, "rank is 0; it is None for full-rank deltas or a positive integer"),
+        ({"alpha": 2}, ValueError, "without rank they would have no effect"),
+        ({"use_rslora": True}, ValueError, "without rank they would have no effect"),
+        ({"train_shared_experts": True}, ValueError, "OlmoeForCausalLM has no shared experts"),
     ],
 )
 def test_settings_are_honoured_or_refused(settings, error, message):
@@ -169,14 +170,12 @@ def test_quantised_and_expert_parallel_containers_are_refused():
         get_peft_model(base, config_for(base))
 
 
-def test_tied_containers_are_refused():
+def test_containers_that_share_some_of_their_weights_are_refused():
     base = tiny_model("olmoe")
     first, second = (layer.mlp.experts for layer in base.model.layers)
     second.down_proj = first.down_proj
-    with pytest.raises(
-        NotImplementedError, match=r"layers.0.mlp.experts and .*layers.1.mlp.experts are tied.*down_proj"
-    ):
-        get_peft_model(base, ESFTConfig(target_experts={0: [1]}))
+    with pytest.raises(NotImplementedError, match=r"layers.1.mlp.experts .*shares some, but not all.*layers.0.mlp"):
+        get_peft_model(base, ESFTConfig(target_experts={1: [1]}))
     assert not any(isinstance(module, peft_esft.ESFTLayer) for module in base.modules())
 
 

@@ -12,7 +12,10 @@ from peft import get_peft_model
 from test_selection import GOLDEN
 
 from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts
-from peft_esft.scoring import ContainerScores, RoutingAccumulator
+from peft_esft.routing import Routing
+from peft_esft.scores import ContainerScores
+from peft_esft.scoring import RoutingAccumulator
+from peft_esft.token_streams import TokenStream
 
 from families import tiny_model
 from oracle import config_for, random_tokens
@@ -24,7 +27,9 @@ def test_golden_sums_give_the_released_scores(task):
     zeros = [0.0] * 64
     scores = ExpertScores(
         {
-            layer: ContainerScores(record["top_k"], row["selected_pairs"], row["gate_weight_sum"], zeros, zeros)
+            layer: ContainerScores(
+                record["top_k"], record["num_tokens"], 1, row["selected_pairs"], row["gate_weight_sum"], zeros, zeros
+            )
             for layer, row in record["layers"].items()
         },
         num_tokens=record["num_tokens"],
@@ -53,7 +58,10 @@ def test_golden_routing_streamed_through_the_accumulator(task, samples_per_batch
             gates = torch.from_numpy(data["gate_e4"][layer, tokens].astype(np.float64)) / 10_000
             # Rounded gates of 0 were above 0: the router chose these experts.
             gates = gates.clamp(min=1e-300)
-            accumulator.update(index, gates, torch.arange(len(batch)).repeat_interleave(batch), batch)
+            stream = TokenStream(
+                torch.arange(len(batch)).repeat_interleave(batch), batch, torch.arange(len(batch)) % 2
+            )
+            accumulator.update(Routing(index, gates, 6), stream)
         result = accumulator.result()
         assert result.selected_pairs == data["count"][layer].tolist()
         for averaging, name in (("token", "flat"), ("sample", "per_sample_mean")):
@@ -180,6 +188,7 @@ def test_config_from_scores_records_the_choice():
     config = ESFTConfig.from_scores(scores, metric="gate", task_type="CAUSAL_LM")
     assert config.selection == {
         "metric": "gate", "top_p": 0.1, "averaging": "sample", "num_tokens": 24, "num_samples": 2,
+        "num_experts": dict.fromkeys(find_experts(model), 8),
     }  # fmt: skip
     assert list(config.target_experts) == list(find_experts(model))
     assert config.task_type == "CAUSAL_LM"
@@ -210,8 +219,8 @@ def test_answers_only_counts_the_trained_tokens():
 
 
 def test_runs_join_where_one_never_called_a_container():
-    called = ContainerScores(2, [3, 1], [1.0, 0.5], [1.5, 0.5], [0.5, 0.25])
-    silent = ContainerScores(0, [0, 0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+    called = ContainerScores(2, 2, 1, [3, 1], [1.0, 0.5], [1.5, 0.5], [0.5, 0.25])
+    silent = ContainerScores(0, 0, 0, [0, 0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
     joined = ExpertScores({"image": called}, 2, 1) + ExpertScores({"image": silent}, 5, 2)
     assert joined.containers["image"].top_k == 2
     assert joined.num_tokens == 7
@@ -254,7 +263,7 @@ def test_bad_input_is_refused(tmp_path):
         score_experts(model, [], progress=False)
     with pytest.raises(ValueError, match="no token that counts"):
         score_experts(model, [{**batch, "attention_mask": torch.zeros(2, 12)}], progress=False)
-    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         score_experts(model, [{"pixels": batch["input_ids"]}], progress=False)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):
         score_experts(model, [{**batch, "attention_mask": torch.ones(2, 3)}], progress=False)

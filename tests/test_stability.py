@@ -29,7 +29,8 @@ def golden_scores(task):
     }
     zeros = [0.0] * 64
     containers = {
-        layer: ContainerScores(6, np.sum(rows, axis=0).tolist(), zeros, zeros, zeros) for layer, rows in pairs.items()
+        layer: ContainerScores(6, 0, 0, np.sum(rows, axis=0).tolist(), zeros, zeros, zeros)
+        for layer, rows in pairs.items()
     }
     tokens = [int((half_of_token == half).sum()) for half in (0, 1)]
     return ExpertScores(containers, sum(tokens), len(lengths), "token", halves=[HalfCounts(tokens, pairs)])

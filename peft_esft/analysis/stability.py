@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..scoring import ExpertScores, HalfCounts
+from ..scores import ExpertScores, HalfCounts
 from ..selection import DEFAULT_TOP_P, select_experts
 
 

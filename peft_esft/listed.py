@@ -1,0 +1,76 @@
+"""Experts in modules of their own: a list that hands out experts with the adapters' deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .substituted import SubstitutedExperts
+from .weights import ListedWeight
+
+
+class ListedExperts(SubstitutedExperts):
+    """A `ModuleList` or `ModuleDict` of experts.
+
+    One that has a forward of its own is called with the selected experts' weights substituted. One that has none is
+    indexed by the module that holds it; what it gets then is an expert with the active adapters' deltas.
+    """
+
+    @property
+    def _experts(self) -> Any:
+        return self.base_layer
+
+    def __getitem__(self, key: Any) -> Any:
+        expert = self._experts[key]
+        if isinstance(key, slice):
+            return [self[place] for place in range(len(self))[key]]
+        return AdaptedExpert(self, expert) if self.adapters_in_use() else expert
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self._experts, nn.ModuleDict):
+            return iter(self._experts)
+        return (self[place] for place in range(len(self)))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._experts
+
+    def items(self) -> list[tuple[str, Any]]:
+        """Names and experts of a `ModuleDict`."""
+        return [(key, self[key]) for key in self._experts]
+
+    def values(self) -> list[Any]:
+        """The experts of a `ModuleDict`."""
+        return [self[key] for key in self._experts]
+
+    def call_expert(self, expert: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Runs one of the experts with the active adapters' deltas."""
+        names = self.adapters_in_use()
+        expert_id = next(place for place, child in enumerate(self.base_layer.children()) if child is expert)
+        if expert_id not in self.union_of_experts(names):
+            return self._connected(expert(*args, **kwargs), names)
+        substitutes: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            assert isinstance(weight, ListedWeight)
+            row = self.effective_rows(name, names, [expert_id])[0]
+            substitutes |= weight.substitutes_of_expert(self.base_layer, expert_id, row)
+        return self._connected(torch.func.functional_call(expert, substitutes, args, kwargs), names)
+
+
+class AdaptedExpert:
+    """One expert as a callable; everything but the call is the expert's own."""
+
+    def __init__(self, layer: ListedExperts, expert: nn.Module) -> None:
+        self._layer = layer
+        self._expert = expert
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._layer.call_expert(self._expert, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._expert, name)

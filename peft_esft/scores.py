@@ -1,0 +1,264 @@
+"""What scoring found: how often a task chose each expert, and with what weight; as a record, and as a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from .selection import Metric
+
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Averaging = Literal["sample", "token"]
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ContainerScores:
+    """What was observed at one container.
+
+    Attributes:
+        top_k: experts for each token; 0 if the container was never called.
+        num_tokens: tokens counted here; a container may see others than the text's, for example a decoder's.
+        num_samples: samples that these belong to.
+        selected_pairs: how often each of the `E` experts was chosen.
+        gate_weight_sum: sum of the values that multiplied each expert's output; None if they could not be seen.
+        token_share_sum: sum over samples of each sample's share of choices (its mean over tokens, divided by top_k).
+        gate_share_sum: sum over samples of each sample's mean gate value; None if they could not be seen.
+        parameters_per_expert: number of weights of one expert.
+    """
+
+    top_k: int
+    num_tokens: int
+    num_samples: int
+    selected_pairs: list[int]
+    gate_weight_sum: list[float] | None
+    token_share_sum: list[float]
+    gate_share_sum: list[float] | None
+    parameters_per_expert: int = 1
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts, `E`."""
+        return len(self.selected_pairs)
+
+    def __add__(self, other: ContainerScores) -> ContainerScores:
+        sums: dict[str, Any] = {}
+        for name in ("selected_pairs", "gate_weight_sum", "token_share_sum", "gate_share_sum"):
+            own, others = getattr(self, name), getattr(other, name)
+            known = own is not None and others is not None
+            sums[name] = [a + b for a, b in zip(own, others, strict=True)] if known else None
+        return replace(
+            self,
+            top_k=max(self.top_k, other.top_k),
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_samples=self.num_samples + other.num_samples,
+            **sums,
+        )
+
+
+@dataclass(frozen=True)
+class HalfCounts:
+    """What two disjoint halves of the samples had chosen at one point of a run; see `analysis.stability_report`.
+
+    Attributes:
+        num_tokens: tokens of the first and of the second half.
+        selected_pairs: by container path, how often each half chose each expert, two lists of `E`.
+    """
+
+    num_tokens: list[int]
+    selected_pairs: dict[str, list[list[int]]]
+
+    def __add__(self, other: HalfCounts) -> HalfCounts:
+        return HalfCounts(
+            num_tokens=[a + b for a, b in zip(self.num_tokens, other.num_tokens, strict=True)],
+            selected_pairs={
+                path: [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(halves, other_halves, strict=True)]
+                for path, halves, other_halves in (
+                    (path, halves, other.selected_pairs[path]) for path, halves in self.selected_pairs.items()
+                )
+            },
+        )
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """How often a task chose each expert, and with what weight.
+
+    Attributes:
+        containers: what was observed, by container path.
+        num_tokens: tokens of the batches' text that were counted (padding is not).
+        num_samples: samples with at least one counted token.
+        averaging: "sample" for the paper's equations, the mean over samples of each sample's mean over tokens;
+            "token" for the released code's flat mean over tokens. They agree where all samples are equally long.
+        model: name of the scored model.
+        revision: its commit on the Hub, if it came from there.
+        answers_only: only tokens that are trained on were counted.
+        halves: the counts of two disjoint halves of the samples, each time that the tokens had doubled and at the end.
+    """
+
+    containers: dict[str, ContainerScores]
+    num_tokens: int
+    num_samples: int
+    averaging: Averaging = "sample"
+    model: str | None = None
+    revision: str | None = None
+    answers_only: bool = False
+    halves: list[HalfCounts] = field(default_factory=list, repr=False)
+
+    def token(self) -> dict[str, Tensor]:
+        """Token selection ratio `r_i` (arXiv 2407.01906, equation 6), float64 `[E]`; sums to 1 over a container."""
+        if self.averaging == "sample":
+            return {path: _mean(c.token_share_sum, c.num_samples) for path, c in self.containers.items()}
+        return {path: _mean(c.selected_pairs, c.num_tokens * c.top_k) for path, c in self.containers.items()}
+
+    def gate(self) -> dict[str, Tensor]:
+        """Average gate score `g_i` (arXiv 2407.01906, equation 5), float64 `[E]`; its sum depends on the router.
+
+        Raises:
+            ValueError: if gate values could not be seen at a container.
+        """
+        rows = {}
+        for path, c in self.containers.items():
+            sums, count = c.gate_weight_sum, c.num_tokens
+            if self.averaging == "sample":
+                sums, count = c.gate_share_sum, c.num_samples
+            if sums is None:
+                raise ValueError(
+                    f"the gate values of {path} could not be seen: its router returns no weights. Use metric='token'"
+                )
+            rows[path] = _mean(sums, count)
+        return rows
+
+    def gate_share(self) -> dict[str, Tensor]:
+        """`gate()` over its sum in each container, so that a threshold means the same for every router."""
+        return {path: row / row.sum().clamp(min=1e-300) for path, row in self.gate().items()}
+
+    def parameters_per_expert(self) -> dict[str, int]:
+        """Number of weights of one expert of each container."""
+        return {path: c.parameters_per_expert for path, c in self.containers.items()}
+
+    def by_metric(self, metric: Metric) -> dict[str, Tensor]:
+        """`token()`, `gate()` or `gate_share()`, by name."""
+        return {"token": self.token, "gate": self.gate, "gate_share": self.gate_share}[metric]()
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Refuses a model whose containers are not those that were scored.
+
+        Raises:
+            ValueError: if containers differ in path or number of experts.
+        """
+        from .containers import find_experts
+
+        own = {path: c.num_experts for path, c in self.containers.items()}
+        found = {path: c.num_experts for path, c in find_experts(model).items()}
+        if own != found:
+            raise ValueError(
+                f"these scores, of {self.model or 'a model without a name'}, do not fit {type(model).__name__}: they "
+                f"are for the containers (with so many experts) {_sample(own)}, the model has {_sample(found)}"
+            )
+
+    def __add__(self, other: ExpertScores) -> ExpertScores:
+        """Joins two runs over different data of the same model.
+
+        Raises:
+            ValueError: if the two runs differ in containers, experts, top_k, averaging or the tokens that count.
+        """
+        if not isinstance(other, ExpertScores):
+            return NotImplemented
+        if self.averaging != other.averaging:
+            raise ValueError(f"cannot join scores averaged by {self.averaging} and by {other.averaging}")
+        if self.answers_only != other.answers_only:
+            raise ValueError("cannot join scores of all tokens and of answers only")
+        if not self._fits(other):
+            raise ValueError(
+                "cannot join scores of different models: their containers are "
+                f"{_sample(self._signature())} and {_sample(other._signature())}"
+            )
+        return ExpertScores(
+            containers={path: c + other.containers[path] for path, c in self.containers.items()},
+            num_tokens=self.num_tokens + other.num_tokens,
+            num_samples=self.num_samples + other.num_samples,
+            averaging=self.averaging,
+            answers_only=self.answers_only,
+            model=self.model if self.model == other.model else None,
+            revision=self.revision if self.revision == other.revision else None,
+            halves=self.halves + [self.halves[-1] + half for half in other.halves] if self.halves else other.halves,
+        )
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame` with a row for each expert: container, expert, selected_pairs, token, gate."""
+        import pandas as pd
+
+        token = self.token()
+        gate = self.gate() if all(c.gate_weight_sum is not None for c in self.containers.values()) else None
+        return pd.DataFrame(
+            {
+                "container": path,
+                "expert": expert,
+                "selected_pairs": pairs,
+                "token": float(token[path][expert]),
+                "gate": None if gate is None else float(gate[path][expert]),
+            }
+            for path, container in self.containers.items()
+            for expert, pairs in enumerate(container.selected_pairs)
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the scores as JSON."""
+        Path(path).write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> ExpertScores:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: if the file is not a score file of a version that this release reads.
+        """
+        try:
+            record = json.loads(Path(path).read_text())
+            version = record.pop("format_version")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a file written by ExpertScores.save") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
+        expected = {item.name for item in fields(cls)}
+        if set(record) != expected:
+            raise ValueError(f"{path} holds the fields {sorted(record)}; expected {sorted(expected)}")
+        containers = {path_: ContainerScores(**values) for path_, values in record.pop("containers").items()}
+        halves = [HalfCounts(**values) for values in record.pop("halves")]
+        return cls(containers=containers, halves=halves, **record)
+
+    def __repr__(self) -> str:
+        shapes = sorted({(c.num_experts, c.top_k) for c in self.containers.values()})
+        return (
+            f"ExpertScores({len(self.containers)} containers of (experts, top_k) {shapes}, {self.num_tokens:,} tokens "
+            f"in {self.num_samples:,} samples, averaging={self.averaging!r}, model={self.model!r})"
+        )
+
+    def _fits(self, other: ExpertScores) -> bool:
+        pairs = [(c, other.containers.get(path)) for path, c in self.containers.items()]
+        return len(self.containers) == len(other.containers) and all(
+            d is not None and c.num_experts == d.num_experts and (c.top_k == d.top_k or 0 in (c.top_k, d.top_k))
+            for c, d in pairs
+        )
+
+    def _signature(self) -> dict[str, tuple[int, int]]:
+        return {path: (c.num_experts, c.top_k) for path, c in self.containers.items()}
+
+
+def _mean(sums: list[float] | list[int], count: int) -> Tensor:
+    return torch.tensor(sums, dtype=torch.float64) / max(1, count)
+
+
+def _sample(signature: Mapping[str, Any]) -> str:
+    shown = dict(list(signature.items())[:2])
+    return f"{shown}{' ...' if len(signature) > len(shown) else ''}"

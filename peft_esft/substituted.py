@@ -1,0 +1,37 @@
+"""Experts behind any other forward: their weights are substituted for the length of the call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layer import ESFTLayer
+
+
+class SubstitutedExperts(ESFTLayer):
+    """A container whose own forward runs with the effective weights in place of its parameters.
+
+    Where experts are modules of their own, or a module is trained whole, only what is selected is replaced. Where all
+    experts share a parameter, the whole parameter is written anew in each call, and its whole gradient too: correct,
+    but slow.
+    """
+
+    def _adapted_forward(self, base_layer: nn.Module, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
+        ids = self.union_of_experts(adapter_names)
+        substitutes: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            substitutes |= weight.substitutes(base_layer, ids, self.rows_for_forward(name, adapter_names))
+        output = torch.func.functional_call(base_layer, substitutes, args, kwargs)
+        return self._connected(output, adapter_names) if isinstance(output, Tensor) else output
+
+    def _connected(self, output: Tensor, adapter_names: list[str]) -> Tensor:
+        """The output, as a function of all deltas: an expert that no token reaches gets a zero gradient, not None."""
+        if not torch.is_grad_enabled():
+            return output
+        deltas = [
+            d for name in adapter_names for weight in self.weight_names for d in self._delta_parameters(weight, name)
+        ]
+        nothing = sum(delta.flatten()[:0].sum() for delta in deltas if delta.requires_grad)
+        return output + nothing.to(output.dtype) if isinstance(nothing, Tensor) else output

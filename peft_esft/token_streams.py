@@ -1,0 +1,134 @@
+"""Which tokens of a batch count for scoring, and to which sample each belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+IGNORED_LABEL = -100  # what the losses of transformers leave out
+
+
+@dataclass
+class TokenStream:
+    """The tokens of one batch in the order in which the model's layers see them, sample after sample.
+
+    Attributes:
+        sample_of_token: int64 `[T]`, the sample of each token; -1 for a token that does not count.
+        lengths: int64 `[samples]`, counted tokens of each sample.
+        half_of_sample: int64 `[samples]`, 0 and 1 in turns.
+        num_tokens: counted tokens.
+        num_samples: samples with a counted token.
+    """
+
+    sample_of_token: Tensor
+    lengths: Tensor
+    half_of_sample: Tensor
+    num_tokens: int = field(init=False)
+    num_samples: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_tokens = int(self.lengths.sum())
+        self.num_samples = int((self.lengths > 0).sum())
+        self._by_device: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def counts_all(self) -> bool:
+        """True if no token is left out."""
+        return self.num_tokens == self.sample_of_token.shape[0]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """`sample_of_token`, `lengths` and `half_of_sample` on a device, copied there once."""
+        if device not in self._by_device:
+            tensors = (self.sample_of_token, self.lengths, self.half_of_sample)
+            self._by_device[device] = tuple(tensor.to(device) for tensor in tensors)  # type: ignore[assignment]
+        return self._by_device[device]
+
+    @classmethod
+    def from_mask(cls, counts: Tensor, starts: Tensor | None, remaining: int, first_sample: int) -> TokenStream:
+        """The stream of a batch of rows.
+
+        Args:
+            counts: bool `[rows, length]`, which tokens count.
+            starts: bool `[rows, length]`, where a sample starts; None for one sample a row.
+            remaining: count no more tokens than so many, the first ones.
+            first_sample: number of the first sample, for the halves.
+        """
+        counts = counts & (counts.reshape(-1).cumsum(0).view_as(counts) <= remaining)
+        if starts is None:
+            samples = torch.arange(counts.shape[0])[:, None].expand_as(counts)
+            num_samples = counts.shape[0]
+        else:
+            # The first counted token of a row starts a sample, whatever its position is.
+            starts = counts & (starts | (counts.cumsum(1) == 1))
+            samples = (starts.reshape(-1).cumsum(0) - 1).view_as(counts)
+            num_samples = int(starts.sum())
+        sample_of_token = torch.where(counts, samples, -1).reshape(-1)
+        lengths = torch.bincount(sample_of_token[sample_of_token >= 0], minlength=num_samples)
+        return cls(sample_of_token, lengths, (first_sample + torch.arange(num_samples)) % 2)
+
+
+def streams_of_batch(
+    inputs: Mapping[str, Any], remaining: Mapping[str, int], first_sample: int, answers_only: bool
+) -> dict[str, TokenStream]:
+    """The streams of a batch: "text", and "decoder" where an encoder-decoder model is given its decoder's tokens.
+
+    Args:
+        inputs: the batch, tensors as the model's forward takes them.
+        remaining: for each stream, how many tokens may still be counted.
+        first_sample: number of the batch's first sample.
+        answers_only: count only tokens whose `labels` entry is not -100; in an encoder-decoder model these are the
+            decoder's.
+
+    Raises:
+        ValueError: if a mask has another shape than the tokens, or `answers_only` finds no labels.
+    """
+    text = _first(inputs, "input_ids", "inputs_embeds")
+    decoder = _first(inputs, "decoder_input_ids", "decoder_inputs_embeds")
+    streams = {}
+    for name, tokens, prefix in (("text", text, ""), ("decoder", decoder, "decoder_")):
+        if tokens is None:
+            continue
+        counts = _mask(inputs, f"{prefix}attention_mask", tokens.shape[:2])
+        if answers_only and (name == "decoder" or decoder is None):
+            counts = counts & _answers(inputs, tokens.shape[:2])
+        starts = _sample_starts(inputs, tokens.shape[:2]) if name == "text" else None
+        streams[name] = TokenStream.from_mask(counts, starts, remaining[name], first_sample)
+    return streams
+
+
+def _first(inputs: Mapping[str, Any], *names: str) -> Tensor | None:
+    return next((inputs[name] for name in names if inputs.get(name) is not None), None)
+
+
+def _mask(inputs: Mapping[str, Any], name: str, shape: torch.Size) -> Tensor:
+    mask = inputs.get(name)
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool)
+    if mask.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(shape)}")
+    counts: Tensor = mask.bool().cpu()
+    return counts
+
+
+def _answers(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor:
+    labels = inputs.get("labels")
+    if labels is None:
+        raise ValueError(f"answers_only needs labels in every batch; this one has {sorted(inputs)}")
+    if labels.shape != shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(shape)}")
+    answers: Tensor = labels.cpu() != IGNORED_LABEL
+    return answers
+
+
+def _sample_starts(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
+    """Where packed samples start: at position 0."""
+    positions = inputs.get("position_ids")
+    if positions is None or positions.shape != shape:
+        return None
+    starts: Tensor = positions.cpu() == 0
+    return starts

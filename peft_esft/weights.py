@@ -1,0 +1,142 @@
+"""How a container stores the weights of its experts, and how rows of them are read, written and substituted.
+
+A weight is seen as one tensor `[E, ...]`, row `e` being expert `e`'s, whatever the storage is: one parameter for all
+experts (`StackedWeight`), or parameters in each expert's own module (`ListedWeight`). Both have the same methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+StackedForm = Literal["stacked", "flat", "single"]
+
+
+@lru_cache(maxsize=4096)
+def expert_index(expert_ids: tuple[int, ...], device: torch.device) -> Tensor:
+    """Expert ids as an int64 tensor `[n]`, copied to the device once."""
+    # A tensor made in inference mode could not take part in a later training step.
+    with torch.inference_mode(False):
+        return torch.tensor(expert_ids, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True)
+class StackedWeight:
+    """A weight of all experts in one parameter.
+
+    Attributes:
+        name: what the weight is called in adapter files.
+        parameter: the parameter's path below the container's module.
+        num_experts: number of experts, `E`.
+        form: "stacked" for `[E, ...]`, rows beyond `E` being no expert's; "flat" for `[E * rows, ...]`, the experts'
+            blocks one after another; "single" for the weight of a module that is no list of experts, seen as one.
+    """
+
+    name: str
+    parameter: str
+    num_experts: int
+    form: StackedForm = "stacked"
+
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters that hold the weight."""
+        return [attrgetter(self.parameter)(module)]
+
+    def whole(self, module: nn.Module) -> Tensor:
+        """The weight of all experts, `[E, ...]`, a view of the parameter."""
+        return self._view(self.parameters(module)[0])
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        """The shape of one expert's weight."""
+        return tuple(self.whole(module).shape[1:])
+
+    def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
+        """A copy of the rows of some experts, `[n, ...]`."""
+        weight = self.whole(module)
+        return weight.index_select(0, expert_index(tuple(expert_ids), weight.device))
+
+    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
+        """Writes the rows `[n, ...]` of some experts, casting them to the parameter's dtype."""
+        weight = self._view(self.parameters(module)[0].data)
+        weight.index_copy_(0, expert_index(tuple(expert_ids), weight.device), rows.to(weight))
+
+    def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
+        """What `torch.func.functional_call` puts in place of the parameters, by path: the weight with new rows."""
+        parameter = self.parameters(module)[0]
+        if self.form == "single":
+            return {self.parameter: rows[0]}
+        index = expert_index(tuple(expert_ids), parameter.device)
+        if self.form == "flat":
+            return {self.parameter: self._view(parameter).index_copy(0, index, rows).flatten(0, 1)}
+        return {self.parameter: parameter.index_copy(0, index, rows)}
+
+    def _view(self, parameter: Tensor) -> Tensor:
+        if self.form == "single":
+            return parameter[None]
+        return parameter.unflatten(0, (self.num_experts, -1)) if self.form == "flat" else parameter[: self.num_experts]
+
+
+@dataclass(frozen=True)
+class ListedWeight:
+    """A weight of experts that are modules of their own.
+
+    Attributes:
+        name: what the weight is called in adapter files, the same as in the fused form of the model.
+        parts: paths of parameters below each expert; their rows are joined on the first dimension.
+        experts: names of the experts' modules below the container, in the order of their ids.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    experts: tuple[str, ...]
+
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters that hold the weight."""
+        return [attrgetter(part)(self._expert(module, name)) for name in self.experts for part in self.parts]
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        """The shape of one expert's weight."""
+        parts = self._parts(module, 0)
+        return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+    def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
+        """A copy of the rows of some experts, `[n, ...]`."""
+        return torch.stack([torch.cat(self._parts(module, expert)) for expert in expert_ids])
+
+    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
+        """Writes the rows `[n, ...]` of some experts, casting them to the parameters' dtype."""
+        for expert, row in zip(expert_ids, rows, strict=True):
+            parts = self._parts(module, expert)
+            for part, values in zip(parts, row.split([part.shape[0] for part in parts]), strict=True):
+                part.data.copy_(values)
+
+    def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
+        """What `torch.func.functional_call` puts in place of the experts' parameters, by path below the container."""
+        return {
+            f"{self.experts[expert]}.{path}": values
+            for expert, row in zip(expert_ids, rows, strict=True)
+            for path, values in self.substitutes_of_expert(module, expert, row).items()
+        }
+
+    def substitutes_of_expert(self, module: nn.Module, expert_id: int, row: Tensor) -> dict[str, Tensor]:
+        """The same for one expert and its row `[...]`, by path below the expert."""
+        sizes = [part.shape[0] for part in self._parts(module, expert_id)]
+        return dict(zip(self.parts, row.split(sizes), strict=True))
+
+    def _parts(self, module: nn.Module, expert_id: int) -> list[Tensor]:
+        expert = self._expert(module, self.experts[expert_id])
+        return [attrgetter(part)(expert) for part in self.parts]
+
+    @staticmethod
+    def _expert(module: Any, name: str) -> nn.Module:
+        expert: nn.Module = module._modules[name]
+        return expert
+
+
+ExpertWeight = StackedWeight | ListedWeight
