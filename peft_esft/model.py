@@ -222,6 +222,7 @@ def _match_options(peft_config: ESFTConfig, path: str) -> Any:
         exclude_modules=peft_config.exclude_modules,
         modules_to_save=peft_config.modules_to_save,
         layers_to_transform=peft_config.layers_to_transform,
-        layers_pattern=peft_config.layers_pattern,
+        # Like PEFT's default, which overlooks a list of layers at the top of the model, as in one without a head.
+        layers_pattern=peft_config.layers_pattern or r"[^.]+",
     )
     return check_target_module_exists(view, path)
