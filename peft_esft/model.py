@@ -138,6 +138,17 @@ class ESFTModel(BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not available yet. Without this method the error would speak of an attribute that the base lacks.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "add_weighted_adapter is not supported by ESFT yet. Several active adapters add up, each with weight 1: "
+            "model.base_model.set_adapter([name, other_name])"
+        )
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base, see `peft.tuners.tuners_utils.BaseTuner.merge_adapter`.
 
