@@ -6,8 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness import NotApplicable
+
+
+torch.set_num_threads(1)  # on models this small, threads only wait for one another
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+from torch import nn
 
 from peft_esft import ESFTConfig
 
 from harness import Declared, peft_tests, transplant
-from toys import BLOCKS, FromPretrained, ToyMLP, deep_toy, on_modules
+from toys import BLOCKS, FromPretrained, ToyMLP, deep_toy, mlp_of_experts, on_modules
 
 
 test_custom_models = peft_tests("test_custom_models")
@@ -16,6 +19,7 @@ test_custom_models.MLP = ToyMLP
 test_custom_models.DeepMLP = deep_toy
 
 esft_on_modules = on_modules(ESFTConfig)
+DELTAS = ("esft_gate_up_proj", "esft_down_proj")
 
 BOTH_LAYERS = {0: [1, 3, 0, 6], 1: [0, 4, 2, 7]}
 SETTINGS = {
@@ -55,8 +59,13 @@ METHOD_OF_NO_IMPORTANCE = {
         "test_delete_adapter_multiple_adapters_with_modules_to_save",
         "test_existing_model_card",
         "test_non_existing_model_card",
+        "test_requires_grad_follows_inference_mode_modules_to_save",
+        "test_requires_grad_lora_same_targets",
+        "test_requires_grad_modules_to_save_default",
+        "test_requires_grad_modules_to_save_disabling",
+        "test_requires_grad_modules_to_save_multiple_adapters",
     )
-}
+} | {"test_requires_grad_lora_different_targets": {"LoraConfig": esft_on_modules, "MLP": mlp_of_experts}}
 """Tests that name LoRA but hold for every method."""
 
 NO_BIAS = Declared("experts are trained whole: there is no `bias` option")
@@ -80,3 +89,12 @@ globals().update(
         if name.startswith("Test")
     }
 )
+
+
+def _check_requires_grad(self: object, model: nn.Module, *expected: str) -> None:
+    """PEFT's check, which names the parameters that LoRA would have."""
+    names = {re.sub(r"lora_[AB]\.(\w+)\.weight", rf"{weight}.\1", name) for name in expected for weight in DELTAS}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names
+
+
+TestRequiresGrad.check_requires_grad = _check_requires_grad  # noqa: F821 (one of the classes above)

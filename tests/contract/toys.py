@@ -114,6 +114,14 @@ class ToyMLP(Toy):
         return self.head(self.lin1(X)).log_softmax(dim=-1)
 
 
+def mlp_of_experts() -> ToyMLP:
+    """`ToyMLP` with experts under both names of PEFT's `MLP`; it is not called."""
+    toy = ToyMLP()
+    toy.lin1 = toy.experts1
+    del toy.experts1
+    return toy
+
+
 def deep_toy(size: int = 8, kind: str = "fused") -> Toy:
     """The stand-in for PEFT's `DeepMLP`. Its size serves methods that need large layers; ours does not."""
     return Toy(kind, num_layers=3)
