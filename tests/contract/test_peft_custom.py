@@ -71,7 +71,6 @@ METHOD_OF_NO_IMPORTANCE = {
 NO_BIAS = Declared("experts are trained whole: there is no `bias` option")
 NO_DEFAULTS = Declared("ESFT has no default targets: what a task uses is measured", TypeError)
 DECLARED = {
-    "test_active_adapter[fused modules_to_save]": Declared("PEFT activates one adapter with modules_to_save at most"),
     "test_add_weighted_adapter_cat_with_rank_pattern": Declared("builds a LoRA adapter for every method", ValueError),
     "test_adding_multiple_adapters_with_bias_raises": NO_BIAS,
     "test_default_target_modules_list_of_str": NO_DEFAULTS,
@@ -80,6 +79,9 @@ DECLARED = {
     "test_default_target_modules_str": NO_DEFAULTS,
     "test_disable_adapter_with_bias_warns": NO_BIAS,
     "test_save_load_roundtrip_fsdp_wrapped_learnable_bias": NO_BIAS,
+} | {
+    f"test_active_adapter[{kind} modules_to_save]": Declared("PEFT activates one adapter with modules_to_save at most")
+    for kind in BLOCKS
 }
 
 globals().update(
