@@ -4,7 +4,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow lint types docs bench clean
+.PHONY: demo test test-slow contract lint types docs bench clean
 
 demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
 	$(RUN) examples/demo.py
@@ -14,6 +14,10 @@ test: $(VENV)/.installed ## the default test suite
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -q -m slow
+
+contract: $(VENV)/.installed ## PEFT's own tests, fetched for the version that is installed, on ESFT's configs
+	$(RUN) tools/fetch_peft_tests.py
+	$(RUN) -m pytest -q --disable-warnings tests/contract
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
@@ -30,7 +34,7 @@ bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/inference.py
 
 clean:
-	rm -rf $(VENV) site demo_output
+	rm -rf $(VENV) site demo_output .peft_tests
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -173,6 +173,17 @@ class ESFTModel(BaseTuner):
             )
         yield
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not available yet. Without this method the error would speak of an attribute that the base lacks.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "add_weighted_adapter is not supported by ESFT yet. Several active adapters add up, each with weight 1: "
+            "model.base_model.set_adapter([name, other_name])"
+        )
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base, see `peft.tuners.tuners_utils.BaseTuner.merge_adapter`.
 
@@ -280,6 +291,7 @@ def _match_options(peft_config: ESFTConfig, path: str) -> Any:
         exclude_modules=peft_config.exclude_modules,
         modules_to_save=peft_config.modules_to_save,
         layers_to_transform=peft_config.layers_to_transform,
-        layers_pattern=peft_config.layers_pattern,
+        # Like PEFT's default, which overlooks a list of layers at the top of the model, as in one without a head.
+        layers_pattern=peft_config.layers_pattern or r"[^.]+",
     )
     return check_target_module_exists(view, path)

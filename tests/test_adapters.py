@@ -384,6 +384,12 @@ def test_exclude_modules_and_layers_to_transform():
         assert [layer.path for layer in layers(model)] == [f"model.layers.{index}.mlp.experts" for index in kept]
 
 
+def test_layers_to_transform_counts_the_layers_of_a_model_without_a_head():
+    base = tiny_model("olmoe").model
+    model = get_peft_model(base, config_for(base, layers_to_transform=[0]))
+    assert [layer.path for layer in layers(model)] == ["layers.0.mlp.experts"]
+
+
 def test_status_and_parameter_counts(capsys):
     model = two_adapters()
     status = model.get_model_status()

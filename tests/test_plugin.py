@@ -11,16 +11,17 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
+from peft.utils.hotswap import hotswap_adapter
 
 import peft_esft
 from peft_esft import ESFTConfig, ESFTModel, find_experts
 from peft_esft.registration import register
 
 from families import tiny_model
-from oracle import config_for, random_tokens, select_in_all
+from oracle import config_for, deltas_of, random_tokens, select_in_all
 
 
 def test_the_enum_member_is_like_peft_s_own():
@@ -195,6 +196,85 @@ def test_types_cannot_be_mixed_in_one_model():
         model.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="ESFT"):
         get_peft_model(tiny_model("olmoe"), config_for(base), mixed=True)
+
+
+@pytest.fixture
+def adapter_folder(tmp_path):
+    base = tiny_model("olmoe")
+    get_peft_model(base, config_for(base, init_weights=False)).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_what_peft_offers_for_other_types_only_is_an_error_and_not_ignored(adapter_folder):
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base))
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but ESFT was passed"):
+        hotswap_adapter(model, adapter_folder, adapter_name="default")
+    with pytest.raises(NotImplementedError, match="add_weighted_adapter is not supported by ESFT yet"):
+        model.add_weighted_adapter(["default"], [0.5], "half")
+    assert list(model.peft_config) == ["default"]
+
+
+def test_transformers_hotswap_is_an_error_and_not_ignored(adapter_folder):
+    model = tiny_model("olmoe")
+    model.load_adapter(adapter_folder)
+    before = {key: delta.clone() for key, delta in deltas_of(model).items()}
+    with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
+        model.load_adapter(adapter_folder, adapter_name="default", hotswap=True)
+    assert all(torch.equal(delta, before[key]) for key, delta in deltas_of(model).items())
+
+
+def test_mixed_models_refuse_esft(adapter_folder):
+    with pytest.raises(ValueError, match="ESFT is not supported for mixed models"):
+        PeftMixedModel.from_pretrained(tiny_model("olmoe"), adapter_folder)
+    base = tiny_model("olmoe")
+    mixed = get_peft_model(base, LoraConfig(target_modules=["q_proj"]), mixed=True)
+    before = str(mixed)
+    with pytest.raises(ValueError, match="'ESFT' is not compatible with the `PeftMixedModel`"):
+        mixed.add_adapter("experts", config_for(base))
+    assert str(mixed) == before
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name 'esft' should not be contained in the prefix")
+@pytest.mark.parametrize("name", ["experts", "model", "0", "gate_up_proj", "esft_down_proj", "base_layer", "esft"])
+def test_adapters_may_be_named_like_modules_and_parameters(name, tmp_path):
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base, init_weights=False), adapter_name=name).eval()
+    expected = model(input_ids=random_tokens())[0]
+    model.save_pretrained(tmp_path)
+    folder = str(tmp_path / name)
+    loaded = PeftModel.from_pretrained(tiny_model("olmoe"), folder, adapter_name=name).eval()
+    assert torch.equal(loaded(input_ids=random_tokens())[0], expected)
+    plain = tiny_model("olmoe")
+    plain.load_adapter(folder, adapter_name=name)
+    assert torch.equal(plain(input_ids=random_tokens())[0], expected)
+    loaded.add_adapter("second", config_for(base))
+    loaded.set_adapter("second")
+    loaded.delete_adapter(name)
+    assert all(list(layer.expert_ids) == ["second"] for layer in loaded.modules() if hasattr(layer, "expert_ids"))
+    torch.testing.assert_close(loaded(input_ids=random_tokens())[0], tiny_model("olmoe")(input_ids=random_tokens())[0])
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_every_experts_implementation_computes_the_merged_model_alike(family):
+    outputs = {}
+    for implementation in ("eager", "grouped_mm", "batched_mm"):
+        base = tiny_model(family, experts_implementation=implementation)
+        torch.manual_seed(0)
+        model = get_peft_model(base, config_for(base, init_weights=False)).eval()
+        outputs[implementation] = model(input_ids=random_tokens())[0]
+        outputs[f"merged {implementation}"] = model.merge_and_unload()(input_ids=random_tokens())[0]
+    for name, output in outputs.items():
+        torch.testing.assert_close(output, outputs["merged eager"], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_copied_config_shares_nothing_with_its_original():
+    config = ESFTConfig(target_experts={0: [1]}, selection={"metric": "gate"})
+    twin = copy.deepcopy(config)
+    assert twin == config
+    twin.target_experts["0"].append(2)
+    twin.selection["metric"] = "token"
+    assert (config.target_experts, config.selection) == ({"0": [1]}, {"metric": "gate"})
 
 
 def test_find_experts_describes_containers_wrapped_or_not():
