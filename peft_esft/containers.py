@@ -210,11 +210,6 @@ class ExpertsContainer:
         """Number of weights of one expert."""
         return sum(torch.Size(shape).numel() for shape in self.weight_shapes.values())
 
-    @property
-    def device(self) -> torch.device:
-        """The device of the experts' weights."""
-        return self.weights[0].parameters(self.module)[0].device
-
     def parameters(self) -> list[nn.Parameter]:
         """All parameters that hold weights of the experts."""
         return [parameter for weight in self.weights for parameter in weight.parameters(self.module)]
@@ -372,13 +367,14 @@ def _describe_stacked(place: Place, known: KnownContainer) -> ExpertsContainer:
 
 
 def _describe_listed(place: Place, known: KnownContainer | None) -> ExpertsContainer:
-    experts = tuple(name for name, _ in place.module.named_children())
+    modules = {name: child for name, child in place.module.named_children() if any(True for _ in child.parameters())}
+    experts = tuple(modules)
     routing = known.routing if known else _router_beside(place)
     return ExpertsContainer(
         places=(place,),
         kind="listed",
         num_experts=len(experts),
-        weights=tuple(_listed_weights(next(place.module.children()), experts)),
+        weights=tuple(_listed_weights(modules[experts[0]], experts)),
         routing=routing,
     )
 

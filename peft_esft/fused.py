@@ -32,7 +32,7 @@ class FusedExperts(ESFTLayer):
             top_k_index,
             top_k_weights,
             trained=self._by_name({name: self.rows_for_forward(name, adapter_names) for name in self.weight_names}),
-            frozen=self._by_name({name: weight.whole(base_layer) for name, weight in self.stacked_weights()}),
+            frozen=self._by_name({name: weight.whole(base_layer) for name, weight in self._stacked_weights()}),
             slots=expert_slots(
                 tuple(self.union_of_experts(adapter_names)),
                 self.num_experts,
@@ -42,7 +42,7 @@ class FusedExperts(ESFTLayer):
             body=self._body(base_layer),
         )
 
-    def stacked_weights(self) -> list[tuple[str, StackedWeight]]:
+    def _stacked_weights(self) -> list[tuple[str, StackedWeight]]:
         """The weights by name; those of fused experts are all stacked."""
         return [(name, weight) for name, weight in self.weights.items() if isinstance(weight, StackedWeight)]
 

@@ -238,15 +238,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are active."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = self.adapters_in_use()
+        names = self.adapters_for_call()
         if not names:
             return base_layer(*args, **kwargs)
         return self._adapted_forward(base_layer, names, *args, **kwargs)
 
-    def adapters_in_use(self) -> list[str]:
-        """The adapters whose deltas have to be added in a forward pass."""
+    def adapters_for_call(self) -> list[str]:
+        """The adapters whose deltas a call has to add. If adapters are disabled, merged ones are unmerged first."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         return [] if self.disable_adapters or self.merged else self.adapters_here(self.active_adapters)
 
     def _adapted_forward(self, base_layer: nn.Module, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .substituted import SubstitutedExperts
+from .substituted import SubstitutedExperts, call_with
 from .weights import ListedWeight
 
 
@@ -27,7 +26,7 @@ class ListedExperts(SubstitutedExperts):
         expert = self._experts[key]
         if isinstance(key, slice):
             return [self[place] for place in range(len(self))[key]]
-        return AdaptedExpert(self, expert) if self.adapters_in_use() else expert
+        return AdaptedExpert(self, expert) if self.adapters_for_call() else expert
 
     def __len__(self) -> int:
         return len(self._experts)
@@ -50,16 +49,20 @@ class ListedExperts(SubstitutedExperts):
 
     def call_expert(self, expert: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Runs one of the experts with the active adapters' deltas."""
-        names = self.adapters_in_use()
-        expert_id = next(place for place, child in enumerate(self.base_layer.children()) if child is expert)
+        names = self.adapters_for_call()
+        modules = self._weights()[0].expert_modules(self.base_layer)
+        expert_id = next(number for number, module in enumerate(modules) if module is expert)
         if expert_id not in self.union_of_experts(names):
             return self._connected(expert(*args, **kwargs), names)
         substitutes: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            assert isinstance(weight, ListedWeight)
-            row = self.effective_rows(name, names, [expert_id])[0]
+        for weight in self._weights():
+            row = self.effective_rows(weight.name, names, [expert_id])[0]
             substitutes |= weight.substitutes_of_expert(self.base_layer, expert_id, row)
-        return self._connected(torch.func.functional_call(expert, substitutes, args, kwargs), names)
+        return self._connected(call_with(expert, substitutes, *args, **kwargs), names)
+
+    def _weights(self) -> list[ListedWeight]:
+        """The weights; those of a list are all listed."""
+        return [weight for weight in self.weights.values() if isinstance(weight, ListedWeight)]
 
 
 class AdaptedExpert:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from .containers import ExpertsContainer, Place, find_experts
 from .routing import Routing, RoutingSource
 from .scores import Averaging, ContainerScores, ExpertScores, HalfCounts
 from .token_streams import IGNORED_LABEL, TokenStream, streams_of_batch
+from .weights import ListedWeight
 
 
 if TYPE_CHECKING:
@@ -28,19 +29,24 @@ FIRST_CHECKPOINT = 1024  # tokens; the next ones follow at each doubling
 
 
 class RoutingAccumulator:
-    """Sums up the routing of one container, on its device, batch by batch.
+    """Sums up the routing of one container, on the device where it is computed, batch by batch.
 
     Memory is constant in the number of tokens; nothing is copied to the host before `result`.
     """
 
-    def __init__(self, num_experts: int, device: torch.device) -> None:
+    def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts
         self.top_k = self.num_tokens = self.num_samples = 0
         self.sees_gates = True
+        self._place_on(torch.device("cpu"))
+
+    def _place_on(self, device: torch.device) -> None:
+        # Where the container's weights lie says nothing: they may be offloaded.
+        self.device = device
         # By half: samples of even and of odd number.
-        self.half_pairs = torch.zeros(2, num_experts, dtype=torch.int64, device=device)
+        self.half_pairs = torch.zeros(2, self.num_experts, dtype=torch.int64, device=device)
         self.gate_weight_sum, self.token_share_sum, self.gate_share_sum = (
-            torch.zeros(num_experts, dtype=torch.float64, device=device) for _ in range(3)
+            torch.zeros(self.num_experts, dtype=torch.float64, device=device) for _ in range(3)
         )
 
     def update(self, routing: Routing, stream: TokenStream) -> None:
@@ -53,6 +59,8 @@ class RoutingAccumulator:
             stream: which of them count.
         """
         top_k_index, top_k_weights = routing.top_k_index, routing.top_k_weights
+        if self.num_tokens == 0 and top_k_index.device != self.device:
+            self._place_on(top_k_index.device)
         sample_of_token, lengths, half_of_sample = stream.on(top_k_index.device)
         self.top_k = max(self.top_k, routing.top_k)
         self.num_tokens += stream.num_tokens
@@ -223,9 +231,7 @@ class _Observer:
         self._half_tokens = torch.zeros(2, dtype=torch.int64)
         self._next_checkpoint = FIRST_CHECKPOINT
         self._noted: list[tuple[list[int], dict[str, Tensor]]] = []
-        self.accumulators = {
-            path: RoutingAccumulator(container.num_experts, container.device) for path, container in containers.items()
-        }
+        self.accumulators = {path: RoutingAccumulator(container.num_experts) for path, container in containers.items()}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -283,7 +289,8 @@ class _Observer:
     def _watch(self, container: ExpertsContainer, place: Place) -> list[Any]:
         source = container.routing
         if source is None:
-            experts = place.module.children()
+            # Such containers are lists of modules, whose weights are all listed in the same order.
+            experts = cast(ListedWeight, container.weights[0]).expert_modules(place.module)
             return [
                 expert.register_forward_pre_hook(self._call_hook(container, number))
                 for number, expert in enumerate(experts)

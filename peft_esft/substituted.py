@@ -10,6 +10,23 @@ from torch import Tensor, nn
 from .layer import ESFTLayer
 
 
+def call_with(module: nn.Module, substitutes: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Calls a module with other tensors in place of its parameters, which are given by path."""
+    shadows: list[tuple[dict[str, Any], str, Any]] = []
+    for path in substitutes:
+        owner, _, name = path.rpartition(".")
+        attributes = module.get_submodule(owner).__dict__
+        if name in attributes:
+            # FSDP (the first one) hides parameters behind plain attributes of the same name while a forward runs;
+            # `functional_call` replaces the parameter, and the module would read the attribute.
+            shadows.append((attributes, name, attributes.pop(name)))
+    try:
+        return torch.func.functional_call(module, substitutes, args, kwargs)
+    finally:
+        for attributes, name, value in shadows:
+            attributes[name] = value
+
+
 class SubstitutedExperts(ESFTLayer):
     """A container whose own forward runs with the effective weights in place of its parameters.
 
@@ -23,7 +40,7 @@ class SubstitutedExperts(ESFTLayer):
         substitutes: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
             substitutes |= weight.substitutes(base_layer, ids, self.rows_for_forward(name, adapter_names))
-        output = torch.func.functional_call(base_layer, substitutes, args, kwargs)
+        output = call_with(base_layer, substitutes, *args, **kwargs)
         return self._connected(output, adapter_names) if isinstance(output, Tensor) else output
 
     def _connected(self, output: Tensor, adapter_names: list[str]) -> Tensor:

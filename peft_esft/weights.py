@@ -96,9 +96,13 @@ class ListedWeight:
     parts: tuple[str, ...]
     experts: tuple[str, ...]
 
+    def expert_modules(self, module: Any) -> list[nn.Module]:
+        """The experts, in the order of their ids."""
+        return [module._modules[name] for name in self.experts]
+
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
         """The parameters that hold the weight."""
-        return [attrgetter(part)(self._expert(module, name)) for name in self.experts for part in self.parts]
+        return [attrgetter(part)(expert) for expert in self.expert_modules(module) for part in self.parts]
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """The shape of one expert's weight."""
@@ -129,14 +133,9 @@ class ListedWeight:
         sizes = [part.shape[0] for part in self._parts(module, expert_id)]
         return dict(zip(self.parts, row.split(sizes), strict=True))
 
-    def _parts(self, module: nn.Module, expert_id: int) -> list[Tensor]:
-        expert = self._expert(module, self.experts[expert_id])
+    def _parts(self, module: Any, expert_id: int) -> list[Tensor]:
+        expert = module._modules[self.experts[expert_id]]
         return [attrgetter(part)(expert) for part in self.parts]
-
-    @staticmethod
-    def _expert(module: Any, name: str) -> nn.Module:
-        expert: nn.Module = module._modules[name]
-        return expert
 
 
 ExpertWeight = StackedWeight | ListedWeight

@@ -67,3 +67,11 @@ def test_bad_rows_are_refused(tokenizer):
     with pytest.raises(ValueError, match="has no pad token"):
         list(text_batches(TEXTS, tokenizer))
     assert len(list(text_batches(TEXTS, tokenizer, batch_size=1))) == 4
+
+
+def test_a_tokenizer_makes_batches_of_texts(tokenizer):
+    model = tasks.load_base()[0]
+    texts = ["a few words", "and some more of them"]
+    scores = score_experts(model, texts, tokenizer=tokenizer, progress=False)
+    expected = score_experts(model, text_batches(texts, tokenizer), progress=False)
+    assert scores == expected

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from peft_esft import ESFTConfig, find_experts, score_experts
 from peft_esft.containers import find_other_modules, find_shared_experts
+from peft_esft.substituted import call_with
 
 from families import tiny_model
 from listed import listed_model
@@ -338,3 +339,23 @@ def test_tied_containers_have_one_delta(tmp_path):
     assert torch.equal(logits(model), expected)
     unloaded = model.unload()
     assert type(unloaded.model.layers[1].mlp.experts) is type(first)
+
+
+def test_disabling_a_merged_list_of_modules_gives_the_base():
+    base = listed_model()
+    expected = logits(base)
+    model = get_peft_model(base, config_for(base))
+    randomize(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+
+
+def test_substitution_reaches_parameters_that_are_hidden_by_attributes():
+    """As FSDP does while a forward runs."""
+    linear = torch.nn.Linear(2, 2, bias=False)
+    hidden = linear.weight.detach().clone()
+    linear.__dict__["weight"] = hidden
+    output = call_with(linear, {"weight": torch.eye(2)}, torch.tensor([3.0, 4.0]))
+    assert output.tolist() == [3, 4]
+    assert linear.__dict__["weight"] is hidden

@@ -11,14 +11,16 @@ import torch
 from peft import get_peft_model
 from test_selection import GOLDEN
 
-from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts
+from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts, select_experts
 from peft_esft.routing import Routing
 from peft_esft.scores import ContainerScores
 from peft_esft.scoring import RoutingAccumulator
 from peft_esft.token_streams import TokenStream
 
+import zoo
 from families import tiny_model
 from oracle import config_for, random_tokens
+from recorded import RecordedRouting
 
 
 @pytest.mark.parametrize("task", ["intent", "translation"])
@@ -49,7 +51,7 @@ def test_golden_routing_streamed_through_the_accumulator(task, samples_per_batch
     lengths = data["sample_lengths"].tolist()
     ends = np.cumsum(lengths).tolist()
     for layer in range(0, 26, 5):
-        accumulator = RoutingAccumulator(64, torch.device("cpu"))
+        accumulator = RoutingAccumulator(64)
         for first in range(0, len(lengths), samples_per_batch):
             batch = torch.tensor(lengths[first : first + samples_per_batch])
             start = ends[first] - lengths[first]
@@ -69,43 +71,6 @@ def test_golden_routing_streamed_through_the_accumulator(task, samples_per_batch
             for metric in ("token", "gate"):
                 expected = torch.from_numpy(data[f"{metric}_score_{name}"][layer])
                 torch.testing.assert_close(scores.by_metric(metric)["layer"], expected, rtol=0, atol=1e-9)
-
-
-class RecordedRouting:
-    """Every call of every container, token by token, in plain Python."""
-
-    def __init__(self, model):
-        self.calls = {path: [] for path in find_experts(model)}
-        for path, container in find_experts(model).items():
-            container.wrapper_or_module.register_forward_pre_hook(
-                lambda module, args, path=path: self.calls[path].append((args[1].tolist(), args[2].double().tolist()))
-            )
-
-    def scores(self, masks, num_experts):
-        """Token and gate scores, mean over samples and flat, from the attention masks of the batches."""
-        result = {}
-        for path, calls in self.calls.items():
-            samples = []
-            for (index, gates), mask in zip(calls, masks, strict=True):
-                length = mask.shape[1]
-                for sample, row in enumerate(mask.tolist()):
-                    tokens = [sample * length + place for place, counts in enumerate(row) if counts]
-                    samples.append([(index[token], gates[token]) for token in tokens])
-            samples = [sample for sample in samples if sample]
-            token, gate = ([[0.0] * num_experts for _ in samples] for _ in range(2))
-            for number, sample in enumerate(samples):
-                for experts, weights in sample:
-                    for expert, weight in zip(experts, weights, strict=True):
-                        if expert < num_experts and weight > 0:
-                            token[number][expert] += 1 / len(experts)
-                            gate[number][expert] += weight
-            lengths = [len(sample) for sample in samples]
-            result[path] = {}
-            for metric, sums in (("token", token), ("gate", gate)):
-                shares = [[v / length for v in row] for row, length in zip(sums, lengths, strict=True)]
-                result[path][metric, "sample"] = [sum(column) / len(samples) for column in zip(*shares, strict=True)]
-                result[path][metric, "token"] = [sum(column) / sum(lengths) for column in zip(*sums, strict=True)]
-        return result
 
 
 @pytest.mark.parametrize("averaging", ["sample", "token"])
@@ -278,3 +243,115 @@ def test_bad_input_is_refused(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"scores\.json"):
             ExpertScores.load(path)
+
+
+def test_packed_samples_are_told_apart_by_their_positions():
+    model = tiny_model("olmoe")
+    lengths = [5, 3, 7]
+    rows = [random_tokens(1, length, seed=length) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = {"input_ids": torch.cat(rows, 1), "position_ids": positions}
+    recorded = RecordedRouting(model)
+    scores = score_experts(model, [packed], progress=False)
+    assert (scores.num_tokens, scores.num_samples) == (15, 3)
+    # What the packed row was routed like, cut into samples of a row each.
+    for calls in recorded.calls.values():
+        (index, gates) = calls.pop()
+        ends = [sum(lengths[: number + 1]) for number in range(3)]
+        for end, length in zip(ends, lengths, strict=True):
+            calls.append((index[end - length : end], gates[end - length : end]))
+    masks = [torch.ones(1, length) for length in lengths]
+    for path, expected in recorded.scores(masks, 8).items():
+        for metric in ("token", "gate"):
+            values = torch.tensor(expected[metric, "sample"], dtype=torch.float64)
+            torch.testing.assert_close(scores.by_metric(metric)[path], values)
+    cut = score_experts(model, [packed], max_tokens=6, progress=False)
+    assert (cut.num_tokens, cut.num_samples) == (6, 2)
+    # Padding on the left has positions too, and is no sample.
+    mask = torch.tensor([[0, 0, 1, 1]])
+    padded = {"input_ids": random_tokens(1, 4), "attention_mask": mask, "position_ids": torch.tensor([[1, 1, 0, 1]])}
+    assert score_experts(model, [padded], progress=False).num_samples == 1
+    # A row that is the continuation of another is a sample of its own.
+    rows = {"input_ids": random_tokens(2, 4), "position_ids": torch.arange(8).view(2, 4)}
+    assert score_experts(model, [rows], progress=False).num_samples == 2
+
+
+def test_encoder_and_decoder_count_their_own_tokens():
+    model = zoo.build("switch_transformers")
+    batch = {
+        "input_ids": random_tokens(2, 6),
+        "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]),
+        "decoder_input_ids": random_tokens(2, 6, seed=1),
+        "decoder_attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6]),
+    }
+    scores = score_experts(model, [batch], progress=False)
+    assert (scores.num_tokens, scores.num_samples) == (9, 2)
+    for path, container in scores.containers.items():
+        expected = 9 if path.startswith("encoder") else 10
+        assert container.num_tokens == sum(container.selected_pairs) == expected
+        assert float(scores.token()[path].sum()) == pytest.approx(1)
+    # Labels make the decoder's input, as in training, and say which of its tokens are answers.
+    labels = random_tokens(2, 5, seed=2)
+    labels[0, 3:] = -100
+    both = {"input_ids": batch["input_ids"], "labels": labels}
+    answers = score_experts(model, [both], answers_only=True, progress=False)
+    counts = {path: c.num_tokens for path, c in answers.containers.items()}
+    assert counts == {path: 12 if path.startswith("encoder") else 8 for path in counts}
+    with pytest.raises(ValueError, match="needs decoder_input_ids"):
+        score_experts(model, [{"input_ids": batch["input_ids"]}], progress=False)
+
+
+def test_images_count_patch_by_patch():
+    model = zoo.build("vitpose_backbone")
+    inputs = zoo.inputs_for(model, rows=3)
+    scores = score_experts(model, [inputs], progress=False)
+    assert scores.num_samples == 3
+    for container in scores.containers.values():
+        assert container.num_tokens == scores.num_tokens == sum(container.selected_pairs)
+    cut = score_experts(model, [inputs, inputs], max_tokens=scores.num_tokens // 3 + 1, progress=False)
+    assert (cut.num_tokens, cut.num_samples) == (scores.num_tokens // 3 + 1, 2)
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_offloaded_models_are_scored(offload, tmp_path):
+    from accelerate import cpu_offload, disk_offload
+
+    batches = [{"input_ids": random_tokens()}]
+    expected = score_experts(tiny_model("olmoe"), batches, progress=False)
+    model = tiny_model("olmoe")
+    if offload == "cpu":
+        cpu_offload(model, execution_device="cpu")
+    else:
+        disk_offload(model, tmp_path, execution_device="cpu")
+    assert any(parameter.is_meta for parameter in model.parameters())
+    scores = score_experts(model, batches, progress=False)
+    assert scores.containers == expected.containers
+
+
+def test_scores_are_refused_by_a_model_that_they_do_not_fit():
+    model = tiny_model("olmoe")
+    scores = score_experts(model, [{"input_ids": random_tokens()}], progress=False)
+    scores.check_fits(model)
+    other = tiny_model("deepseek_v2")
+    with pytest.raises(ValueError, match=r"do not fit DeepseekV2ForCausalLM.*layers.0.mlp.experts': 8"):
+        scores.check_fits(other)
+    larger = tiny_model("olmoe")
+    for layer in larger.model.layers:
+        experts = layer.mlp.experts
+        experts.num_experts = 16
+        experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj.repeat(2, 1, 1))
+        experts.down_proj = torch.nn.Parameter(experts.down_proj.repeat(2, 1, 1))
+    with pytest.raises(ValueError, match=r"were chosen among 8, but this model has 16"):
+        get_peft_model(larger, ESFTConfig.from_scores(scores))
+
+
+def test_gate_shares_select_the_same_for_any_scale_of_the_gates():
+    model = tiny_model("deepseek_v2")
+    scores = score_experts(model, [{"input_ids": random_tokens()}], progress=False)
+    for row in scores.gate_share().values():
+        assert float(row.sum()) == pytest.approx(1)
+    selection = select_experts(scores, metric="gate_share", top_p=0.5)
+    for layer in model.model.layers[1:]:
+        layer.mlp.gate.routed_scaling_factor *= 3
+    scaled = score_experts(model, [{"input_ids": random_tokens()}], progress=False)
+    assert select_experts(scaled, metric="gate_share", top_p=0.5) == selection

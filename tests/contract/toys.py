@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from families import tiny_model
+from listed import GatedMLP
 
 
 FAMILIES = ["olmoe", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss"]
@@ -29,7 +30,7 @@ def write_checkpoint(family: str, folder: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.2)
+                parameter.normal_(std=0.75)
     model.save_pretrained(folder)
 
 
@@ -73,7 +74,29 @@ class FusedBlock(nn.Module):
         return self.lin1(X + self.lin0(X, chosen, weights))
 
 
-BLOCKS: dict[str, type[nn.Module]] = {"fused": FusedBlock}
+class ListedBlock(nn.Module):
+    """The same with experts in modules of their own, each called with its tokens."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(size, NUM_EXPERTS, bias=False)
+        self.lin0 = nn.ModuleList(GatedMLP(size, size) for _ in range(NUM_EXPERTS))
+        self.lin1 = nn.Linear(size, size)
+        with torch.no_grad():
+            for parameter in self.lin0.parameters():
+                parameter.normal_(std=0.75)
+
+    def forward(self, X: Tensor) -> Tensor:
+        weights, chosen = self.router(X).softmax(dim=-1).topk(4, dim=-1)
+        output = torch.zeros_like(X)
+        for expert in range(NUM_EXPERTS):
+            token, choice = (chosen == expert).nonzero(as_tuple=True)
+            if len(token):
+                output = output.index_add(0, token, self.lin0[expert](X[token]) * weights[token, choice, None])
+        return self.lin1(X + output)
+
+
+BLOCKS: dict[str, type[nn.Module]] = {"fused": FusedBlock, "listed": ListedBlock}
 """A layer of each kind of experts: `forward(X [tokens, size])`, the experts at `lin0`, a `Linear` at `lin1`."""
 
 
