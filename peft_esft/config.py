@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .selection import DEFAULT_TOP_P, Metric, select_experts
+from .storage import FORMS
 
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ class ESFTConfig(PeftConfig):
         selection (`dict`, *optional*):
             Where the choice of experts came from: metric, top_p, averaging, tokens seen. A record, but for
             `num_experts`: a model that has another number of experts than the one scored is refused.
+        storage (`str`, *optional*, defaults to `"delta"`):
+            How the file stores the weights: "delta" for training; "rows", "int8", "int4" or "int1" for files that
+            `interchange.compact` made smaller, for inference only.
     """
 
     target_experts: dict[str, list[int]] | None = field(
@@ -88,6 +92,9 @@ class ESFTConfig(PeftConfig):
     selection: dict[str, Any] | None = field(
         default=None, metadata={"help": "Where the choice came from: metric, top_p, averaging, tokens seen."}
     )
+    storage: str = field(
+        default="delta", metadata={"help": "How the file stores the weights; all but 'delta' are for inference only."}
+    )
 
     # PEFT reads this attribute of every config. Ours is no field: `target_experts` alone says what is adapted.
     target_modules: ClassVar[None] = None
@@ -106,6 +113,10 @@ class ESFTConfig(PeftConfig):
             raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"rank is {self.rank!r}; it is None for full-rank deltas or a positive integer")
+        if self.storage not in FORMS:
+            raise ValueError(f"storage is {self.storage!r}; it is one of {', '.join(FORMS)}")
+        if self.storage != "delta" and self.rank is not None:
+            raise ValueError(f"storage {self.storage!r} is for full-rank adapters; with a rank it is 'delta'")
         if self.rank is None and (self.alpha is not None or self.use_rslora):
             raise ValueError("alpha and use_rslora scale deltas of low rank; without rank they would have no effect")
 

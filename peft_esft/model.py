@@ -74,6 +74,11 @@ class ESFTModel(BaseTuner):
             ValueError: if the config selects nothing, or something that this model does not have.
             NotImplementedError: if weights that are to be trained cannot be read.
         """
+        if peft_config.storage != "delta" and not peft_config.inference_mode:
+            raise ValueError(
+                f"an adapter stored as {peft_config.storage!r} is for inference only and cannot be trained; train the "
+                "one that it was made from"
+            )
         containers = find_experts(self.model)
         if not containers:
             raise ValueError(
@@ -159,6 +164,8 @@ class ESFTModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers():
+            layer.restore_stored_dtypes(adapter_name)
         if not autocast_adapter_dtype:
             for layer in self._layers():
                 layer.cast_to_base_dtype(adapter_name)
