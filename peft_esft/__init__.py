@@ -3,7 +3,7 @@
 Importing the package registers the tuner type `ESFT` with PEFT.
 """
 
-from .registration import extend_peft_type, register
+from .registration import extend_peft_type, keep_model_cards, register
 
 
 extend_peft_type()  # before the config, which names the new member
@@ -19,6 +19,7 @@ from .selection import random_experts, select_experts  # noqa: E402
 
 
 register(ESFTConfig, ESFTModel)
+keep_model_cards()
 
 __version__ = "0.1.0.dev0"
 

@@ -13,13 +13,14 @@ from typing import Any, get_args
 from .batches import text_batches
 from .config import ESFTConfig
 from .containers import find_experts
-from .interchange.adapter import WEIGHTS_NAME, AdapterFolder, read_config
+from .interchange.adapter import AdapterFolder, read_config
 from .interchange.base import empty_model
 from .interchange_cli import add_commands
 from .preview import format_previews, preview_selections
 from .scores import ExpertScores
 from .scoring import score_experts
 from .selection import Metric, select_experts
+from .untrusted import WEIGHTS_NAME
 
 
 BAR_WIDTH = 32

@@ -13,17 +13,15 @@ from torch import Tensor
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer, resolve_container
 from ..functional import add_deltas
-from ..storage import decode, stored_layout
+from ..storage import decode
+from ..tensor_files import TensorFolder, write_tensors
+from ..untrusted import KEY_PREFIX, MARK, WEIGHTS_NAME, check_fields, expected_layout, fits
 from ..weights import ExpertWeight
 from .base import Base
 from .selections import read_json, shortened
-from .tensor_files import TensorFolder, write_tensors
 
 
 CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-KEY_PREFIX = "base_model.model."
-MARK = ".esft_"
 
 TensorLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -185,20 +183,11 @@ class AdapterFolder:
             return
         for suffix, (dtype, shape) in expected.items():
             entry = self.files.entries[change.keys[suffix]]
-            integers = dtype in (torch.int8, torch.uint8)
-            if entry.shape != shape or (integers and entry.dtype != dtype):
+            if not fits(entry, dtype, shape):
                 yield (
                     f"{change.keys[suffix]} is {entry.dtype} {list(entry.shape)}, the base and the selection need "
                     f"{dtype} {list(shape)}"
                 )
-
-
-def expected_layout(config: ESFTConfig, shape: tuple[int, ...], dtype: torch.dtype) -> TensorLayout:
-    """Dtype and shape of an adapter's tensors for one weight, by suffix."""
-    if config.rank is None:
-        return stored_layout(config.storage, shape, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return {"_A": (wide, (shape[0], config.rank, shape[2])), "_B": (wide, (*shape[:2], config.rank))}
 
 
 def read_config(folder: Path) -> ESFTConfig:
@@ -213,9 +202,11 @@ def read_config(folder: Path) -> ESFTConfig:
         raise ValueError(f"{folder} is no ESFT adapter: its peft_type is {str(kind)[:100]!r}")
     known = inspect.signature(ESFTConfig).parameters
     try:
-        return ESFTConfig(**{name: value for name, value in content.items() if name in known})
+        config = ESFTConfig(**{name: value for name, value in content.items() if name in known})
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG_NAME} is malformed: {error}") from error
+    check_fields(config)
+    return config
 
 
 def write_adapter(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..containers import READABLE_DTYPES, ExpertsContainer, find_experts, find_other_modules, find_shared_experts
+from ..tensor_files import TensorFolder, block_shape, overwrite
 from ..weights import ExpertWeight, StackedWeight
 from .key_map import KeyMap, Source
-from .tensor_files import TensorFolder, block_shape, overwrite
 
 
 class Base:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..storage import FORMS, encode, stored_layout
-from .adapter import MARK, AdapterFolder, Change, TensorLayout, write_adapter
+from ..untrusted import MARK
+from .adapter import AdapterFolder, Change, TensorLayout, write_adapter
 from .base import Base
 from .folders import new_folder
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..storage import decode
-from .adapter import KEY_PREFIX, MARK, AdapterFolder
+from ..untrusted import KEY_PREFIX, MARK
+from .adapter import AdapterFolder
 
 
 def diff_adapters(first_dir: str | Path, second_dir: str | Path) -> dict[str, Any]:

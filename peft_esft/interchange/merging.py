@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from .adapter import KEY_PREFIX, AdapterFolder
+from ..tensor_files import INDEX_NAME, iter_other_files, overwrite
+from ..untrusted import KEY_PREFIX
+from .adapter import AdapterFolder
 from .base import Base
 from .folders import new_folder
-from .tensor_files import INDEX_NAME, iter_other_files, overwrite
 
 
 def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str | Path) -> Path:
