@@ -51,7 +51,7 @@ def keep_model_cards() -> None:
     def with_card(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
         config = self.peft_config.get("default")
         if config is not None and config.peft_type == PeftType.ESFT:
-            write_card(Path(working_dir), config)
+            write_card(Path(working_dir), config, for_hub=True)
         return upload(self, working_dir, *args, **kwargs)
 
     setattr(PeftModel, "_upload_modified_files", with_card)  # noqa: B010 (a method, which type checkers guard)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ MARK = ".esft_"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
 MAX_CONFIG_BYTES = 50_000_000
+ALLOW_PICKLED = "PEFT_ESFT_ALLOW_PICKLED"
 
 
 def find_header(folder: Path, *, pickled: bool = False) -> Header | None:
@@ -42,10 +44,11 @@ def find_header(folder: Path, *, pickled: bool = False) -> Header | None:
         raise ValueError(f"{config} has {config.stat().st_size:,} bytes, more than {MAX_CONFIG_BYTES:,}")
     if (folder / WEIGHTS_NAME).is_file():
         return read_header(folder / WEIGHTS_NAME)
+    pickled = pickled or os.environ.get(ALLOW_PICKLED) == "1"
     if (folder / PICKLED_NAME).is_file() and not pickled:
         raise ValueError(
             f"{folder} has pickled weights ({PICKLED_NAME}) and no {WEIGHTS_NAME}. If you trust them, pass "
-            "use_safetensors=False"
+            f"use_safetensors=False or set {ALLOW_PICKLED}=1"
         )
     return None
 

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from peft_esft import ESFTConfig
-from peft_esft.card import is_hub_name
+from peft_esft.card import is_hub_name, write_card
 from peft_esft.interchange import compact
 
 from families import tiny_model
@@ -80,7 +80,9 @@ def test_the_three_lines_of_the_card_load_the_adapter(tmp_path):
     tokens = torch.arange(3, 9)[None]
     with torch.no_grad():
         assert torch.equal(namespace["model"](input_ids=tokens)[0], model(input_ids=tokens)[0])
-    # A path of this machine is nothing that the Hub could link to.
+    # A path of this machine is nothing that the Hub could link to; PEFT writes it, pushing leaves it out.
+    write_card(tmp_path / "adapter", model.peft_config["default"], for_hub=True)
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert not card.data.get("base_model")
     assert not any(str(tmp_path) in tag for tag in card.data["tags"])
 

@@ -14,6 +14,12 @@ from harness import NotApplicable
 torch.set_num_threads(1)  # on models this small, threads only wait for one another
 
 
+@pytest.fixture(autouse=True)
+def _pickled_weights_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's tests read pickled weights too, which this package does only when asked."""
+    monkeypatch.setenv("PEFT_ESFT_ALLOW_PICKLED", "1")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """PEFT's tests skip methods that they do not know: here that is a failure, unless it is declared."""
