@@ -124,7 +124,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None:
         """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
         if self.storage[adapter_name] != "delta":
-            rows = self.weights[weight_name].read(self.get_base_layer(), self.expert_ids[adapter_name])
+            own = self.expert_ids[adapter_name]
+            rows = self._base_rows_of(self._replaced_rows.get(weight_name), self._replaced_ids, weight_name, own)
             return self._stored_delta(weight_name, adapter_name, rows)
         factors = self._delta_parameters(weight_name, adapter_name)
         if len(factors) < 2:
@@ -307,11 +308,11 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         scales = getattr(self, f"{PREFIX}{weight_name}_scales")[adapter_name]
         return decode(self.storage[adapter_name], codes, scales, rows.shape[-1])
 
-    def _base_rows_of(self, rows: Tensor, ids: list[int], weight_name: str, own: list[int]) -> Tensor:
+    def _base_rows_of(self, rows: Tensor | None, ids: list[int], weight_name: str, own: list[int]) -> Tensor:
         """The base's rows of the experts `own`; from `rows` where it has them, since merging changes the base."""
         own_rows = self.weights[weight_name].read(self.get_base_layer(), own)
         for place, expert in enumerate(own):
-            if expert in ids:
+            if rows is not None and expert in ids:
                 own_rows[place] = rows[ids.index(expert)]
         return own_rows
 

@@ -174,7 +174,10 @@ def test_rows_and_deltas_add_up(adapter):
     delta = rows[layer.path, "down_proj"].float() - base_rows
     expected = (base_rows[1] + delta[1] + layer.get_delta_weight("other", "down_proj")[0]).bfloat16()
     torch.testing.assert_close(both[1], expected)
+    before = layer.get_delta_weight("rows", "down_proj")
+    assert torch.equal(before, delta)
     model.merge_adapter(["rows", "other"])
+    assert torch.equal(layer.get_delta_weight("rows", "down_proj"), before)
     assert torch.equal(layer.get_base_layer().down_proj[[5, 1, 6, 3]], both)
     model.unmerge_adapter()
     assert torch.equal(layer.get_base_layer().down_proj[[5, 1, 6]].float(), base_rows)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..containers import READABLE_DTYPES, ExpertsContainer, find_experts, find_other_modules, find_shared_experts
 from ..tensor_files import TensorFolder, block_shape, overwrite
 from ..weights import ExpertWeight, StackedWeight
-from .key_map import KeyMap, Source
+from .key_map import KeyMap, Source, mixed_weights
 
 
 class Base:
@@ -114,12 +114,15 @@ class Base:
 
         Raises:
             ValueError: if the checkpoint has none.
+            NotImplementedError: if they hold another parameter too.
         """
         path = container.path
         for place in container.places:
             name = f"{place.path}{parameter.removeprefix(path)}"
             if name in self.keys.sources:
                 return self.keys.sources[name]
+        if parameter in self.keys.mixed:
+            raise mixed_weights(parameter)
         raise ValueError(f"the checkpoint of the base has no tensor for {parameter}")
 
     def split(

@@ -53,6 +53,7 @@ class KeyMap:
     Attributes:
         sources: the tensors that make up each parameter, by parameter name.
         unknown: keys that belong to no parameter.
+        mixed: parameters that the checkpoint stores in the same tensors as another one.
     """
 
     def __init__(self, model: Any, keys: Iterable[str] | None = None) -> None:
@@ -64,12 +65,14 @@ class KeyMap:
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
         self.sources: dict[str, list[Source]] = {}
         self.unknown: list[str] = []
+        self.mixed: set[str] = set()
         for key in sorted(self.saved_keys() if keys is None else keys, key=dot_natural_key):
             source = self.source(key)
             if source is None:
                 self.unknown.append(key)
             else:
                 self.sources.setdefault(source.parameter, []).append(source)
+                self.mixed |= self._targets_after_the_first(source)
 
     def source(self, key: str) -> Source | None:
         """What a key of a checkpoint means; None if it belongs to no parameter of the model."""
@@ -144,9 +147,20 @@ class KeyMap:
         empty = torch.empty((1, *shape[1:]) if one_expert else shape, device="meta")
         return {pattern: tuple(tensor.shape) for (pattern, _), tensor in self.split(parameter, empty).items()}
 
+    def _targets_after_the_first(self, source: Source) -> set[str]:
+        if source.pattern is None:
+            return set()
+        first, *others = self._by_pattern[source.pattern].target_patterns
+        return {source.parameter.replace(first, other) for other in others}
+
     def _check_simple(self, parameter: str, converter: WeightConverter) -> None:
         if len(converter.target_patterns) > 1:
-            raise NotImplementedError(
-                f"transformers stores {parameter} mixed with other weights ({converter.target_patterns}); such a "
-                "checkpoint cannot be read or written in part. Load the whole model and merge_and_unload() there."
-            )
+            raise mixed_weights(parameter)
+
+
+def mixed_weights(parameter: str) -> NotImplementedError:
+    """The error for weights that a checkpoint stores in the same tensors as others."""
+    return NotImplementedError(
+        f"the checkpoint stores {parameter} in the same tensors as another parameter, so it cannot be read or written "
+        "by itself. Load the whole model, and use merge_and_unload() and save_pretrained() there"
+    )
