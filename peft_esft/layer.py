@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .combination import CombinationType, MajoritySignMethod, combine_deltas
 from .config import ESFTConfig
 from .containers import READABLE_DTYPES, ExpertsContainer
 from .functional import add_deltas
@@ -54,7 +55,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.expert_ids: dict[str, list[int]] = {}
+        # What deltas are multiplied with: of low-rank factors by the config, and what `set_scale` asks for.
         self.scaling: dict[str, float] = {}
+        self.scale: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._rows: dict[str, tuple[Any, list[nn.Parameter], Tensor]] = {}
@@ -84,6 +87,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """
         self.expert_ids[adapter_name] = list(expert_ids)
         self.scaling[adapter_name] = config.scaling
+        self.scale[adapter_name] = 1.0
         self._rows = {}
         for name, weight in self.weights.items():
             shape = (len(expert_ids), *weight.shape(self.get_base_layer()))
@@ -100,6 +104,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.expert_ids.pop(adapter_name, None)
         self.scaling.pop(adapter_name, None)
+        self.scale.pop(adapter_name, None)
         self._rows = {}
 
     def adapters_here(self, adapter_names: Sequence[str]) -> list[str]:
@@ -113,10 +118,42 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None:
         """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
         factors = self._delta_parameters(weight_name, adapter_name)
-        if len(factors) < 2:
-            return factors[0] if factors else None
-        matrix_a, matrix_b = factors
-        return self.scaling[adapter_name] * (matrix_b @ matrix_a)
+        if not factors:
+            return None
+        scale = self.scaling[adapter_name] * self.scale[adapter_name]
+        delta = factors[0] if len(factors) == 1 else factors[1] @ factors[0]
+        return delta if scale == 1 else scale * delta
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained."""
+        self.scale[adapter_name] = scale
+        self._rows = {}
+
+    @torch.no_grad()
+    def combine(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType,
+        density: float | None,
+        majority_sign_method: MajoritySignMethod,
+    ) -> None:
+        """Sets the deltas of an adapter of full rank to a combination of others, see `combination.combine_deltas`."""
+        ids = self.expert_ids[adapter_name]
+        for weight_name in self.weight_names:
+            target = self._delta_parameters(weight_name, adapter_name)[0]
+            deltas, factors = [], []
+            for name, weight in zip(adapters, weights, strict=True):
+                delta = self.get_delta_weight(name, weight_name) if name in self.expert_ids else None
+                if delta is not None:
+                    places = expert_index(tuple(map(ids.index, self.expert_ids[name])), delta.device)
+                    deltas.append((places, delta.to(target.dtype)))
+                    factors.append(weight)
+            if deltas:
+                combined = combine_deltas(deltas, factors, len(ids), combination_type, density, majority_sign_method)
+                target.copy_(combined)
+        self._rows = {}
 
     def effective_rows(
         self, weight_name: str, adapter_names: Sequence[str], expert_ids: Sequence[int] | None = None
