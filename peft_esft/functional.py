@@ -63,21 +63,31 @@ def default_gate(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Ten
 
 @lru_cache(maxsize=4096)
 def expert_slots(
-    expert_ids: tuple[int, ...], num_experts: int, device: torch.device, num_identity_experts: int = 0
+    expert_ids: tuple[tuple[int, ...], ...], num_experts: int, device: torch.device, num_identity_experts: int = 0
 ) -> Tensor:
     """Sorting keys that put the pairs of frozen experts first, then the trained ones, then identity experts.
 
     Made once for each set of arguments.
 
+    Args:
+        expert_ids: the trained experts of each adapter, whose rows lie one adapter after another; there may be none.
+        num_experts: `E`.
+        device: of the result.
+        num_identity_experts: experts that return their input, with the ids from `E` on.
+
     Returns:
-        int64 `[E + identity experts]`: for a trained expert `E` + its position in `expert_ids`, for any other expert
-        its id, for all identity experts `E + n`.
+        int64 `[adapters, E + identity experts]`: for an adapter's expert `E` + the place of its rows, for any other
+        expert its id, for all identity experts `E + n`.
     """
     # A tensor made in inference mode could not take part in a later training step.
     with torch.inference_mode(False):
-        slots = torch.arange(num_experts + num_identity_experts)
-        slots[num_experts:] = num_experts + len(expert_ids)
-        slots[list(expert_ids)] = num_experts + torch.arange(len(expert_ids))
+        num_trained = sum(map(len, expert_ids))
+        slots = torch.arange(num_experts + num_identity_experts).repeat(len(expert_ids), 1)
+        slots[:, num_experts:] = num_experts + num_trained
+        first = num_experts
+        for row, ids in zip(slots, expert_ids, strict=True):
+            row[list(ids)] = first + torch.arange(len(ids))
+            first += len(ids)
         return slots.to(device)
 
 
@@ -128,6 +138,7 @@ def split_experts_forward(
     frozen: ExpertWeights,
     slots: Tensor,
     body: ExpertBody,
+    adapter_of_token: Tensor | None = None,
 ) -> Tensor:
     """Runs a mixture of experts in which a few experts are trained and all others are frozen.
 
@@ -141,17 +152,18 @@ def split_experts_forward(
         top_k_weights: `[T, K]`, what each expert's output is multiplied with.
         trained: the effective weights of the `n` trained experts.
         frozen: the base's weights of all `E` experts.
-        slots: from `expert_slots`.
+        slots: a row of `expert_slots`, `[E + identity experts]`; with `adapter_of_token` one row for each adapter.
         body: what lies between the projections.
+        adapter_of_token: int64 `[T]`, if tokens have adapters of their own; `trained` then has all adapters' experts.
 
     Returns:
         `[T, H]` in the dtype of `hidden_states`.
     """
     num_experts, num_trained = frozen.down.shape[0], trained.down.shape[0]
-    slot_of_pair = slots[top_k_index]
+    slot_of_pair = slots[top_k_index] if adapter_of_token is None else slots[adapter_of_token[:, None], top_k_index]
     order = order_rows(slot_of_pair, num_experts + num_trained)
     identity, routed = None, top_k_weights
-    if slots.shape[0] > num_experts:
+    if slots.shape[-1] > num_experts:
         identity = slot_of_pair == num_experts + num_trained
         routed = top_k_weights.masked_fill(identity, 0)
 

@@ -16,6 +16,7 @@ from .combination import CombinationType, MajoritySignMethod, combine_deltas
 from .config import ESFTConfig
 from .containers import READABLE_DTYPES, ExpertsContainer
 from .functional import add_deltas
+from .mixed_batch import AdapterBatch
 from .weights import ExpertWeight, expert_index
 
 
@@ -44,6 +45,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.path = container.path
+        self.kind = container.kind
         self.layout = container.layout
         self.num_experts = container.num_experts
         self.num_identity_experts = container.num_identity_experts
@@ -60,7 +62,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.scale: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._rows: dict[str, tuple[Any, list[nn.Parameter], Tensor]] = {}
+        self._rows: dict[tuple[str, bool], tuple[Any, list[nn.Parameter], Tensor]] = {}
         # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
         self._replaced_ids: list[int] = []
         self._replaced_rows: dict[str, Tensor] = {}
@@ -170,22 +172,34 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         return self._with_deltas(rows, ids, weight_name, adapter_names)
 
     def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
-        """`effective_rows`, computed once for adapters that are not trained, until a delta or the base changes."""
+        """`effective_rows`; computed once, until a delta or the base changes, for adapters that are not trained."""
+        return self._kept(weight_name, adapter_names, each=False)
+
+    def rows_of_each(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
+        """The effective rows of adapters that are not active together, one adapter after another; kept likewise."""
+        return self._kept(weight_name, adapter_names, each=True)
+
+    def _kept(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
         deltas = [delta for name in adapter_names for delta in self._delta_parameters(weight_name, name)]
-        if any(delta.requires_grad for delta in deltas):
-            return self.effective_rows(weight_name, adapter_names)
+        if torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas):
+            return self._compute(weight_name, adapter_names, each=each)
         # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
         sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
         state = (tuple(adapter_names), [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources])
-        known = self._rows.get(weight_name)
+        known = self._rows.get((weight_name, each))
         if known is None or known[0] != state:
             # A tensor made in inference mode could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                rows = self.effective_rows(weight_name, adapter_names)
+                rows = self._compute(weight_name, adapter_names, each=each)
             # Holding the sources keeps their ids from being given to other tensors.
             known = (state, sources, rows)
-            self._rows[weight_name] = known
+            self._rows[weight_name, each] = known
         return known[2]
+
+    def _compute(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
+        if each:
+            return torch.cat([self.effective_rows(weight_name, [name]) for name in adapter_names])
+        return self.effective_rows(weight_name, adapter_names)
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Stores an adapter's deltas in the base's dtype, at the price of updates that its rounding swallows."""
@@ -273,8 +287,19 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward_through(self.base_layer, *args, **kwargs)
 
-    def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are active."""
+    def forward_through(
+        self, base_layer: nn.Module, *args: Any, adapter_batch: AdapterBatch | None = None, **kwargs: Any
+    ) -> Any:
+        """The forward pass of `base_layer`, this layer's or one tied to it.
+
+        Args:
+            base_layer: the module to run.
+            *args: its arguments.
+            adapter_batch: the adapter of each sample; None for the active adapters.
+            **kwargs: its keyword arguments.
+        """
+        if adapter_batch is not None and not self.disable_adapters:
+            return self._mixed_forward(base_layer, adapter_batch, *args, **kwargs)
         names = self.adapters_for_call()
         if not names:
             return base_layer(*args, **kwargs)
@@ -287,6 +312,27 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         return [] if self.disable_adapters or self.merged else self.adapters_here(self.active_adapters)
 
     def _adapted_forward(self, base_layer: nn.Module, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def check_mixes(self) -> None:
+        """Refuses `adapter_names` where a layer's output does not show whose its rows are.
+
+        Raises:
+            ValueError: naming the container.
+        """
+        base: Any = self.get_base_layer()
+        reason = None
+        if self.kind == "stacked":
+            reason = "does not keep a batch's tokens in order"
+        elif isinstance(base, nn.ModuleList | nn.ModuleDict) and not overrides_forward(base):
+            reason = "is called expert by expert"
+        if reason is not None:
+            raise ValueError(
+                f"adapter_names is not supported by {self.path}: {type(base).__name__} {reason}. Call the model once "
+                "for each adapter, after set_adapter(name)"
+            )
+
+    def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
     def _add_delta(
@@ -413,6 +459,11 @@ class TiedLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "esft." + super().__repr__()
+
+
+def overrides_forward(module: nn.Module) -> bool:
+    """True if a list or dict of modules can be called."""
+    return type(module).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
 def check_trainable(container: ExpertsContainer) -> None:

@@ -24,6 +24,7 @@ from .containers import (
 from .fused import FusedExperts
 from .layer import PREFIX, ESFTLayer, TiedLayer, check_trainable
 from .listed import ListedExperts
+from .mixed_batch import check_adapter_names, handing_out
 from .substituted import SubstitutedExperts
 
 
@@ -166,13 +167,29 @@ class ESFTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # Without this method PEFT drops the argument and answers with the active adapter.
-        if kwargs.get("adapter_names") is not None:
+        """PEFT's hook for `model(..., adapter_names=[...])`: each sample of the batch has an adapter of its own.
+
+        Raises:
+            ValueError: in training, for unknown names or another number of them than of samples, for merged adapters,
+                or if a layer cannot tell the samples apart.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        check_adapter_names(adapter_names, list(self.peft_config), [*args, *kwargs.values()])
+        layers = self._layers()
+        if any(layer.merged for layer in layers):
             raise ValueError(
-                "adapter_names is not supported by ESFT yet: call the model once for each adapter, after "
-                "set_adapter(name)"
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        yield
+        for layer in layers:
+            layer.check_mixes()
+        tied = [module for module in self.model.modules() if isinstance(module, TiedLayer)]
+        with handing_out(self.model, [*layers, *tied], adapter_names, kwargs):
+            yield
 
     def add_weighted_adapter(
         self,

@@ -123,7 +123,9 @@ def check_against_the_loop(problem):
         ]
         rows = leaves[2:]
         if split:
-            slots = expert_slots(tuple(problem["selected"]), experts, torch.device("cpu"), problem["num_identity"])
+            slots = expert_slots((tuple(problem["selected"]),), experts, torch.device("cpu"), problem["num_identity"])[
+                0
+            ]
             output = split_experts_forward(
                 leaves[0],
                 ids,
@@ -181,7 +183,7 @@ def test_no_gradient_of_a_frozen_weight_is_ever_computed(monkeypatch):
         trained = ExpertWeights(*(w[:2].clone().requires_grad_() for w in (frozen.up, frozen.down)))
         states = torch.randn(20, 8, dtype=dtype, requires_grad=True)
         index = torch.randint(8, (20, 2))
-        slots = expert_slots((0, 1), 8, states.device)
+        slots = expert_slots(((0, 1),), 8, states.device)[0]
         body = ExpertBody(gate)
         weights = torch.rand(20, 2, dtype=dtype)
         output = split_experts_forward(states, index, weights, trained=trained, frozen=frozen, slots=slots, body=body)
