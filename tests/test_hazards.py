@@ -167,3 +167,20 @@ def test_lora_on_attention_beside_experts_is_trained_saved_and_loaded(tmp_path):
         assert torch.equal(loaded(input_ids=TOKENS)[0], expected)
         merged = loaded.merge_and_unload()
         torch.testing.assert_close(merged(input_ids=TOKENS)[0], expected)
+
+
+@pytest.mark.parametrize("family", ["dots3_note", "ernie4_5_vl_moe"])
+def test_experts_for_images_count_the_image_s_tokens_of_single_samples(family):
+    model = zoo.build(family)
+    inputs = zoo.inputs_for(model, rows=1, images=True)
+    executed = dict.fromkeys(find_experts(model), 0)
+    for path, container in find_experts(model).items():
+        container.module.register_forward_pre_hook(
+            lambda module, args, path=path: executed.__setitem__(path, executed[path] + args[1].numel())
+        )
+    scores = score_experts(model, [inputs], progress=False)
+    assert {path: sum(c.selected_pairs) for path, c in scores.containers.items()} == executed
+    for path, row in scores.token().items():
+        assert float(row.sum()) == pytest.approx(1), path
+    with pytest.raises(ValueError, match="Score such data in batches of one sample"):
+        score_experts(model, [zoo.inputs_for(model, rows=2, images=True)], progress=False)

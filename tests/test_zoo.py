@@ -105,7 +105,7 @@ def test_is_what_a_load_gives(model_type: str, dtype: torch.dtype, tmp_path: Pat
 def test_fused_experts_are_found(model_type: str) -> None:
     model = build(model_type)
     containers = find_experts(model)
-    assert list(containers) == list(experts_modules(model))
+    assert {place.path for c in containers.values() for place in c.places} == set(experts_modules(model))
     for path, container in containers.items():
         assert container.num_experts == FEWER_EXPERTS.get((model_type, path), EXACT["num_experts"])
         weights = [shape for shape in container.weight_shapes.values() if len(shape) == 2]

@@ -176,7 +176,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "inkling": {"vision_config": {"patch_size": 2}},
     "mimo_v2_flash": {"num_key_value_heads": 2},
     "muse_spark": {"audio_config": {"patch_sizes": [4, 4, 4], "hidden_sizes": [8, 16, 32], "depths": [1, 1, 1]}},
-    "qwen3_omni_moe": {"vision_config": {"deepstack_visual_indexes": [0]}},
+    "qwen3_omni_moe": {
+        "vision_config": {"deepstack_visual_indexes": [0]},
+        "vision_start_token_id": VOCABULARY + _PLACEHOLDERS - 1,  # no field, but read where there is a mask
+    },
     "qwen3_vl_moe": {"vision_config": {"deepstack_visual_indexes": [0]}},
     "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [32, 32]}}},
     "vitpose_backbone": {"image_size": [32, 16], "patch_size": [8, 8]},
