@@ -15,6 +15,7 @@ from .grouping import (
     similarity,
 )
 from .overlap import Overlap, overlap
+from .report import report
 from .stability import StabilityReport, stability_report
 from .tokens import TokenSpan, TokenView, token_view
 from .usage import ExpertUse, expert_usage
@@ -44,6 +45,7 @@ __all__ = [
     "group_shares",
     "overlap",
     "random_groups",
+    "report",
     "select_groups",
     "similarity",
     "stability_report",
