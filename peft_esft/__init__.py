@@ -11,6 +11,7 @@ extend_peft_type()  # before the config, which names the new member
 from .batches import text_batches  # noqa: E402
 from .config import ESFTConfig  # noqa: E402
 from .containers import ExpertsContainer, find_experts  # noqa: E402
+from .hotswap import hotswap_adapter  # noqa: E402
 from .layer import ESFTLayer  # noqa: E402
 from .model import ESFTModel  # noqa: E402
 from .scores import ExpertScores  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "ExpertScores",
     "ExpertsContainer",
     "find_experts",
+    "hotswap_adapter",
     "random_experts",
     "score_experts",
     "select_experts",

@@ -109,6 +109,29 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.scale.pop(adapter_name, None)
         self._rows = {}
 
+    def replace_adapter(self, adapter_name: str, incoming: str, is_trained: bool) -> None:
+        """Gives an adapter the experts and weights of another one, which ends; either may have none in this layer."""
+        if incoming not in self.expert_ids:
+            if adapter_name in self.expert_ids:
+                self.delete_adapter(adapter_name)
+            return
+        for deltas in (deltas for name in self.weight_names for deltas in self._parameter_dicts(name)):
+            old = deltas.pop(adapter_name) if adapter_name in deltas else None
+            new = deltas.pop(incoming) if incoming in deltas else None
+            if new is not None and old is not None and old.shape == new.shape and old.dtype == new.dtype:
+                old.data.copy_(new.data)
+                new = old
+            if new is not None:
+                deltas[adapter_name] = new.requires_grad_(is_trained)
+        self.expert_ids[adapter_name] = self.expert_ids.pop(incoming)
+        self.scaling[adapter_name] = self.scaling.pop(incoming)
+        self.scale[adapter_name] = self.scale.pop(incoming)
+        self._rows = {}
+
+    def is_trained(self, adapter_name: str) -> bool:
+        """True if a delta of the adapter requires a gradient."""
+        return any(d.requires_grad for name in self.weight_names for d in self._delta_parameters(name, adapter_name))
+
     def adapters_here(self, adapter_names: Sequence[str]) -> list[str]:
         """Those of the named adapters that have experts in this layer, each once."""
         return [name for name in dict.fromkeys(adapter_names) if name in self.expert_ids]
