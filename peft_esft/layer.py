@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from .config import ESFTConfig
 from .containers import READABLE_DTYPES, ExpertsContainer
-from .functional import add_deltas, expert_slots
+from .functional import add_deltas, expert_slots, rows_with_delta
 
 
 PREFIX = "esft_"
@@ -51,6 +51,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._slots: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
+        self._ids: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
         self._trained_pairs: dict[str, Tensor] = {}
         self._rows: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
         # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
@@ -105,10 +106,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def effective_rows(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """The rows `W + delta` of a weight for the union of the adapters' experts, `[n, ...]` in the base's dtype."""
-        ids = self.union_of_experts(adapter_names)
         base = self._base_weight(weight_name)
-        rows = base.index_select(0, torch.tensor(ids, device=base.device))
-        return self._with_deltas(rows, ids, weight_name, adapter_names)
+        ids = self._id_tensor(adapter_names, base.device)
+        if len(adapter_names) == 1:
+            return rows_with_delta(base, ids, self._deltas(weight_name)[adapter_names[0]])
+        rows = base.index_select(0, ids)
+        return self._with_deltas(rows, self.union_of_experts(adapter_names), weight_name, adapter_names)
 
     def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """`effective_rows`, computed once for adapters that are not trained, until a delta or the base changes."""
@@ -135,6 +138,13 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             ids = self.union_of_experts(adapter_names)
             self._slots[key] = expert_slots(ids, self.num_experts, device, self.num_identity_experts)
         return self._slots[key]
+
+    def _id_tensor(self, adapter_names: Sequence[str], device: torch.device) -> Tensor:
+        """`union_of_experts` as int64 `[n]`; kept, since making it would wait for an accelerator in every forward."""
+        key = (tuple(adapter_names), device)
+        if key not in self._ids:
+            self._ids[key] = torch.tensor(self.union_of_experts(adapter_names), device=device)
+        return self._ids[key]
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Stores an adapter's deltas in the base's dtype, at the price of updates that its rounding swallows."""
@@ -262,6 +272,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def _forget(self, adapter_name: str) -> None:
         """Drops what was derived from an adapter that changes."""
         self._slots = {key: slots for key, slots in self._slots.items() if adapter_name not in key[0]}
+        self._ids = {key: ids for key, ids in self._ids.items() if adapter_name not in key[0]}
         self._trained_pairs.pop(adapter_name, None)
         self._rows = {}
 
