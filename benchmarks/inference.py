@@ -12,11 +12,11 @@ import copy
 
 import torch
 from peft import get_peft_model
-from scoring import build_model
 
 from peft_esft import ESFTConfig, find_experts
 
 from reporting import time_in_turns, versions, write_results
+from scoring import build_model
 
 
 TRAINED = 8  # of 64 experts in each layer

@@ -53,14 +53,15 @@ def set_clock(arguments: argparse.Namespace) -> None:
         _clock = time.process_time
 
 
-def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> Times:
-    """Times calls in turns, the order turning round, after a warm-up of each."""
+def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int, turn_round: bool = True) -> Times:
+    """Times calls in turns after a warm-up of each, each round beginning with another one if `turn_round`."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     for call in calls.values():
         call()
     for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        first = number % len(names) if turn_round else 0
+        for name in names[first:] + names[:first]:
             started = _clock()
             calls[name]()
             seconds[name].append(_clock() - started)
