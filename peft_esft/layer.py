@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from .combination import CombinationType, MajoritySignMethod, combine_deltas
 from .config import ESFTConfig
 from .containers import READABLE_DTYPES, ExpertsContainer
-from .functional import add_deltas
+from .functional import add_deltas, rows_with_delta
 from .mixed_batch import AdapterBatch
-from .weights import ExpertWeight, expert_index
+from .weights import ExpertWeight, StackedWeight, expert_index
 
 
 PREFIX = "esft_"
@@ -191,7 +191,13 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             expert_ids: whose rows; None means the union of the adapters' experts.
         """
         ids = self.union_of_experts(adapter_names) if expert_ids is None else list(expert_ids)
-        rows = self.weights[weight_name].read(self.get_base_layer(), ids)
+        weight = self.weights[weight_name]
+        if len(adapter_names) == 1 and ids == self.expert_ids[adapter_names[0]] and isinstance(weight, StackedWeight):
+            delta = self.get_delta_weight(adapter_names[0], weight_name)
+            if delta is not None:
+                base = weight.whole(self.get_base_layer())
+                return rows_with_delta(base, expert_index(tuple(ids), base.device), delta)
+        rows = weight.read(self.get_base_layer(), ids)
         return self._with_deltas(rows, ids, weight_name, adapter_names)
 
     def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
