@@ -16,7 +16,7 @@ from .combination import CombinationType, MajoritySignMethod, combine_deltas
 from .config import ESFTConfig
 from .containers import READABLE_DTYPES, ExpertsContainer
 from .functional import add_deltas, rows_with_delta
-from .mixed_batch import AdapterBatch
+from .mixed_batch import AdapterBatch, current_batch
 from .weights import ExpertWeight, StackedWeight, expert_index
 
 
@@ -316,19 +316,11 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward_through(self.base_layer, *args, **kwargs)
 
-    def forward_through(
-        self, base_layer: nn.Module, *args: Any, adapter_batch: AdapterBatch | None = None, **kwargs: Any
-    ) -> Any:
-        """The forward pass of `base_layer`, this layer's or one tied to it.
-
-        Args:
-            base_layer: the module to run.
-            *args: its arguments.
-            adapter_batch: the adapter of each sample; None for the active adapters.
-            **kwargs: its keyword arguments.
-        """
-        if adapter_batch is not None and not self.disable_adapters:
-            return self._mixed_forward(base_layer, adapter_batch, *args, **kwargs)
+    def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
+        batch = current_batch(base_layer)
+        if batch is not None and not self.disable_adapters:
+            return self._mixed_forward(base_layer, batch, *args, **kwargs)
         names = self.adapters_for_call()
         if not names:
             return base_layer(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -23,10 +24,17 @@ class AdapterBatch:
         adapters: the different ones among them.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = list(names)
+    def __init__(self, names: Sequence[str], repeats: int = 1, unrepeated: frozenset[nn.Module] = frozenset()) -> None:
+        """Takes a name for each given sample, which most layers see `repeats` times and `unrepeated` ones once."""
+        self.names = [name for name in names for _ in range(repeats)]
         self.adapters = list(dict.fromkeys(names))
+        self._unrepeated = unrepeated
+        self._single = AdapterBatch(names) if repeats > 1 else self
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def of_layer(self, layer: nn.Module) -> AdapterBatch:
+        """The batch that a layer sees."""
+        return self._single if layer in self._unrepeated else self
 
     def adapter_of_row(self, num_rows: int, device: torch.device) -> Tensor:
         """The place in `adapters` of each row's adapter, int64 `[num_rows]`; rows lie sample after sample.
@@ -47,31 +55,38 @@ class AdapterBatch:
         return self._indices[key]
 
 
+_CURRENT: ContextVar[AdapterBatch | None] = ContextVar("adapter_batch", default=None)
+"""The batch of the call under way in this thread, so that calls of several threads do not mix."""
+
+
+def current_batch(layer: nn.Module) -> AdapterBatch | None:
+    """The adapters of the samples that a layer sees; None outside of a call with `adapter_names`."""
+    batch = _CURRENT.get()
+    return None if batch is None else batch.of_layer(layer)
+
+
 @contextmanager
-def handing_out(
-    model: nn.Module, layers: Sequence[nn.Module], adapter_names: Sequence[str], inputs: Mapping[str, Any]
-) -> Iterator[None]:
-    """Hands the adapters of a batch to the layers, for calls within the context.
+def calling_with(model: nn.Module, adapter_names: Sequence[str], inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Calls of `model` within the context, in this thread, give each sample its own adapter.
 
     Args:
         model: the base model.
-        layers: take an `AdapterBatch` as `adapter_batch`.
         adapter_names: an adapter for each sample.
         inputs: of the model's call; in a beam search each sample becomes `num_beams` ones, but not in an encoder.
     """
     beams = inputs.get("num_beams")
     repeats = beams if isinstance(beams, int) else 1
-    batch = AdapterBatch([name for name in adapter_names for _ in range(repeats)])
-    plain = AdapterBatch(adapter_names)
     encoder = _encoder(model) if repeats > 1 else None
-    in_encoder = set() if encoder is None else set(encoder.modules())
-    with ExitStack() as hooks:
-        for module in [*layers, *(m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))]:
-            own = plain if module in in_encoder else batch
-            # PEFT's wrappers of `modules_to_save` take the names themselves.
-            is_peft = isinstance(module, AuxiliaryTrainingWrapper)
-            hook = _adding("adapter_names", own.names) if is_peft else _adding("adapter_batch", own)
-            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+    unrepeated = frozenset() if encoder is None else frozenset(encoder.modules())
+    batch = AdapterBatch(adapter_names, repeats, unrepeated)
+    with ExitStack() as stack:
+        token = _CURRENT.set(batch)
+        stack.callback(_CURRENT.reset, token)
+        for module in model.modules():
+            # PEFT's wrappers of `modules_to_save` take the names as an argument.
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                hook = _adding("adapter_names", (batch.of_layer(module) or batch).names)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
 
 

@@ -24,7 +24,7 @@ from .containers import (
 from .fused import FusedExperts
 from .layer import PREFIX, ESFTLayer, TiedLayer, check_trainable
 from .listed import ListedExperts
-from .mixed_batch import check_adapter_names, handing_out
+from .mixed_batch import calling_with, check_adapter_names
 from .substituted import SubstitutedExperts
 
 
@@ -187,8 +187,7 @@ class ESFTModel(BaseTuner):
             )
         for layer in layers:
             layer.check_mixes()
-        tied = [module for module in self.model.modules() if isinstance(module, TiedLayer)]
-        with handing_out(self.model, [*layers, *tied], adapter_names, kwargs):
+        with calling_with(self.model, adapter_names, kwargs):
             yield
 
     def add_weighted_adapter(

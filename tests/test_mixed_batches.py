@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from peft_esft import ESFTConfig, find_experts
+from peft_esft.mixed_batch import current_batch
 
 import zoo
 from families import tiny_model
@@ -169,10 +172,26 @@ def test_adapters_come_and_go_between_batches():
     torch.testing.assert_close(scaled, model(input_ids=TOKENS, adapter_names=["__base__"] * 5)[0])
 
 
+@torch.no_grad()
+def test_threads_do_not_mix_their_batches():
+    model = with_adapters(tiny_model("olmoe"))
+    batches = [NAMES, ["b"] * 5, ["__base__"] * 5, ["c", "a", "c", "b", "a"]]
+    expected = [model(input_ids=TOKENS, adapter_names=names)[0] for names in batches]
+
+    @torch.no_grad()
+    def serve(number):
+        names = batches[number % 4]
+        return torch.equal(model(input_ids=TOKENS, adapter_names=names)[0], expected[number % 4])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(serve, range(60)))
+
+
 def test_nothing_stays_behind_after_an_error():
     model = with_adapters(tiny_model("olmoe"))
     with pytest.raises(IndexError):
         model(input_ids=torch.full((5, 3), 10_000), adapter_names=NAMES)
+    assert current_batch(model) is None
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
