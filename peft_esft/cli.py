@@ -13,13 +13,24 @@ from typing import Any, get_args
 from .batches import text_batches
 from .config import ESFTConfig
 from .containers import find_experts
+from .interchange.adapter import AdapterFolder, read_config
+from .interchange.base import empty_model
+from .interchange_cli import add_commands
 from .preview import format_previews, preview_selections
 from .scores import ExpertScores
 from .scoring import score_experts
 from .selection import Metric, select_experts
+from .untrusted import WEIGHTS_NAME
 
 
 BAR_WIDTH = 32
+FORM_NAMES = {
+    "delta": "deltas",
+    "rows": "effective weights",
+    "int8": "deltas of 8 bits",
+    "int4": "deltas of 4 bits",
+    "int1": "deltas of 1 bit",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--share", type=float, default=0.2, help="share that titles speak of (default: %(default)s)")
     report.add_argument("--title", help="of the page")
 
-    for command in (score, select, inspect, report):
+    for command in (score, select, inspect, report, *add_commands(commands)):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -145,7 +156,7 @@ def _select(options: argparse.Namespace) -> tuple[Any, str]:
 def _inspect(options: argparse.Namespace) -> tuple[Any, str]:
     if (Path(options.path) / "adapter_config.json").exists():
         return _inspect_adapter(Path(options.path))
-    containers = find_experts(_empty_model(options.path))
+    containers = find_experts(empty_model(options.path))
     if not containers:
         raise ValueError(f"{options.path} has no experts container of a known kind")
     record = {
@@ -169,38 +180,35 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _inspect_adapter(folder: Path) -> tuple[Any, str]:
-    from safetensors import safe_open
-
-    config = ESFTConfig.from_pretrained(str(folder))
-    if not isinstance(config, ESFTConfig) or config.target_experts is None:
-        raise ValueError(f"{folder} is no ESFT adapter: its peft_type is {config.peft_type}")
-    weights = folder / "adapter_model.safetensors"
-    tensors: dict[str, list[int]] = {}
-    if weights.exists():
-        with safe_open(weights, "pt") as file:
-            tensors = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (not a dict)
+    weights = folder / WEIGHTS_NAME
+    config = read_config(folder)
+    selection = config.target_experts or {}
+    entries = AdapterFolder(folder).files.entries if weights.exists() else {}
     record = {
         "base": config.base_model_name_or_path,
+        "revision": config.revision,
+        "task_type": config.task_type,
+        "storage": config.storage,
+        "rank": config.rank,
+        "train_shared_experts": config.train_shared_experts,
+        "train_non_expert_modules": config.train_non_expert_modules,
+        "modules_to_save": config.modules_to_save,
         "selection": config.selection,
-        "target_experts": config.target_experts,
-        "tensors": tensors,
+        "target_experts": selection,
+        "tensors": {key: list(entry.shape) for key, entry in entries.items()},
+        "bytes": sum(entry.num_bytes for entry in entries.values()),
     }
-    most = max(map(len, config.target_experts.values()))
-    lines = [f"ESFT adapter for {config.base_model_name_or_path}", f"chosen by {config.selection}"]
-    lines.append(_bars({path: (len(ids), most) for path, ids in config.target_experts.items()}))
-    if weights.exists():
-        lines.append(f"{len(tensors)} tensors, {weights.stat().st_size / 1e6:.2f} MB")
+    stored = f"rank {config.rank}" if config.rank is not None else FORM_NAMES[config.storage]
+    lines = [f"ESFT adapter for {config.base_model_name_or_path}, stored as {stored}", f"chosen by {config.selection}"]
+    also = [name for name in ("train_shared_experts", "train_non_expert_modules", "modules_to_save") if record[name]]
+    if also:
+        lines.append(f"besides the experts: {', '.join(f'{name}={record[name]}' for name in also)}")
+    known = (config.selection or {}).get("num_experts", {})
+    most = max(map(len, selection.values()), default=1)
+    lines.append(_bars({path: (len(ids), known.get(path, most)) for path, ids in selection.items()}))
+    if entries:
+        lines.append(f"{len(entries)} tensors, {weights.stat().st_size / 1e6:.2f} MB")
     return record, "\n".join(lines)
-
-
-def _empty_model(name: str) -> Any:
-    """The model without its weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(name)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _read_rows(path: Path) -> Iterator[str | dict[str, Any]]:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from .card import write_card
 from .selection import DEFAULT_TOP_P, Metric, select_experts
+from .storage import FORMS
+from .untrusted import Header, check_fields, find_header
 
 
 if TYPE_CHECKING:
@@ -53,6 +59,12 @@ class ESFTConfig(PeftConfig):
         selection (`dict`, *optional*):
             Where the choice of experts came from: metric, top_p, averaging, tokens seen. A record, but for
             `num_experts`: a model that has another number of experts than the one scored is refused.
+        storage (`str`, *optional*, defaults to `"delta"`):
+            How the file stores the weights: "delta" for training; "rows", "int8", "int4" or "int1" for files that
+            `interchange.compact` made smaller, for inference only.
+        base_fingerprint (`dict`, *optional*):
+            What the base's rows looked like when the adapter was made, to notice another base. Set by attaching a new
+            adapter; None takes no notice.
     """
 
     target_experts: dict[str, list[int]] | None = field(
@@ -88,6 +100,13 @@ class ESFTConfig(PeftConfig):
     selection: dict[str, Any] | None = field(
         default=None, metadata={"help": "Where the choice came from: metric, top_p, averaging, tokens seen."}
     )
+    storage: str = field(
+        default="delta", metadata={"help": "How the file stores the weights; all but 'delta' are for inference only."}
+    )
+
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the base's rows looked like when the adapter was made."}
+    )
 
     # PEFT reads this attribute of every config. Ours is no field: `target_experts` alone says what is adapted.
     target_modules: ClassVar[None] = None
@@ -98,6 +117,8 @@ class ESFTConfig(PeftConfig):
         # What is adapted in the model at hand, by module path, once the adapter is attached. No field: of no meaning
         # in a file.
         self.adapted_paths: dict[str, list[int]] = {}
+        # The header of the weights that go with a config read from a folder, to be checked before anything is changed.
+        self.header: Header | None = None
         if self.target_experts is not None:
             self.target_experts = check_target_experts(self.target_experts)
         if isinstance(self.exclude_modules, set):
@@ -106,6 +127,10 @@ class ESFTConfig(PeftConfig):
             raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
         if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"rank is {self.rank!r}; it is None for full-rank deltas or a positive integer")
+        if self.storage not in FORMS:
+            raise ValueError(f"storage is {self.storage!r}; it is one of {', '.join(FORMS)}")
+        if self.storage != "delta" and self.rank is not None:
+            raise ValueError(f"storage {self.storage!r} is for full-rank adapters; with a rank it is 'delta'")
         if self.rank is None and (self.alpha is not None or self.use_rslora):
             raise ValueError("alpha and use_rslora scale deltas of low rank; without rank they would have no effect")
 
@@ -116,6 +141,40 @@ class ESFTConfig(PeftConfig):
             return 1.0
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / math.sqrt(self.rank) if self.use_rslora else alpha / self.rank
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Saves the config, and a model card if the adapter's weights lie in the same folder.
+
+        Args:
+            save_directory: the folder.
+            **kwargs: see `peft.PeftConfig.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(Path(save_directory), self)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> ESFTConfig:
+        """Reads a config, and the header of the weights beside it if it lies in a folder.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub name.
+            subfolder: below it.
+            **kwargs: see `peft.PeftConfig.from_pretrained`. `use_safetensors=False` accepts pickled weights too.
+
+        Raises:
+            ValueError: if a field is malformed, the weights' header is, or they are pickled and not asked for.
+        """
+        header = find_header(
+            Path(os.path.join(pretrained_model_name_or_path, subfolder or "")),
+            pickled=kwargs.pop("use_safetensors", True) is False,
+        )
+        config: ESFTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if isinstance(config, ESFTConfig):
+            check_fields(config)
+            config.header = header
+        return config
 
     @classmethod
     def balance(cls, scores: ExpertScores, **kwargs: Any) -> ESFTConfig:
@@ -220,7 +279,7 @@ def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[in
         ids = [_expert_id(key, value) for value in values]
         if not ids:
             raise ValueError(f"target_experts[{key!r}] is empty; leave the container out to train none of its experts")
-        repeated = sorted({expert for expert in ids if ids.count(expert) > 1})
+        repeated = sorted(expert for expert, times in Counter(ids).items() if times > 1)
         if repeated:
             raise ValueError(f"target_experts[{key!r}] repeats the expert ids {repeated}")
         checked[str(key)] = ids
@@ -230,7 +289,7 @@ def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[in
 def _expert_id(key: str | int, value: Any) -> int:
     try:
         number = int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = -1
     if isinstance(value, bool | str) or number != value or number < 0:
         raise ValueError(f"target_experts[{key!r}] holds {value!r}; expert ids are integers of at least 0")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,6 +18,7 @@ from .config import ESFTConfig
 from .containers import READABLE_DTYPES, ExpertsContainer
 from .functional import add_deltas, rows_with_delta
 from .mixed_batch import AdapterBatch, current_batch
+from .storage import FROZEN_SUFFIXES, decode, stored_layout
 from .weights import ExpertWeight, StackedWeight, expert_index
 
 
@@ -28,7 +30,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     For every weight `w [E, ...]` of the container there is a `ParameterDict` `esft_w` that holds, by adapter name, a
     delta `[n, ...]` in the order of the adapter's expert ids. An adapter with a rank holds two factors of it instead,
-    `esft_w_B [n, out, rank]` and `esft_w_A [n, rank, in]`. The base is only written to by `merge` and `unmerge`.
+    `esft_w_B [n, out, rank]` and `esft_w_A [n, rank, in]`. One whose file is stored in another form (`storage.py`)
+    holds the file's tensors as buffers. The base is only written to by `merge` and `unmerge`.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -56,13 +59,17 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             self.adapter_layer_names += tuple(f"{PREFIX}{name}{suffix}" for suffix in suffixes)
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
+        self.other_param_names = tuple(f"{PREFIX}{n}{suffix}" for n in self.weight_names for suffix in FROZEN_SUFFIXES)
+        for name in self.other_param_names:
+            setattr(self, name, BufferDict({}, persistent=True))
+        self.storage: dict[str, str] = {}
         self.expert_ids: dict[str, list[int]] = {}
         # What deltas are multiplied with: of low-rank factors by the config, and what `set_scale` asks for.
         self.scaling: dict[str, float] = {}
         self.scale: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._rows: dict[tuple[str, bool], tuple[Any, list[nn.Parameter], Tensor]] = {}
+        self._rows: dict[tuple[str, bool], tuple[Any, list[Tensor], Tensor]] = {}
         # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
         self._replaced_ids: list[int] = []
         self._replaced_rows: dict[str, Tensor] = {}
@@ -85,15 +92,18 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: its name.
             expert_ids: the experts it trains, in the order of its rows.
-            config: for `rank`, `init_weights` and `inference_mode`.
+            config: for `rank`, `init_weights`, `storage` and `inference_mode`.
         """
+        self.storage[adapter_name] = config.storage
         self.expert_ids[adapter_name] = list(expert_ids)
         self.scaling[adapter_name] = config.scaling
         self.scale[adapter_name] = 1.0
         self._rows = {}
         for name, weight in self.weights.items():
             shape = (len(expert_ids), *weight.shape(self.get_base_layer()))
-            if config.rank is None:
+            if config.storage != "delta":
+                self._add_stored(name, adapter_name, shape)
+            elif config.rank is None:
                 self._add_delta(name, "", adapter_name, shape, zero=config.init_weights)
             elif len(shape) == 3:
                 # As LoRA does: A random, B zero.
@@ -107,6 +117,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.expert_ids.pop(adapter_name, None)
         self.scaling.pop(adapter_name, None)
         self.scale.pop(adapter_name, None)
+        self.storage.pop(adapter_name, None)
         self._rows = {}
 
     def replace_adapter(self, adapter_name: str, incoming: str, is_trained: bool) -> None:
@@ -115,14 +126,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             if adapter_name in self.expert_ids:
                 self.delete_adapter(adapter_name)
             return
-        for deltas in (deltas for name in self.weight_names for deltas in self._parameter_dicts(name)):
-            old = deltas.pop(adapter_name) if adapter_name in deltas else None
-            new = deltas.pop(incoming) if incoming in deltas else None
+        for tensors in (getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)):
+            old = tensors.pop(adapter_name) if adapter_name in tensors else None
+            new = tensors.pop(incoming) if incoming in tensors else None
             if new is not None and old is not None and old.shape == new.shape and old.dtype == new.dtype:
                 old.data.copy_(new.data)
                 new = old
             if new is not None:
-                deltas[adapter_name] = new.requires_grad_(is_trained)
+                tensors[adapter_name] = new.requires_grad_(is_trained) if isinstance(new, nn.Parameter) else new
+        self.storage[adapter_name] = self.storage.pop(incoming)
         self.expert_ids[adapter_name] = self.expert_ids.pop(incoming)
         self.scaling[adapter_name] = self.scaling.pop(incoming)
         self.scale[adapter_name] = self.scale.pop(incoming)
@@ -142,6 +154,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None:
         """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
+        if self.storage[adapter_name] != "delta":
+            rows = self.weights[weight_name].read(self.get_base_layer(), self.expert_ids[adapter_name])
+            return self._stored_delta(weight_name, adapter_name, rows)
         factors = self._delta_parameters(weight_name, adapter_name)
         if not factors:
             return None
@@ -192,7 +207,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """
         ids = self.union_of_experts(adapter_names) if expert_ids is None else list(expert_ids)
         weight = self.weights[weight_name]
-        if len(adapter_names) == 1 and ids == self.expert_ids[adapter_names[0]] and isinstance(weight, StackedWeight):
+        is_simple = len(adapter_names) == 1 and ids == self.expert_ids[adapter_names[0]]
+        if is_simple and self.storage[adapter_names[0]] == "delta" and isinstance(weight, StackedWeight):
             delta = self.get_delta_weight(adapter_names[0], weight_name)
             if delta is not None:
                 base = weight.whole(self.get_base_layer())
@@ -209,7 +225,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         return self._kept(weight_name, adapter_names, each=True)
 
     def _kept(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
-        deltas = [delta for name in adapter_names for delta in self._delta_parameters(weight_name, name)]
+        deltas = [delta for name in adapter_names for delta in self._adapter_tensors(weight_name, name)]
         if torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas):
             return self._compute(weight_name, adapter_names, each=each)
         # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
@@ -237,6 +253,14 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             for deltas in self._parameter_dicts(name):
                 if adapter_name in deltas:
                     deltas[adapter_name] = deltas[adapter_name].to(dtype)
+
+    def restore_stored_dtypes(self, adapter_name: str) -> None:
+        """Undoes PEFT's cast of half-precision adapter weights to fp32: those stored so are not trained."""
+        for name in self.weight_names:
+            for suffix, dtype in (("_rows", self._base_parameter(name).dtype), ("_scales", torch.bfloat16)):
+                buffers = getattr(self, f"{PREFIX}{name}{suffix}")
+                if adapter_name in buffers:
+                    buffers[adapter_name] = buffers[adapter_name].to(dtype)
 
     def check_finite(self, adapter_names: Sequence[str]) -> None:
         """Refuses adapters whose merged rows would not be finite.
@@ -306,6 +330,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def untrained_experts(self, adapter_name: str) -> list[int]:
         """Experts whose deltas are all zero: no token reached them in training; all of them before training."""
         ids = self.expert_ids.get(adapter_name, [])
+        if self.storage.get(adapter_name, "delta") != "delta":
+            return []
         moved = torch.zeros(len(ids), dtype=torch.bool)
         for name in self.weight_names:
             factors = self._delta_parameters(name, adapter_name)
@@ -369,6 +395,40 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             nn.init.normal_(delta, std=0.02)
         getattr(self, f"{PREFIX}{weight_name}{suffix}")[adapter_name] = nn.Parameter(delta)
 
+    def _add_stored(self, weight_name: str, adapter_name: str, shape: tuple[int, ...]) -> None:
+        """Makes room for the tensors of an adapter that is stored in another form than deltas."""
+        parameter = self._base_parameter(weight_name)
+        for suffix, (dtype, size) in stored_layout(self.storage[adapter_name], shape, parameter.dtype).items():
+            tensor = torch.zeros(size, dtype=dtype, device=parameter.device)
+            if suffix == "_rows" and parameter.device.type != "meta":
+                tensor.copy_(self.weights[weight_name].read(self.get_base_layer(), self.expert_ids[adapter_name]))
+            getattr(self, f"{PREFIX}{weight_name}{suffix}")[adapter_name] = tensor
+
+    def _stored_delta(self, weight_name: str, adapter_name: str, rows: Tensor) -> Tensor:
+        """The delta `[n, ...]` of an adapter that is stored in another form; `rows` are the base's of its experts."""
+        if self.storage[adapter_name] == "rows":
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            delta = getattr(self, f"{PREFIX}{weight_name}_rows")[adapter_name].to(wide) - rows.to(wide)
+        else:
+            codes = getattr(self, f"{PREFIX}{weight_name}_codes")[adapter_name]
+            scales = getattr(self, f"{PREFIX}{weight_name}_scales")[adapter_name]
+            delta = decode(self.storage[adapter_name], codes, scales, rows.shape[-1])
+        return self.scale[adapter_name] * delta
+
+    def _base_rows_of(self, rows: Tensor, ids: list[int], weight_name: str, own: list[int]) -> Tensor:
+        """The base's rows of the experts `own`; from `rows` where it has them, since merging changes the base."""
+        own_rows = self.weights[weight_name].read(self.get_base_layer(), own)
+        for place, expert in enumerate(own):
+            if expert in ids:
+                own_rows[place] = rows[ids.index(expert)]
+        return own_rows
+
+    def _adapter_tensors(self, weight_name: str, adapter_name: str) -> list[Tensor]:
+        """All tensors that an adapter's change of a weight depends on."""
+        stored = (getattr(self, f"{PREFIX}{weight_name}{suffix}") for suffix in FROZEN_SUFFIXES)
+        buffers = [tensors[adapter_name] for tensors in stored if adapter_name in tensors]
+        return [*self._delta_parameters(weight_name, adapter_name), *buffers]
+
     def _parameter_dicts(self, weight_name: str) -> list[nn.ParameterDict]:
         names = (f"{PREFIX}{weight_name}{suffix}" for suffix in ("", "_A", "_B"))
         return [getattr(self, name) for name in names if name in self.adapter_layer_names]
@@ -379,10 +439,19 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def _with_deltas(self, rows: Tensor, ids: list[int], weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """Adds the adapters' deltas to `rows`, the base's rows of the experts `ids`."""
+        if len(adapter_names) == 1 and self.storage[adapter_names[0]] == "rows" and self.scale[adapter_names[0]] == 1:
+            # Nothing is added, so nothing is rounded.
+            (name,) = adapter_names
+            places = [self.expert_ids[name].index(expert) for expert in ids]
+            stored: Tensor = getattr(self, f"{PREFIX}{weight_name}_rows")[name].to(rows.dtype)
+            return stored if places == list(range(len(stored))) else stored[places]
         deltas: list[tuple[Tensor | None, Tensor]] = []
         for name in adapter_names:
-            delta = self.get_delta_weight(name, weight_name)
             own = self.expert_ids[name]
+            if self.storage[name] == "delta":
+                delta = self.get_delta_weight(name, weight_name)
+            else:
+                delta = self._stored_delta(weight_name, name, self._base_rows_of(rows, ids, weight_name, own))
             if delta is None:
                 continue
             places = [place for place, expert in enumerate(own) if expert in ids]
@@ -408,6 +477,10 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             for deltas in self._parameter_dicts(weight_name):
                 if adapter_name in deltas and deltas[adapter_name].device != torch.device("meta"):
                     deltas[adapter_name] = deltas[adapter_name].to(target)
+            for suffix in FROZEN_SUFFIXES:
+                buffers = getattr(self, f"{PREFIX}{weight_name}{suffix}")
+                if adapter_name in buffers and buffers[adapter_name].device != torch.device("meta"):
+                    buffers[adapter_name] = buffers[adapter_name].to(target)
 
     def __repr__(self) -> str:
         # PEFT reads the layer's type from the part before the bracket.

@@ -11,6 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
+from .card import is_hub_name
 from .combination import CombinationType, MajoritySignMethod, check_combination
 from .config import ESFTConfig
 from .containers import (
@@ -21,11 +22,13 @@ from .containers import (
     find_shared_experts,
     resolve_container,
 )
+from .fingerprint import differing_paths, record_base
 from .fused import FusedExperts
 from .layer import PREFIX, ESFTLayer, TiedLayer, check_trainable
 from .listed import ListedExperts
 from .mixed_batch import calling_with, check_adapter_names
 from .substituted import SubstitutedExperts
+from .untrusted import check_header, check_rank
 
 
 LAYER_CLASSES: dict[ContainerKind, type[ESFTLayer]] = {
@@ -76,6 +79,11 @@ class ESFTModel(BaseTuner):
             ValueError: if the config selects nothing, or something that this model does not have.
             NotImplementedError: if weights that are to be trained cannot be read.
         """
+        if peft_config.storage != "delta" and not peft_config.inference_mode:
+            raise ValueError(
+                f"an adapter stored as {peft_config.storage!r} is for inference only and cannot be trained; train the "
+                "one that it was made from"
+            )
         containers = find_experts(self.model)
         if not containers:
             raise ValueError(
@@ -102,6 +110,10 @@ class ESFTModel(BaseTuner):
         self._containers = {path: (containers | whole)[path] for path in chosen}
         for container in self._containers.values():
             check_trainable(container)
+        check_rank(peft_config.rank, self._containers.values())
+        if peft_config.header is not None:
+            check_header(peft_config, chosen, self._containers)
+        _compare_base(peft_config, self.model, containers, target_experts)
         _warn_of_slow_layouts(self._containers.values())
         peft_config.target_experts = target_experts
         # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
@@ -161,6 +173,8 @@ class ESFTModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers():
+            layer.restore_stored_dtypes(adapter_name)
         if not autocast_adapter_dtype:
             for layer in self._layers():
                 layer.cast_to_base_dtype(adapter_name)
@@ -352,6 +366,32 @@ def _check_scored_model(
                 f"the experts of {path} were chosen among {num_experts}, but this model has "
                 f"{containers[path].num_experts}: the selection was made for another model"
             )
+
+
+def _compare_base(
+    config: ESFTConfig, model: nn.Module, containers: dict[str, ExpertsContainer], target_experts: dict[str, list[int]]
+) -> None:
+    """Records the base's rows in the config of a new adapter; compares them with the record of an old one.
+
+    Raises:
+        ValueError: if the rows differ and the config names another base.
+    """
+    current = record_base(containers, target_experts)
+    if config.base_fingerprint is None:
+        if not config.inference_mode:
+            config.base_fingerprint = current
+        return
+    different = differing_paths(config.base_fingerprint, current or {})
+    if not different:
+        return
+    made_for, name = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
+    message = (
+        f"the adapter was made over a base with other weights, in {len(different)} of {len(target_experts)} layers, "
+        f"{different[0]} among them: it was made for {made_for!r}, this is {name!r}"
+    )
+    if is_hub_name(made_for) and is_hub_name(name) and made_for != name:
+        raise ValueError(f"{message}. To use it here all the same, set base_fingerprint to None in its config")
+    warnings.warn(message, stacklevel=2)
 
 
 def _warn_of_slow_layouts(containers: Iterable[ExpertsContainer]) -> None:

@@ -1,0 +1,113 @@
+"""Smaller files of an adapter, for inference."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..storage import FORMS, encode, stored_layout
+from ..untrusted import MARK
+from .adapter import AdapterFolder, Change, TensorLayout, write_adapter
+from .base import Base
+from .folders import new_folder
+
+
+def compact(
+    adapter_dir: str | Path,
+    out_dir: str | Path,
+    form: str = "rows",
+    *,
+    base: nn.Module | str | Path | None = None,
+) -> Path:
+    """Writes an adapter in a smaller form. PEFT's and transformers' loaders read every form without being told.
+
+    | form | bytes for a weight | what it holds |
+    |---|---|---|
+    | "rows" | 2 on a half-precision base | the effective weights: lossless, bit for bit |
+    | "int8" | 1 | deltas of 8 bits with a scale for each row |
+    | "int4" | 0.5 | deltas of 4 bits with a scale for each row |
+    | "int1" | 0.125 | the signs of the deltas with a scale for each row |
+
+    Scales add 2 bytes for each row, which is 2 / (width of the row) bytes for a weight.
+
+    Args:
+        adapter_dir: an adapter with deltas of full rank.
+        out_dir: for the new one; must not exist, or be empty.
+        form: see above.
+        base: the base model, or its folder; only for "rows". None means the folder that the adapter's config names.
+
+    Returns:
+        `out_dir`. What it holds cannot be trained further: keep the original.
+
+    Raises:
+        ValueError: if the form is unknown, the adapter has a rank, is not stored as deltas or does not fit the base.
+        FileExistsError: if `out_dir` holds something.
+    """
+    if form not in FORMS[1:]:
+        raise ValueError(f"form is {form!r}; it is one of {', '.join(FORMS[1:])}")
+    adapter = AdapterFolder(adapter_dir)
+    if adapter.config.rank is not None or adapter.config.storage != "delta":
+        kind = f"rank {adapter.config.rank}" if adapter.config.rank is not None else adapter.config.storage
+        raise ValueError(f"{adapter_dir} is stored with {kind}; compact needs fp32 deltas of full rank")
+    config = copy.deepcopy(adapter.config)
+    config.storage = form
+    if form == "rows":
+        resolved = base if isinstance(base, Base) else Base(_base_of(adapter) if base is None else base)
+        changes = adapter.changes(resolved)
+        layout = _rows_layout(changes, resolved)
+        tensors = _rows(changes, resolved)
+    else:
+        layout = _coded_layout(adapter, form)
+        tensors = _coded(adapter, form)
+    for key in adapter.other_tensors():
+        layout[key] = (adapter.files.entries[key].dtype, adapter.files.entries[key].shape)
+    with new_folder(out_dir) as folder:
+        write_adapter(folder, config, layout, tensors)
+    return Path(out_dir)
+
+
+def _base_of(adapter: AdapterFolder) -> str:
+    name = adapter.config.base_model_name_or_path
+    if name is None or not Path(name).is_dir():
+        raise ValueError(f"form 'rows' needs the base's weights, and {name!r} is no folder: give base=...")
+    return name
+
+
+def _rows_layout(changes: list[Change], base: Base) -> TensorLayout:
+    return {f"{c.name}_rows": (base.dtype(c.container, c.weight), c.shape) for c in changes}
+
+
+def _rows(changes: list[Change], base: Base) -> Iterator[tuple[str, Tensor]]:
+    for change in changes:
+        rows = base.rows(change.container, change.weight, change.expert_ids)
+        yield f"{change.name}_rows", change.effective(rows.cpu())
+    yield from _others(changes[0].adapter)
+
+
+def _coded_layout(adapter: AdapterFolder, form: str) -> TensorLayout:
+    return {
+        f"{key}{suffix}": entry
+        for key, tensor in adapter.files.entries.items()
+        if MARK in key
+        for suffix, entry in stored_layout(form, tensor.shape, torch.float32).items()
+    }
+
+
+def _coded(adapter: AdapterFolder, form: str) -> Iterator[tuple[str, Tensor]]:
+    for key in adapter.files.entries:
+        if MARK in key:
+            delta = adapter.files.read(key)
+            if not bool(torch.isfinite(delta).all()):
+                raise ValueError(f"{key} is not finite, the adapter seems to be broken")
+            for suffix, tensor in encode(form, delta).items():
+                yield f"{key}{suffix}", tensor
+    yield from _others(adapter)
+
+
+def _others(adapter: AdapterFolder) -> Iterator[tuple[str, Tensor]]:
+    for key in adapter.other_tensors():
+        yield key, adapter.files.read(key)

@@ -1,0 +1,31 @@
+"""Output folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A folder to write into that takes the target's place once everything is written; on an error it disappears.
+
+    Raises:
+        FileExistsError: if the target is a file, or a folder that holds something.
+    """
+    target = Path(target)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target} exists already; name a new folder, or remove it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.chmod(0o755)  # mkdtemp's is private
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,120 @@
+"""`expert_cfg.json`, the original code's selection of experts, to `target_experts` and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import check_target_experts
+from ..containers import ExpertsContainer, resolve_container
+
+
+CONFIG_NAME = "expert_cfg.json"
+MAX_JSON_BYTES = 50_000_000
+
+
+def read_expert_cfg(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Reads and checks an `expert_cfg.json`.
+
+    Args:
+        source: the file, the folder that holds it, or its content.
+
+    Returns:
+        `experts` (`{key: ids}`), `shared_experts` and `non_expert_modules`, the latter two False where missing.
+
+    Raises:
+        ValueError: if it is malformed.
+        FileNotFoundError: if the folder has none.
+    """
+    content: Any = source
+    if isinstance(source, str | Path):
+        file = Path(source) / CONFIG_NAME if Path(source).is_dir() else Path(source)
+        content = read_json(file)
+    where = f"{CONFIG_NAME} ({source})" if isinstance(source, str | Path) else CONFIG_NAME
+    if not isinstance(content, Mapping) or not isinstance(content.get("experts"), Mapping):
+        raise ValueError(f'{where} has no object "experts" of layer indices and lists of expert ids')
+    flags = {name: content.get(name, False) for name in ("shared_experts", "non_expert_modules")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{where}: "{name}" is {value!r}; it is true or false')
+    experts = {key: ids for key, ids in content["experts"].items() if not (isinstance(ids, list) and not ids)}
+    try:
+        return {"experts": check_target_experts(experts), **flags}
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).replace('target_experts', 'experts')}") from error
+
+
+def selection_from_expert_cfg(
+    source: str | Path | Mapping[str, Any], containers: dict[str, ExpertsContainer]
+) -> dict[str, list[int]]:
+    """The original code's selection as `target_experts` of a model.
+
+    Args:
+        source: see `read_expert_cfg`.
+        containers: `find_experts(model)`.
+
+    Raises:
+        ValueError: if a layer or an expert is not in the model.
+    """
+    selection: dict[str, list[int]] = {}
+    problems: list[str] = []
+    for key, ids in read_expert_cfg(source)["experts"].items():
+        try:
+            path = resolve_container(key, containers)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        outside = [expert for expert in ids if expert >= containers[path].num_experts]
+        if outside:
+            problems.append(f"layer {key} has {containers[path].num_experts} experts, there are none of id {outside}")
+        if path in selection:
+            problems.append(f"layer {key} is named twice")
+        selection[path] = ids
+    if problems:
+        raise ValueError(f"{CONFIG_NAME} does not fit the model: {shortened(problems)}")
+    return selection
+
+
+def expert_cfg_from_selection(
+    target_experts: Mapping[str, list[int]],
+    containers: dict[str, ExpertsContainer],
+    *,
+    shared_experts: bool = False,
+    non_expert_modules: bool = False,
+) -> dict[str, Any]:
+    """`target_experts` as the original code's `expert_cfg.json`, which counts decoder layers.
+
+    Raises:
+        ValueError: if two containers belong to layers of the same number, or one to none.
+    """
+    experts: dict[str, list[int]] = {}
+    for key, ids in target_experts.items():
+        container = containers[resolve_container(key, containers)]
+        same = [c.path for c in containers.values() if c.layer_index == container.layer_index]
+        if container.layer_index is None or len(same) > 1:
+            raise ValueError(f"{CONFIG_NAME} names containers by the index of their layer, and {same} have the same")
+        experts[str(container.layer_index)] = list(ids)
+    return {"experts": experts, "shared_experts": shared_experts, "non_expert_modules": non_expert_modules}
+
+
+def read_json(file: Path, limit: int = MAX_JSON_BYTES) -> Any:
+    """Reads a JSON file of bounded size.
+
+    Raises:
+        ValueError: if it is too large or no JSON.
+    """
+    size = file.stat().st_size
+    if size > limit:
+        raise ValueError(f"{file} has {size:,} bytes, more than the {limit:,} that are read")
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def shortened(items: list[str], shown: int = 4) -> str:
+    """The first few of a list of problems."""
+    more = f"; and {len(items) - shown} more" if len(items) > shown else ""
+    return "; ".join(items[:shown]) + more

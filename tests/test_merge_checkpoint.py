@@ -1,0 +1,247 @@
+"""Merging into a checkpoint without loading the model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, SwitchTransformersConfig
+from transformers import SwitchTransformersForConditionalGeneration as Switch
+
+from peft_esft import ESFTConfig, find_experts
+from peft_esft.interchange import compact, merge_checkpoint
+
+from families import FAMILIES, tiny_model
+from oracle import config_for
+
+
+def randomize(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".esft_" in name:
+                parameter.normal_(std=0.05)
+
+
+def tensors_of(folder):
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def same_bits(left, right):
+    return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+def prepare(build, folder, shard_size="20KB", **settings):
+    """A base checkpoint and a random adapter for it; returns what merging in memory gives, as a checkpoint."""
+    build().save_pretrained(folder / "base", max_shard_size=shard_size)
+    model = get_peft_model(build(), config_for(build(), **settings))
+    randomize(model)
+    model.save_pretrained(folder / "adapter")
+    model.merge_and_unload().save_pretrained(folder / "expected")
+    return tensors_of(folder / "expected")
+
+
+def check(folder, expected):
+    merge_checkpoint(folder / "base", folder / "adapter", folder / "merged")
+    base, merged = tensors_of(folder / "base"), tensors_of(folder / "merged")
+    assert list(merged) == list(base)
+    assert merged.keys() == expected.keys()
+    for key, value in merged.items():
+        assert same_bits(value, expected[key]), key
+    assert any(not torch.equal(merged[key], base[key]) for key in base)
+    files = {path.name for path in (folder / "base").iterdir()}
+    assert {path.name for path in (folder / "merged").iterdir()} == files
+    if "model.safetensors.index.json" in files:
+        indices = [json.loads((folder / f / "model.safetensors.index.json").read_text()) for f in ("base", "merged")]
+        assert indices[0] == indices[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_equals_merging_in_memory_bit_for_bit(family, dtype, tmp_path):
+    check(tmp_path, prepare(lambda: tiny_model(family, dtype), tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("deepseek_v2", {"rank": 4}),
+        ("gpt_oss", {"rank": 4}),
+        ("deepseek_v2", {"train_shared_experts": True}),
+        ("deepseek_v2", {"train_non_expert_modules": True}),
+        ("gpt_oss", {"train_non_expert_modules": True}),
+    ],
+)
+def test_every_sort_of_adapter_is_merged(family, settings, tmp_path):
+    check(tmp_path, prepare(lambda: tiny_model(family, torch.bfloat16), tmp_path, **settings))
+
+
+@pytest.mark.filterwarnings("ignore:train_non_expert_modules leaves")
+def test_tied_embeddings_are_written_once(tmp_path):
+    check(tmp_path, prepare(lambda: tiny_model("olmoe", tied=True), tmp_path, train_non_expert_modules=True))
+
+
+def test_experts_in_modules_of_their_own(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        config = SwitchTransformersConfig(
+            vocab_size=64,
+            d_model=32,
+            d_ff=24,
+            d_kv=8,
+            num_heads=4,
+            num_layers=2,
+            num_decoder_layers=2,
+            num_experts=8,
+            num_sparse_encoder_layers=1,
+            num_sparse_decoder_layers=1,
+        )
+        return Switch(config)
+
+    check(tmp_path, prepare(build, tmp_path))
+
+
+def test_modules_to_save_replace_the_bases(tmp_path):
+    tiny_model("olmoe").save_pretrained(tmp_path / "base")
+    model = get_peft_model(tiny_model("olmoe"), config_for(tiny_model("olmoe"), modules_to_save=["lm_head"]))
+    randomize(model)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "expected")
+    check(tmp_path, tensors_of(tmp_path / "expected"))
+
+
+@pytest.mark.parametrize("form", ["rows", "int8", "int4", "int1"])
+def test_compact_adapters_are_merged(form, tmp_path):
+    prepare(lambda: tiny_model("olmoe", torch.bfloat16), tmp_path)
+    (tmp_path / "adapter").rename(tmp_path / "deltas")
+    compact(tmp_path / "deltas", tmp_path / "adapter", form=form, base=tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    merged = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
+    merged.save_pretrained(tmp_path / "expected-too")
+    check(tmp_path, tensors_of(tmp_path / "expected-too"))
+
+
+def test_transformers_loads_it(tmp_path):
+    prepare(lambda: tiny_model("mixtral"), tmp_path)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    tokens = torch.arange(3, 15)[None]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).merge_and_unload()
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens)[0], adapted(input_ids=tokens)[0])
+
+
+def break_shapes(adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: v[..., :-1].contiguous() for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
+
+
+def break_values(adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: v * float("inf") for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
+
+
+def break_names(adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({k.replace("gate_up", "up_gate"): v for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
+
+
+def break_layers(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_experts"]["model.layers.7.mlp.experts"] = [1]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+def break_experts(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_experts"] = {path: [1, 2, 8] for path in config["target_experts"]}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (break_shapes, "the base and the selection need"),
+        (break_values, "not all finite"),
+        (break_names, "has the weights gate_up_proj, down_proj"),
+        (break_layers, "is not the path of an experts container"),
+        (break_experts, "8 experts, there are none of id"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_nothing(change, message, tmp_path):
+    prepare(lambda: tiny_model("olmoe"), tmp_path)
+    change(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "expected"]
+
+
+def test_quantised_bases_are_refused(tmp_path):
+    prepare(lambda: tiny_model("olmoe"), tmp_path, shard_size="10MB")
+    tensors = load_file(tmp_path / "base" / "model.safetensors")
+    key = "model.layers.0.mlp.experts.5.gate_proj.weight"
+    tensors = {k: v.to(torch.float8_e4m3fn) if ".experts." in k else v for k, v in tensors.items()}
+    assert key in tensors
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(NotImplementedError, match="a quantised form"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_name_on_the_hub_is_no_folder(tmp_path):
+    with pytest.raises(NotADirectoryError, match="hf download"):
+        merge_checkpoint("someone/model", tmp_path, tmp_path / "merged")
+
+
+PEAK = """
+import pathlib, re, sys
+import torch
+import peft_esft.interchange as interchange
+from transformers import OlmoeForCausalLM
+def memory(what):
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    return 1024 * int(re.search(what + r":\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
+interchange.merge_checkpoint(*sys.argv[1:4])
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's /proc")
+def test_peak_memory_is_below_the_largest_shard_and_the_adapter(tmp_path):
+    config = OlmoeConfig(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_experts=16,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    with torch.device("meta"):
+        model = OlmoeForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.01)
+    model.save_pretrained(tmp_path / "base", max_shard_size="60MB")
+    selection = {path: [3, 7] for path in find_experts(model)}
+    get_peft_model(model, ESFTConfig(target_experts=selection, init_weights=False)).save_pretrained(tmp_path / "a")
+    shards = [path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors")]
+    adapter = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
+    command = [sys.executable, "-c", PEAK, *(str(tmp_path / name) for name in ("base", "a", "merged"))]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert len(shards) > 2
+    assert peak < max(shards) + adapter

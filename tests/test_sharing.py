@@ -1,0 +1,229 @@
+"""The model card, the Hub, and adapters put on another base."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import warnings
+import zlib
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from peft_esft import ESFTConfig
+from peft_esft.card import is_hub_name
+from peft_esft.interchange import compact
+
+from families import tiny_model
+from hub import Hub
+from oracle import config_for
+
+
+SELECTION = {"metric": "token", "top_p": 0.2, "averaging": "sample", "num_tokens": 1234, "num_samples": 5}
+
+
+def wrapped(name="someone/base", family="olmoe", **settings):
+    base = tiny_model(family)
+    base.name_or_path = name
+    base.config._name_or_path = name
+    settings = {"task_type": "CAUSAL_LM", "selection": SELECTION, "init_weights": False, **settings}
+    return get_peft_model(base, config_for(base, **settings))
+
+
+def test_the_card_says_what_the_adapter_is(tmp_path):
+    model = wrapped(revision="abc123")
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data["library_name"] == "peft"
+    assert card.data["base_model"] == "someone/base"
+    assert {"esft", "peft", "mixture-of-experts", "base_model:adapter:someone/base"} <= set(card.data["tags"])
+    assert card.data["pipeline_tag"] == "text-generation"
+    assert "More Information Needed" not in card.text
+    for text in (
+        "`someone/base`",
+        "`abc123`",
+        "metric token, top_p 0.2",
+        "num_tokens 1234",
+        "CAUSAL_LM",
+        "| `model.layers.1.mlp.experts` | 3 of 8 | 1, 5, 6 |",
+        "6 in 2 layers",
+        f"{(tmp_path / 'adapter_model.safetensors').stat().st_size / 1e6:.2f} MB, 4 tensors",
+        "fp32 deltas",
+        "(experts.png)",
+    ):
+        assert text in card.text, text
+    picture = (tmp_path / "experts.png").read_bytes()
+    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n") and (width, height) == (8 * 8, 2 * 8)
+    data = zlib.decompress(picture[41 : 41 + int.from_bytes(picture[33:37], "big")])
+    line = data[1 : 1 + 3 * width]
+    blue = [expert for expert in range(8) if line[24 * expert : 24 * expert + 3] == bytes((31, 119, 180))]
+    assert blue == [1, 5, 6]
+
+
+def test_the_three_lines_of_the_card_load_the_adapter(tmp_path):
+    tiny_model("olmoe").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config_for(base, task_type="CAUSAL_LM", init_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, flags=re.DOTALL)
+    assert code.startswith("import peft_esft") and len(code.splitlines()) == 3
+    namespace: dict = {}
+    exec(code.replace("name or folder of this adapter", str(tmp_path / "adapter")), namespace)
+    tokens = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        assert torch.equal(namespace["model"](input_ids=tokens)[0], model(input_ids=tokens)[0])
+    # A path of this machine is nothing that the Hub could link to.
+    assert not card.data.get("base_model")
+    assert not any(str(tmp_path) in tag for tag in card.data["tags"])
+
+
+def test_what_people_wrote_stays(tmp_path):
+    model = wrapped()
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags: [law]\n---\n# My adapter\n\nMade with care.\n")
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        card = ModelCard.load(tmp_path / "README.md")
+        assert card.data["license"] == "mit"
+        assert "Made with care." in card.text and card.text.count("## Trained experts") == 1
+
+
+def test_named_and_compact_adapters_have_cards_too(tmp_path):
+    base = tiny_model("olmoe", torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config_for(base, init_weights=False), adapter_name="law")
+    model.save_pretrained(tmp_path)
+    assert "3 of 8" in (tmp_path / "law" / "README.md").read_text()
+    compact(tmp_path / "law", tmp_path / "small", form="rows", base=tmp_path / "base")
+    assert "effective weights, for inference" in (tmp_path / "small" / "README.md").read_text()
+    ESFTConfig(target_experts={0: [1]}).save_pretrained(str(tmp_path / "selection"))
+    assert [path.name for path in (tmp_path / "selection").iterdir()] == ["adapter_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("a/b", True), ("gpt2", True), ("/a/b", False), ("./a", False), ("a/b/c", False), ("", False), (None, False)],
+)
+def test_hub_names(name, is_one):
+    assert is_hub_name(name) is is_one
+
+
+PUSH = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+import peft_esft
+from huggingface_hub import HfApi
+from peft import PeftModel
+from test_sharing import wrapped
+from families import tiny_model
+model = wrapped()
+model.save_pretrained(FOLDER)
+# `model.push_to_hub` writes an empty form over the card, see docs/sharing.md.
+api = HfApi(token="hf_x")
+api.create_repo("someone/law")
+api.upload_folder(repo_id="someone/law", folder_path=FOLDER)
+again = PeftModel.from_pretrained(tiny_model("olmoe"), "someone/law", token="hf_x")
+tokens = torch.arange(3, 9)[None]
+with torch.no_grad():
+    assert torch.equal(again(input_ids=tokens)[0], model(input_ids=tokens)[0])
+config = again.peft_config["default"]
+assert config.selection["top_p"] == 0.2 and config.base_model_name_or_path == "someone/base"
+"""
+
+
+def test_pushing_to_the_hub_and_loading_from_it(tmp_path):
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    try:
+        result = subprocess.run(
+            [sys.executable, "-c", f"FOLDER = {str(tmp_path / 'law')!r}\n{PUSH}"],
+            env={**os.environ, **settings},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    finally:
+        hub.shutdown()
+        hub.server_close()
+    assert result.returncode == 0, result.stderr[-3000:]
+    files = hub.repositories["someone/law"]
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "experts.png"} <= set(files)
+    card = ModelCard(files["README.md"].decode())
+    assert card.data["base_model"] == "someone/base" and card.data["library_name"] == "peft"
+    assert "import peft_esft" in card.text and "More Information Needed" not in card.text
+    assert hub.validated and all("library_name: peft" in content for content in hub.validated)
+    assert len(hub.uploads) == 2
+
+
+def changed(model):
+    """The same model with other weights in its last layer."""
+    with torch.no_grad():
+        model.model.layers[-1].mlp.experts.down_proj.mul_(1.01)
+    return model
+
+
+def loading_warnings(base, folder):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(base, str(folder))
+    return [str(w.message) for w in caught if "other weights" in str(w.message)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_another_base_of_the_same_shape_is_noticed(dtype, tmp_path):
+    wrapped(name="").save_pretrained(tmp_path)
+    assert not loading_warnings(tiny_model("olmoe", dtype), tmp_path)
+    noticed = loading_warnings(changed(tiny_model("olmoe")).to(dtype), tmp_path)
+    # fp16 rounds differently, so that nothing can be said there.
+    assert bool(noticed) == (dtype != torch.float16)
+    assert all("in 1 of 2 layers, model.layers.1.mlp.experts among them" in message for message in noticed)
+
+
+def test_a_base_of_another_name_and_other_weights_is_refused(tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    other = changed(tiny_model("olmoe"))
+    other.name_or_path = "someone/other"
+    with pytest.raises(ValueError, match="'someone/base', this is 'someone/other'"):
+        PeftModel.from_pretrained(other, str(tmp_path))
+    same = tiny_model("olmoe")
+    same.name_or_path = "another/copy"
+    assert not loading_warnings(same, tmp_path)
+    config = ESFTConfig.from_pretrained(str(tmp_path))
+    config.base_fingerprint = None
+    config.inference_mode = True
+    PeftModel.from_pretrained(other, str(tmp_path), config=config)
+
+
+def test_other_expert_shapes_are_refused(tmp_path):
+    wrapped().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="do not fit the model"):
+        PeftModel.from_pretrained(narrower(), str(tmp_path))
+
+
+def narrower():
+    from transformers import OlmoeForCausalLM
+
+    config = tiny_model("olmoe").config
+    config.intermediate_size = 16
+    return OlmoeForCausalLM(config)
+
+
+def test_a_merged_adapter_does_not_look_like_another_base(tmp_path):
+    wrapped(name="").save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_model("olmoe"), str(tmp_path), adapter_name="first")
+    model.merge_adapter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.load_adapter(str(tmp_path), adapter_name="second")
+    assert not [w for w in caught if "other weights" in str(w.message)]
