@@ -114,18 +114,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter from this layer."""
         super().delete_adapter(adapter_name)
-        self.expert_ids.pop(adapter_name, None)
-        self.scaling.pop(adapter_name, None)
-        self.scale.pop(adapter_name, None)
-        self.storage.pop(adapter_name, None)
+        for settings in self._settings():
+            settings.pop(adapter_name, None)
         self._rows = {}
 
     def replace_adapter(self, adapter_name: str, incoming: str, is_trained: bool) -> None:
         """Gives an adapter the experts and weights of another one, which ends; either may have none in this layer."""
-        if incoming not in self.expert_ids:
-            if adapter_name in self.expert_ids:
-                self.delete_adapter(adapter_name)
-            return
         for tensors in (getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)):
             old = tensors.pop(adapter_name) if adapter_name in tensors else None
             new = tensors.pop(incoming) if incoming in tensors else None
@@ -134,11 +128,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 new = old
             if new is not None:
                 tensors[adapter_name] = new.requires_grad_(is_trained) if isinstance(new, nn.Parameter) else new
-        self.storage[adapter_name] = self.storage.pop(incoming)
-        self.expert_ids[adapter_name] = self.expert_ids.pop(incoming)
-        self.scaling[adapter_name] = self.scaling.pop(incoming)
-        self.scale[adapter_name] = self.scale.pop(incoming)
+        for settings in self._settings():
+            settings.pop(adapter_name, None)
+            if incoming in settings:
+                settings[adapter_name] = settings.pop(incoming)
         self._rows = {}
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """What is kept of each adapter beside its tensors."""
+        return [self.expert_ids, self.scaling, self.scale, self.storage]
 
     def is_trained(self, adapter_name: str) -> bool:
         """True if a delta of the adapter requires a gradient."""

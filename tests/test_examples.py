@@ -49,6 +49,15 @@ def test_the_snippets_of_the_analysis_page_run_in_order(tmp_path, monkeypatch, c
     assert "God" in (tmp_path / "tokens.html").read_text()
 
 
+def test_the_snippets_of_the_serving_page_run_in_order(tmp_path, monkeypatch):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    exec(compile("\n".join(code), "serving.md", "exec"), namespace)
+    assert namespace["model"].active_adapters == ["both"]
+
+
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_tasks_are_whole_and_their_splits_disjoint(name):
     train, held_out = tasks.load_task(name, "train"), tasks.load_task(name, "eval")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -97,6 +99,20 @@ def test_other_adapters_and_the_active_one_stay(tmp_path):
     hotswap_adapter(model, tmp_path, adapter_name="b")
     assert torch.equal(logits(model), expected)
     model.set_adapter("b")
+    assert torch.equal(logits(model), second)
+
+
+def test_layers_that_the_new_adapter_leaves_alone_do_not_fall_to_another(tmp_path):
+    def build():
+        return tiny_model("olmoe")
+
+    second = save(tmp_path, build, target_experts={1: [2]})
+    model = get_peft_model(build(), config_for(build(), init_weights=False), adapter_name="other").eval()
+    model.add_adapter("task", config_for(build(), init_weights=False))
+    model.set_adapter("task")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hotswap_adapter(model, tmp_path, adapter_name="task")
     assert torch.equal(logits(model), second)
 
 
