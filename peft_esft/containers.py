@@ -69,7 +69,8 @@ class KnownContainer:
 
     Attributes:
         routing: where its routing can be seen.
-        weights: `{name: parameter below the module}` of experts stacked in parameters; empty for a list of modules.
+        weights: `{name: parameter below the module}` of experts stacked in parameters, as far as a module has them;
+            empty for a list of modules.
         form: how the experts lie in these parameters.
         refusal: why its experts cannot be trained, and what would do; None if they can.
     """
@@ -99,7 +100,9 @@ KNOWN_CONTAINERS: dict[str, KnownContainer] = {
     "NllbMoeExperts": KnownContainer(RoutingSource(read_nllb_call)),
     "VitPoseNaiveMoe": KnownContainer(RoutingSource(read_vitpose_call)),
     "FP8Experts": KnownContainer(
-        STANDARD_CALL, {"down_proj": "down_proj"}, refusal=_QUANTISED.format("FineGrainedFP8Config(dequantize=True)")
+        STANDARD_CALL,
+        _FUSED_WEIGHTS | {"up_proj": "up_proj"},
+        refusal=_QUANTISED.format("FineGrainedFP8Config(dequantize=True)"),
     ),
     "Mxfp4GptOssExperts": KnownContainer(
         STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("Mxfp4Config(dequantize=True)")
@@ -360,7 +363,11 @@ def _describe_stacked(place: Place, known: KnownContainer) -> ExpertsContainer:
         places=(place,),
         kind="stacked",
         num_experts=num_experts,
-        weights=tuple(StackedWeight(name, path, num_experts, known.form) for name, path in known.weights.items()),
+        weights=tuple(
+            StackedWeight(name, path, num_experts, known.form)
+            for name, path in known.weights.items()
+            if hasattr(place.module, path.partition(".")[0])
+        ),
         routing=known.routing,
         refusal=known.refusal,
     )

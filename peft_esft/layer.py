@@ -12,9 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .combination import CombinationType, MajoritySignMethod, combine_deltas
 from .config import ESFTConfig
 from .containers import READABLE_DTYPES, ExpertsContainer
 from .functional import add_deltas
+from .mixed_batch import AdapterBatch
 from .weights import ExpertWeight, expert_index
 
 
@@ -43,6 +45,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.path = container.path
+        self.kind = container.kind
         self.layout = container.layout
         self.num_experts = container.num_experts
         self.num_identity_experts = container.num_identity_experts
@@ -54,10 +57,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.expert_ids: dict[str, list[int]] = {}
+        # What deltas are multiplied with: of low-rank factors by the config, and what `set_scale` asks for.
         self.scaling: dict[str, float] = {}
+        self.scale: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._rows: dict[str, tuple[Any, list[nn.Parameter], Tensor]] = {}
+        self._rows: dict[tuple[str, bool], tuple[Any, list[nn.Parameter], Tensor]] = {}
         # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
         self._replaced_ids: list[int] = []
         self._replaced_rows: dict[str, Tensor] = {}
@@ -84,6 +89,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """
         self.expert_ids[adapter_name] = list(expert_ids)
         self.scaling[adapter_name] = config.scaling
+        self.scale[adapter_name] = 1.0
         self._rows = {}
         for name, weight in self.weights.items():
             shape = (len(expert_ids), *weight.shape(self.get_base_layer()))
@@ -100,6 +106,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.expert_ids.pop(adapter_name, None)
         self.scaling.pop(adapter_name, None)
+        self.scale.pop(adapter_name, None)
         self._rows = {}
 
     def adapters_here(self, adapter_names: Sequence[str]) -> list[str]:
@@ -113,10 +120,42 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None:
         """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
         factors = self._delta_parameters(weight_name, adapter_name)
-        if len(factors) < 2:
-            return factors[0] if factors else None
-        matrix_a, matrix_b = factors
-        return self.scaling[adapter_name] * (matrix_b @ matrix_a)
+        if not factors:
+            return None
+        scale = self.scaling[adapter_name] * self.scale[adapter_name]
+        delta = factors[0] if len(factors) == 1 else factors[1] @ factors[0]
+        return delta if scale == 1 else scale * delta
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained."""
+        self.scale[adapter_name] = scale
+        self._rows = {}
+
+    @torch.no_grad()
+    def combine(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType,
+        density: float | None,
+        majority_sign_method: MajoritySignMethod,
+    ) -> None:
+        """Sets the deltas of an adapter of full rank to a combination of others, see `combination.combine_deltas`."""
+        ids = self.expert_ids[adapter_name]
+        for weight_name in self.weight_names:
+            target = self._delta_parameters(weight_name, adapter_name)[0]
+            deltas, factors = [], []
+            for name, weight in zip(adapters, weights, strict=True):
+                delta = self.get_delta_weight(name, weight_name) if name in self.expert_ids else None
+                if delta is not None:
+                    places = expert_index(tuple(map(ids.index, self.expert_ids[name])), delta.device)
+                    deltas.append((places, delta.to(target.dtype)))
+                    factors.append(weight)
+            if deltas:
+                combined = combine_deltas(deltas, factors, len(ids), combination_type, density, majority_sign_method)
+                target.copy_(combined)
+        self._rows = {}
 
     def effective_rows(
         self, weight_name: str, adapter_names: Sequence[str], expert_ids: Sequence[int] | None = None
@@ -133,22 +172,34 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         return self._with_deltas(rows, ids, weight_name, adapter_names)
 
     def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
-        """`effective_rows`, computed once for adapters that are not trained, until a delta or the base changes."""
+        """`effective_rows`; computed once, until a delta or the base changes, for adapters that are not trained."""
+        return self._kept(weight_name, adapter_names, each=False)
+
+    def rows_of_each(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
+        """The effective rows of adapters that are not active together, one adapter after another; kept likewise."""
+        return self._kept(weight_name, adapter_names, each=True)
+
+    def _kept(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
         deltas = [delta for name in adapter_names for delta in self._delta_parameters(weight_name, name)]
-        if any(delta.requires_grad for delta in deltas):
-            return self.effective_rows(weight_name, adapter_names)
+        if torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas):
+            return self._compute(weight_name, adapter_names, each=each)
         # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
         sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
         state = (tuple(adapter_names), [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources])
-        known = self._rows.get(weight_name)
+        known = self._rows.get((weight_name, each))
         if known is None or known[0] != state:
             # A tensor made in inference mode could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                rows = self.effective_rows(weight_name, adapter_names)
+                rows = self._compute(weight_name, adapter_names, each=each)
             # Holding the sources keeps their ids from being given to other tensors.
             known = (state, sources, rows)
-            self._rows[weight_name] = known
+            self._rows[weight_name, each] = known
         return known[2]
+
+    def _compute(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
+        if each:
+            return torch.cat([self.effective_rows(weight_name, [name]) for name in adapter_names])
+        return self.effective_rows(weight_name, adapter_names)
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Stores an adapter's deltas in the base's dtype, at the price of updates that its rounding swallows."""
@@ -236,8 +287,19 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward_through(self.base_layer, *args, **kwargs)
 
-    def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are active."""
+    def forward_through(
+        self, base_layer: nn.Module, *args: Any, adapter_batch: AdapterBatch | None = None, **kwargs: Any
+    ) -> Any:
+        """The forward pass of `base_layer`, this layer's or one tied to it.
+
+        Args:
+            base_layer: the module to run.
+            *args: its arguments.
+            adapter_batch: the adapter of each sample; None for the active adapters.
+            **kwargs: its keyword arguments.
+        """
+        if adapter_batch is not None and not self.disable_adapters:
+            return self._mixed_forward(base_layer, adapter_batch, *args, **kwargs)
         names = self.adapters_for_call()
         if not names:
             return base_layer(*args, **kwargs)
@@ -250,6 +312,27 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         return [] if self.disable_adapters or self.merged else self.adapters_here(self.active_adapters)
 
     def _adapted_forward(self, base_layer: nn.Module, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def check_mixes(self) -> None:
+        """Refuses `adapter_names` where a layer's output does not show whose its rows are.
+
+        Raises:
+            ValueError: naming the container.
+        """
+        base: Any = self.get_base_layer()
+        reason = None
+        if self.kind == "stacked":
+            reason = "does not keep a batch's tokens in order"
+        elif isinstance(base, nn.ModuleList | nn.ModuleDict) and not overrides_forward(base):
+            reason = "is called expert by expert"
+        if reason is not None:
+            raise ValueError(
+                f"adapter_names is not supported by {self.path}: {type(base).__name__} {reason}. Call the model once "
+                "for each adapter, after set_adapter(name)"
+            )
+
+    def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
     def _add_delta(
@@ -376,6 +459,11 @@ class TiedLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "esft." + super().__repr__()
+
+
+def overrides_forward(module: nn.Module) -> bool:
+    """True if a list or dict of modules can be called."""
+    return type(module).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
 def check_trainable(container: ExpertsContainer) -> None:
