@@ -58,7 +58,9 @@ def test_without_a_change_nothing_is_forgotten():
     model = get_peft_model(base, config_for(base))
     result = forgetting(model, [{"input_ids": random_tokens()}])
     point = result.points["text"]
-    assert (point.loss_change, point.kl, point.same_top) == (0, 0, 1)
+    # The wrapped layer sorts its rows in another order than the base does: equal up to rounding.
+    assert (point.loss_change, point.kl) == pytest.approx((0, 0), abs=1e-5)
+    assert point.same_top == 1
     assert "100.0%" in str(result)
 
 

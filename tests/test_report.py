@@ -16,9 +16,11 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from peft import get_peft_model
+from test_examples import ROOT
 
 from peft_esft import score_experts
 from peft_esft.analysis import dispersion, overlap, report
+from peft_esft.analysis.adapters import _experts_of_base
 from peft_esft.analysis.drawing import draw
 from peft_esft.analysis.figures import dispersion_plot, overlap_plot, shares_plot
 from peft_esft.cli import main
@@ -127,13 +129,22 @@ def tiny_scores():
     return score_experts(tiny_model("olmoe"), batches, progress=False)
 
 
-def test_equal_numbers_give_equal_files_and_names_are_escaped(tiny_scores, tmp_path):
-    out = report({"<b>&": tiny_scores}, tmp_path / "r.html", title="</title><script>")
-    page = Page(out.read_text())
+def test_equal_numbers_give_equal_files_names_are_escaped_and_folders_stay_private(tiny_scores, tmp_path):
+    scores = replace(tiny_scores, model=str(tmp_path / "secret" / "base"))
+    text = report({"<b>&": scores}, tmp_path / "r.html", title="</title><script>").read_text()
+    page = Page(text)
+    # Where the model lies is nobody's business.
+    assert "base: 2 layers" in text and "secret" not in text
     assert "<b>&" in page.cells and "stability" in page.ids
     plot = shares_plot("<b>&", tiny_scores, "token", 0.2)
     for ending, content in draw(plot).files.items():
         assert (tmp_path / "r_files" / f"shares_token__b__.{ending}").read_bytes() == content
+
+
+def test_the_experts_of_a_base_at_hand_are_counted():
+    path = "model.layers.0.mlp.experts"
+    assert _experts_of_base(str(ROOT / "examples" / "tiny_moe" / "model"), {path: [1]}) == {path: 64}
+    assert _experts_of_base("some/base", {path: [1], "other": [5]}) == {path: 6, "other": 6}
 
 
 def test_scores_without_gates(tiny_scores, tmp_path):
@@ -169,6 +180,8 @@ def test_adapters_of_a_model_and_their_folders(adapters, tmp_path):
     page = Page(report(model, tmp_path / "model.html").read_text())
     assert page.ids == ["selection_law", "selection_intent", "adapter_overlap"]
     assert page.headings[0].startswith("law trains 3.0 of 8 experts a layer (3)")
+    trained = sum(p.numel() for n, p in model.named_parameters() if "esft_" in n and n.endswith(".law"))
+    assert f"{trained:,}" in page.cells
     assert page.headings[2] == "Of the experts that law and intent train, both train 25%"
     page = Page(report([folder / "law", folder / "intent"], tmp_path / "folders.html").read_text())
     assert page.ids == ["selection_law", "selection_intent", "adapter_overlap"]

@@ -100,6 +100,7 @@ def adapters_of_model(model: nn.Module) -> dict[str, AdapterRecord]:
             num_experts={path: sizes[path] for path in own},
             change=change,
             change_label="norm of the change over the norm of the expert's weights",
+            num_parameters=sum(_trained_weights(layer, name) for layer in own.values()),
         )
     return records
 
@@ -155,6 +156,14 @@ def jaccard(one: AdapterRecord, other: AdapterRecord) -> float:
     return len(first & second) / max(1, len(first | second))
 
 
+def _trained_weights(layer: ESFTLayer, adapter_name: str) -> int:
+    return sum(
+        parameter.numel()
+        for key, parameter in layer.named_parameters()
+        if key.startswith(PREFIX) and key.rpartition(".")[2] == adapter_name
+    )
+
+
 def _read_squares(weights: Path, config: ESFTConfig) -> tuple[dict[str, Tensor], int]:
     """Mean square of each trained expert's change, by container path, and the number of trained weights."""
     from safetensors import safe_open
@@ -198,8 +207,14 @@ def _draw_selection(axes: Any, style: Style, record: AdapterRecord) -> None:
     axes.set_xlim(-0.5, most - 0.5)
     axes.set(xlabel="expert", ylabel="layer")
     axes.set_yticks(*thinned_ticks(layer_labels(list(record.selection)), 9))
-    for line in range(len(record.selection)):
-        axes.axhline(line, color=style.muted, linewidth=0.4, alpha=0.4, zorder=0)
+    from matplotlib.patches import Rectangle
+
+    for line, ids in enumerate(record.selection.values()):
+        axes.axhline(line, color=style.muted, linewidth=0.4, alpha=0.4, zorder=-1)
+        for expert in ids:
+            # An expert that did not move has the darkest colour, which a dark page swallows.
+            cell = Rectangle((expert - 0.5, line - 0.5), 1, 1, fill=False, edgecolor=style.muted, linewidth=0.5)
+            axes.add_patch(cell)
 
 
 def _draw_matrix(axes: Any, style: Style, names: Sequence[str], table: list[list[float]]) -> None:

@@ -216,7 +216,7 @@ def _adapter_sections(adapters: Mapping[str, AdapterRecord]) -> list[Section]:
     rows = [
         [
             name,
-            record.base or "–",
+            _model_name(record.base) or "–",
             str(len(record.selection)),
             f"{record.mean_experts:.1f}",
             f"{record.num_parameters:,}" if record.num_parameters is not None else "–",
@@ -238,12 +238,17 @@ def _lead(tasks: Mapping[str, ExpertScores], adapters: Mapping[str, AdapterRecor
         of = ", ".join(f"{top_k} of {count} experts for a token" for top_k, count in shapes)
         averaging = {scores.averaging for scores in tasks.values()}
         parts.append(
-            f"{first.model or 'A model'}: {len(first.containers)} layers with experts, {of}. "
+            f"{_model_name(first.model) or 'A model'}: {len(first.containers)} layers with experts, {of}. "
             f"Scores are means over {' and '.join(f'{name}s' for name in sorted(averaging))}."
         )
     if adapters:
         parts.append(f"{len(adapters)} adapter{'s' if len(adapters) > 1 else ''}.")
     return " ".join(parts)
+
+
+def _model_name(name: str | None) -> str | None:
+    """A name as on the Hub, or the last part of a folder's path: where it lies is nobody's business."""
+    return Path(name).name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name
 
 
 def _write_files(folder: Path, figures: Sequence[Drawn]) -> None:
