@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from peft.utils import merge_utils
 
-from peft_esft import ESFTConfig, find_experts
+from peft_esft import ESFTConfig, ESFTLayer, find_experts
+from peft_esft.analysis import adapter_conflicts
 from peft_esft.combination import combine_deltas
 
 from families import tiny_model
@@ -150,3 +151,33 @@ def test_bad_combinations_are_refused_and_nothing_is_changed(arguments, message)
         model.base_model.add_weighted_adapter(*arguments)
     assert str(model) == before
     assert set(model.peft_config) == {"a", "b"}
+
+
+def test_conflicts_name_the_shared_experts_and_how_alike_their_changes_are():
+    base = tiny_model("gpt_oss")
+    model = get_peft_model(base, config_for(base, experts=[5, 1, 6], init_weights=False), adapter_name="a")
+    model.add_adapter("b", ESFTConfig(target_experts={1: [6, 0, 5]}, init_weights=False))
+    layer = next(m for m in model.modules() if isinstance(m, ESFTLayer) and "layers.1" in m.path)
+    with torch.no_grad():
+        for name in layer.weight_names:
+            own, other = (getattr(layer, f"esft_{name}")[adapter] for adapter in ("a", "b"))
+            other[0] = -2 * own[2]  # expert 6
+            other[2] = 3 * own[0]  # expert 5
+    report = adapter_conflicts(model, "a", "b")
+    assert [(shared.expert, round(shared.cosine, 6)) for shared in report.shared] == [(5, 1.0), (6, -1.0)]
+    assert {shared.path for shared in report.shared} == {"model.layers.1.mlp.experts"}
+    assert (report.num_trained, report.num_layers, report.shared_per_layer) == ((6, 3), 2, 1.0)
+    assert str(report).startswith("a trains 6 experts and b 3; they share 2, 1.00 a layer\n")
+    with pytest.raises(ValueError, match=r"no ESFT adapters \['c'\]; there are \['a', 'b'\]"):
+        adapter_conflicts(model, "a", "c")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge them"):
+        adapter_conflicts(model, "a", "b")
+
+
+def test_low_rank_and_full_deltas_are_compared():
+    base = tiny_model("gpt_oss")
+    model = get_peft_model(base, config_for(base, rank=2, init_weights=False), adapter_name="low")
+    model.add_adapter("full", config_for(base, init_weights=False))
+    report = adapter_conflicts(model, "low", "full")
+    assert len(report.shared) == 6 and all(abs(shared.cosine) < 0.5 for shared in report.shared)

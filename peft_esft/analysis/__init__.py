@@ -1,6 +1,7 @@
 """What the routing of tasks looks like, and what to make of it."""
 
 from .coarse import coarse_routing
+from .conflicts import ConflictReport, SharedExpert, adapter_conflicts
 from .dispersion import Dispersion, LayerDispersion, dispersion
 from .forgetting import Forgetting, ForgettingPoint, forgetting
 from .granularity import Granularity, GranularityPoint, granularity
@@ -22,6 +23,7 @@ from .usage import ExpertUse, expert_usage
 
 
 __all__ = [
+    "ConflictReport",
     "Dispersion",
     "ExpertUse",
     "Forgetting",
@@ -31,9 +33,11 @@ __all__ = [
     "Groups",
     "LayerDispersion",
     "Overlap",
+    "SharedExpert",
     "StabilityReport",
     "TokenSpan",
     "TokenView",
+    "adapter_conflicts",
     "co_occurrence",
     "coarse_routing",
     "count_pairs",
