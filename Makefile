@@ -32,6 +32,8 @@ docs: $(VENV)/.installed
 bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/scoring.py
 	$(RUN) benchmarks/inference.py
+	$(RUN) benchmarks/merging.py
+	$(RUN) benchmarks/compact.py
 
 clean:
 	rm -rf $(VENV) site demo_output .peft_tests

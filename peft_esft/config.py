@@ -173,7 +173,7 @@ class ESFTConfig(PeftConfig):
         config: ESFTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if isinstance(config, ESFTConfig):
             check_fields(config)
-            config.header = header
+            config.header = None if kwargs.get("ignore_mismatched_sizes") else header
         return config
 
     @classmethod

@@ -1,0 +1,128 @@
+"""The commands that convert, merge and compare adapters, on tiny checkpoints."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from peft_esft import ESFTConfig
+from peft_esft.cli import main
+from peft_esft.interchange import diff_adapters
+
+from families import tiny_model
+from oracle import config_for
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A base and two adapters for it."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("deepseek_v2", torch.bfloat16).save_pretrained(folder / "base")
+    for name, experts in (("a", [5, 1, 6]), ("b", [1, 2])):
+        base = tiny_model("deepseek_v2", torch.bfloat16)
+        base.name_or_path = str(folder / "base")
+        selection = {"metric": "token", "num_experts": {"model.layers.1.mlp.experts": 8}}
+        config = config_for(base, experts, init_weights=False, selection=selection, task_type="CAUSAL_LM")
+        get_peft_model(base, config).save_pretrained(folder / name)
+    return folder
+
+
+def run(capsys, *arguments):
+    """What a command prints as JSON."""
+    assert main([*map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_there_and_back(folders, tmp_path, capsys):
+    base = folders / "base"
+    run(capsys, "export", folders / "a", "--base", base, "--out", tmp_path / "official")
+    record = run(capsys, "import", tmp_path / "official", "--base", base, "--out", tmp_path / "back")
+    assert record["target_experts"] == {"model.layers.1.mlp.experts": [5, 1, 6]} and record["storage"] == "delta"
+    run(capsys, "export", tmp_path / "back", "--base", base, "--out", tmp_path / "again")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("official", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    rows = run(capsys, "import", tmp_path / "official", "--base", base, "--out", tmp_path / "rows", "--form", "rows")
+    assert rows["storage"] == "rows"
+
+
+def test_selections_alone(folders, tmp_path, capsys):
+    base = folders / "base"
+    run(capsys, "export", folders / "a", "--base", base, "--out", tmp_path / "cfg", "--selection-only")
+    assert [path.name for path in (tmp_path / "cfg").iterdir()] == ["expert_cfg.json"]
+    assert json.loads((tmp_path / "cfg" / "expert_cfg.json").read_text())["experts"] == {"1": [5, 1, 6]}
+    run(capsys, "import", tmp_path / "cfg", "--base", base, "--out", tmp_path / "config", "--selection-only")
+    model = tiny_model("deepseek_v2")
+    model.name_or_path = str(base)
+    model = get_peft_model(model, ESFTConfig.from_pretrained(str(tmp_path / "config")))
+    assert model.peft_config["default"].target_experts == {"model.layers.1.mlp.experts": [5, 1, 6]}
+
+
+def test_merge_and_compact(folders, tmp_path, capsys):
+    run(capsys, "merge", folders / "base", folders / "a", tmp_path / "merged")
+    base = PeftModel.from_pretrained(tiny_model("deepseek_v2", torch.bfloat16), str(folders / "a"))
+    base.merge_and_unload().save_pretrained(tmp_path / "expected")
+    merged, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "expected"))
+    assert merged.keys() == expected.keys() and all(torch.equal(merged[key], expected[key]) for key in merged)
+    record = run(capsys, "compact", folders / "a", "--out", tmp_path / "small")
+    assert record["bytes"] * 2 == record["bytes_before"]
+    assert main(["compact", str(folders / "a"), "--form", "int4", "--out", str(tmp_path / "smaller")]) == 0
+    assert "MB, written to" in capsys.readouterr().out
+
+
+def test_inspect_an_adapter(folders, tmp_path, capsys):
+    record = run(capsys, "inspect", folders / "a")
+    assert record["base"] == str(folders / "base") and record["storage"] == "delta" and record["rank"] is None
+    assert record["bytes"] == 3 * 3 * 32 * 24 * 4
+    assert main(["inspect", str(folders / "a")]) == 0
+    text = capsys.readouterr().out
+    # 3 of 8 experts are 12 of 32 characters.
+    assert f"model.layers.1.mlp.experts  {'#' * 12}{' ' * 20}  3" in text
+    assert "stored as deltas" in text and "2 tensors, 0.03 MB" in text
+
+
+def test_diff(folders, tmp_path, capsys):
+    record = run(capsys, "diff", folders / "a", folders / "b")
+    row = record["containers"]["model.layers.1.mlp.experts"]
+    assert (row["first"], row["second"], row["both"]) == ([5, 6], [2], [1])
+    deltas = [load_file(folders / name / "adapter_model.safetensors") for name in "ab"]
+    key = "base_model.model.model.layers.1.mlp.experts.esft_{}"
+    first, second = (
+        torch.cat([d[key.format(name)][place].flatten() for name in ("gate_up_proj", "down_proj")]).double()
+        for d, place in zip(deltas, (1, 0), strict=True)
+    )
+    assert row["weights"]["distance"] == pytest.approx(float((first - second).norm() / first.norm()))
+    assert row["weights"]["cosine"] == pytest.approx(float(first @ second / first.norm() / second.norm()), abs=1e-9)
+    assert main(["diff", str(folders / "a"), str(folders / "b")]) == 0
+    assert "only first [5, 6], only second [2], both [1]" in capsys.readouterr().out
+    same = diff_adapters(folders / "a", folders / "a")
+    assert same["settings"] == {}
+    assert same["containers"]["model.layers.1.mlp.experts"]["weights"]["distance"] == 0
+    run(capsys, "compact", folders / "a", "--out", tmp_path / "int8", "--form", "int8")
+    small = diff_adapters(folders / "a", tmp_path / "int8")
+    assert small["settings"] == {"storage": ["delta", "int8"]}
+    assert 0 < small["containers"]["model.layers.1.mlp.experts"]["weights"]["distance"] < 0.01
+    run(capsys, "compact", folders / "a", "--out", tmp_path / "rows")
+    assert diff_adapters(folders / "a", tmp_path / "rows")["containers"].popitem()[1]["weights"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merge", "{base}", "missing", "{out}"], "missing"),
+        (["merge", "missing", "{a}", "{out}"], "is not the folder of a model"),
+        (["merge", "{base}", "{a}", "{a}"], "exists already"),
+        (["import", "{a}", "--base", "{base}", "--out", "{out}"], "expert_cfg.json"),
+        (["export", "missing", "--base", "{base}", "--out", "{out}"], "missing"),
+        (["diff", "{a}", "{base}"], "adapter_config.json"),
+    ],
+)
+def test_refusals_exit_with_1_and_say_why(arguments, message, folders, tmp_path, capsys):
+    names = {"base": folders / "base", "a": folders / "a", "out": tmp_path / "out"}
+    assert main([argument.format(**names) for argument in arguments]) == 1
+    output = capsys.readouterr()
+    assert output.err.startswith("peft-esft: ") and message in output.err and not output.out
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,49 @@
+"""The Python examples of the pages on converting and sharing run as they stand, in their order."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from peft import get_peft_model
+from test_examples import ROOT
+
+from peft_esft.interchange import export_official
+
+from families import tiny_model
+from oracle import config_for
+
+
+@pytest.mark.parametrize("page", ["converting.md", "sharing.md"])
+def test_examples_run(page, tmp_path, monkeypatch):
+    tiny_model("deepseek_v2", torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        tiny_model("deepseek_v2", torch.bfloat16),
+        config_for(tiny_model("deepseek_v2"), init_weights=False),
+    )
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("trained")
+    export_official("trained", "base", "official")
+    if page == "sharing.md":
+        (tmp_path / "trained").rename("adapter")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL)
+    namespace: dict = {"model": model.unload()}
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)
+    expected = ("merged", "official_again") if page == "converting.md" else ("small", "smaller")
+    assert all((tmp_path / name).is_dir() for name in expected)
+
+
+def test_the_figures_of_the_page_are_those_of_the_benchmark():
+    text = (ROOT / "docs" / "sharing.md").read_text()
+    rows = json.loads((ROOT / "benchmarks" / "results" / "compact.json").read_text())["rows"]
+    for form in ("rows", "int8", "int4", "int1"):
+        sections, verses = (row for row in rows if row["form"] == form)
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{form}` |"))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        expected = [f"{sections['bytes per weight']:.2f}"]
+        for row in (sections, verses):
+            expected += [f"{row['exact (%)']:.1f}", f"{row['loss']:.3f}"]
+        assert cells[1:6] == expected
