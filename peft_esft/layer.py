@@ -183,6 +183,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         if safe_merge:
             self.check_finite(names)
         all_names = [*self.merged_adapters, *names]
+        if len(all_names) == 1:
+            self._merge_first(names[0])
+            return
         ids = self.union_of_experts(all_names)
         new_ids = ids[len(self._replaced_ids) :]
         originals, merged = {}, {}
@@ -196,6 +199,20 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self._replaced_ids, self._replaced_rows = ids, originals
         self.merged_adapters = all_names
         self._write_rows(ids, merged)
+
+    def _merge_first(self, adapter_name: str) -> None:
+        """Merges an adapter into an unmerged base in place: nothing is copied but the rows to keep."""
+        ids = self.expert_ids[adapter_name]
+        weights = {name: self._base_weight(name).data for name in self.weight_names}
+        self._replaced_rows = {
+            name: weight.index_select(0, self._id_tensor([adapter_name], weight.device))
+            for name, weight in weights.items()
+        }
+        self._replaced_ids, self.merged_adapters = list(ids), [adapter_name]
+        for name, weight in weights.items():
+            # Expert by expert: the sum is taken in the wider dtype and rounded once, as in `functional.add_deltas`.
+            for expert, change in zip(ids, self._deltas(name)[adapter_name], strict=True):
+                weight[expert].add_(change)
 
     @torch.no_grad()
     def unmerge(self) -> None:
