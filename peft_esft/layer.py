@@ -80,6 +80,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """
         self.expert_ids[adapter_name] = list(expert_ids)
         self._forget(adapter_name)
+        self._trained_pairs[adapter_name] = torch.zeros(len(expert_ids), dtype=torch.int64)
         for name in self.weight_names:
             weight = self._base_weight(name)
             shape = (len(expert_ids), *weight.shape[1:])
@@ -89,6 +90,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 nn.init.normal_(delta, std=0.02)
             self._deltas(name)[adapter_name] = nn.Parameter(delta)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, see `peft.tuners.tuners_utils.BaseTunerLayer.set_adapter`."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if names := self.adapters_here(self.active_adapters):
+            # Found in place, they are no reason for a compiled model to compile again.
+            device = self._base_weight(self.weight_names[0]).device
+            self.slots(names, device)
+            self._id_tensor(names, device)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter from this layer."""
@@ -116,7 +126,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """`effective_rows`, computed once for adapters that are not trained, until a delta or the base changes."""
         deltas = [self._deltas(weight_name)[name] for name in adapter_names]
-        if any(delta.requires_grad for delta in deltas):
+        # A compiled graph cannot look at addresses.
+        if any(delta.requires_grad for delta in deltas) or torch.compiler.is_compiling():
             return self.effective_rows(weight_name, adapter_names)
         # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
         sources = [self._base_weight(weight_name), *deltas]
@@ -234,12 +245,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def experts_without_tokens(self, adapter_name: str) -> list[int]:
         """Experts of an adapter that no token reached in any training step; empty before training."""
-        pairs = self._trained_pairs.get(adapter_name)
-        if pairs is None:
-            return []
-        return [
-            expert for expert, count in zip(self.expert_ids[adapter_name], pairs.tolist(), strict=True) if not count
-        ]
+        experts = self.expert_ids.get(adapter_name, [])
+        pairs = self._trained_pairs[adapter_name].tolist() if experts else []
+        return [expert for expert, count in zip(experts, pairs, strict=True) if not count] if any(pairs) else []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.disable_adapters:
@@ -263,8 +271,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             if not self._deltas(self.weight_names[0])[name].requires_grad:
                 continue
             own = pairs if len(adapter_names) == 1 else pairs[[ids.index(expert) for expert in self.expert_ids[name]]]
-            seen = self._trained_pairs.get(name)
-            self._trained_pairs[name] = own if seen is None else seen + own
+            self._trained_pairs[name] = self._trained_pairs[name].to(own.device) + own
 
     def _with_deltas(self, rows: Tensor, ids: list[int], weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """Adds the adapters' deltas to `rows`, the base's rows of the experts `ids`."""
