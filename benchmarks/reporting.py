@@ -95,4 +95,6 @@ def write_results(name: str, title: str, setting: str, rows: list[dict[str, Any]
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

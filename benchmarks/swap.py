@@ -49,9 +49,11 @@ def with_adapters(base: OlmoeForCausalLM) -> PeftModel:
     """Two inference adapters, of different experts."""
     selection = selection_of(base, TRAINED)
     other = {path: [expert + 1 for expert in ids] for path, ids in selection.items()}
-    settings = {"init_weights": False, "inference_mode": True}
-    model = get_peft_model(base, ESFTConfig(target_experts=selection, **settings), adapter_name="a")
-    model.add_adapter("b", ESFTConfig(target_experts=other, **settings))
+    model = get_peft_model(base, ESFTConfig(target_experts=selection, inference_mode=True), adapter_name="a")
+    model.add_adapter("b", ESFTConfig(target_experts=other, inference_mode=True))
+    for name, parameter in model.named_parameters():
+        if ".esft_" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
     return model
 
 

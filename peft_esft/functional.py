@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,7 +60,9 @@ def default_gate(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Ten
     return activation(gate) * up
 
 
-@lru_cache(maxsize=4096)
+_SLOTS: dict[tuple[tuple[tuple[int, ...], ...], int, torch.device, int], Tensor] = {}
+
+
 def expert_slots(
     expert_ids: tuple[tuple[int, ...], ...], num_experts: int, device: torch.device, num_identity_experts: int = 0
 ) -> Tensor:
@@ -79,16 +80,24 @@ def expert_slots(
         int64 `[adapters, E + identity experts]`: for an adapter's expert `E` + the place of its rows, for any other
         expert its id, for all identity experts `E + n`.
     """
-    # A tensor made in inference mode could not take part in a later training step.
-    with torch.inference_mode(False):
-        num_trained = sum(map(len, expert_ids))
-        slots = torch.arange(num_experts + num_identity_experts).repeat(len(expert_ids), 1)
-        slots[:, num_experts:] = num_experts + num_trained
-        first = num_experts
-        for row, ids in zip(slots, expert_ids, strict=True):
-            row[list(ids)] = first + torch.arange(len(ids))
-            first += len(ids)
-        return slots.to(device)
+    # A plain dict: the compiler would trace through `functools.lru_cache`.
+    key = (expert_ids, num_experts, device, num_identity_experts)
+    if key not in _SLOTS:
+        # A tensor made in inference mode could not take part in a later training step.
+        with torch.inference_mode(False):
+            _SLOTS[key] = _make_slots(expert_ids, num_experts, num_identity_experts).to(device)
+    return _SLOTS[key]
+
+
+def _make_slots(expert_ids: tuple[tuple[int, ...], ...], num_experts: int, num_identity_experts: int) -> Tensor:
+    num_trained = sum(map(len, expert_ids))
+    slots = torch.arange(num_experts + num_identity_experts).repeat(len(expert_ids), 1)
+    slots[:, num_experts:] = num_experts + num_trained
+    first = num_experts
+    for row, ids in zip(slots, expert_ids, strict=True):
+        row[list(ids)] = first + torch.arange(len(ids))
+        first += len(ids)
+    return slots
 
 
 def add_deltas(rows: Tensor, deltas: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:

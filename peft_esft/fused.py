@@ -22,6 +22,11 @@ class FusedExperts(ESFTLayer):
     takes their place. Without one it calls the module, whichever implementation that is set to.
     """
 
+    def prepare(self, adapter_names: list[str]) -> None:
+        """Makes the index tables of a forward pass: found in place, they are no reason to compile a model again."""
+        super().prepare(adapter_names)
+        self._slots([self.union_of_experts(adapter_names)], self._base_parameter(self.weight_names[0]).device)
+
     def _adapted_forward(
         self,
         base_layer: Any,

@@ -111,6 +111,17 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 self._add_delta(name, "_B", adapter_name, (*shape[:2], config.rank), zero=config.init_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, see `peft.tuners.tuners_utils.BaseTunerLayer.set_adapter`."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if names := self.adapters_here(self.active_adapters):
+            self.prepare(names)
+
+    def prepare(self, adapter_names: list[str]) -> None:
+        """Makes the index tables of a forward pass: found in place, they are no reason to compile a model again."""
+        device = self._base_parameter(self.weight_names[0]).device
+        expert_index(tuple(self.union_of_experts(adapter_names)), device)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter from this layer."""
         super().delete_adapter(adapter_name)
@@ -224,7 +235,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def _kept(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
         deltas = [delta for name in adapter_names for delta in self._adapter_tensors(weight_name, name)]
-        if torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas):
+        # A compiled graph cannot look at addresses.
+        is_trained = torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas)
+        if is_trained or torch.compiler.is_compiling():
             return self._compute(weight_name, adapter_names, each=each)
         # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
         sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
@@ -291,6 +304,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         if safe_merge:
             self.check_finite(names)
         all_names = [*self.merged_adapters, *names]
+        if len(all_names) == 1 and self._merge_in_place(names[0]):
+            return
         ids = self.union_of_experts(all_names)
         new_ids = ids[len(self._replaced_ids) :]
         originals, merged = {}, {}
@@ -305,6 +320,20 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self._replaced_ids, self._replaced_rows = ids, originals
         self.merged_adapters = all_names
         self._write_rows(ids, merged)
+
+    def _merge_in_place(self, adapter_name: str) -> bool:
+        """Merges an adapter into an unmerged base, copying nothing but the rows to keep; False if it cannot."""
+        base, ids = self.get_base_layer(), self.expert_ids[adapter_name]
+        stacked = {name: weight for name, weight in self.weights.items() if isinstance(weight, StackedWeight)}
+        if len(stacked) < len(self.weights) or self.storage[adapter_name] != "delta":
+            return False
+        self._replaced_rows = {name: weight.read(base, ids) for name, weight in stacked.items()}
+        self._replaced_ids, self.merged_adapters = list(ids), [adapter_name]
+        for name, weight in stacked.items():
+            delta = self.get_delta_weight(adapter_name, name)
+            if delta is not None:
+                weight.add(base, ids, delta)
+        return True
 
     @torch.no_grad()
     def unmerge(self) -> None:

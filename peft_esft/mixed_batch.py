@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch
@@ -58,10 +59,15 @@ class AdapterBatch:
 _CURRENT: ContextVar[AdapterBatch | None] = ContextVar("adapter_batch", default=None)
 """The batch of the call under way in this thread, so that calls of several threads do not mix."""
 
+_calls_under_way = 0
+"""In all threads. Compiled graphs can depend on this number, but not on a context variable."""
+
+_counting = Lock()
+
 
 def current_batch(layer: nn.Module) -> AdapterBatch | None:
     """The adapters of the samples that a layer sees; None outside of a call with `adapter_names`."""
-    batch = _CURRENT.get()
+    batch = _CURRENT.get() if _calls_under_way else None
     return None if batch is None else batch.of_layer(layer)
 
 
@@ -80,6 +86,8 @@ def calling_with(model: nn.Module, adapter_names: Sequence[str], inputs: Mapping
     unrepeated = frozenset() if encoder is None else frozenset(encoder.modules())
     batch = AdapterBatch(adapter_names, repeats, unrepeated)
     with ExitStack() as stack:
+        _count_calls(1)
+        stack.callback(_count_calls, -1)
         token = _CURRENT.set(batch)
         stack.callback(_CURRENT.reset, token)
         for module in model.modules():
@@ -107,6 +115,12 @@ def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str], inpu
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(adapter_names)} and {sizes[0]} respectively."
         )
+
+
+def _count_calls(change: int) -> None:
+    global _calls_under_way  # noqa: PLW0603
+    with _counting:
+        _calls_under_way += change
 
 
 def _adding(name: str, value: Any) -> Any:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from peft_esft import ESFTConfig
+
 from families import FAMILIES, tiny_model
 from oracle import DenseOracle, config_for, deltas_of, random_tokens, select_in_all, task_loss
 
@@ -184,6 +186,18 @@ def test_an_expert_without_tokens_gets_a_zero_gradient(family):
     assert all(gradient is not None for gradient in gradients)
     untouched = [(gradient.flatten(1) == 0).all(1) for gradient in gradients]
     assert all(bool(rows.any()) and not bool(rows.all()) for rows in untouched)
+
+
+def test_layers_below_the_first_trained_one_are_not_differentiated():
+    base = tiny_model("olmoe").train()
+    path = list(select_in_all(base))[-1]
+    model = get_peft_model(base, ESFTConfig(target_experts={path: [5, 1]}))
+    outputs = []
+    for layer in base.model.layers:
+        layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    output = model(input_ids=random_tokens())[0]
+    assert [state.requires_grad for state in outputs] == [False, True]
+    assert output.requires_grad
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
