@@ -24,10 +24,11 @@ from .containers import (
 )
 from .fingerprint import differing_paths, record_base
 from .fused import FusedExperts
-from .layer import PREFIX, ESFTLayer, TiedLayer, check_trainable
+from .layer import PREFIX, ESFTLayer, check_trainable
 from .listed import ListedExperts
 from .mixed_batch import calling_with, check_adapter_names
 from .substituted import SubstitutedExperts
+from .tied import TiedLayer
 from .untrusted import check_header, check_rank
 
 

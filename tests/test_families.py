@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_esft import ESFTConfig, ESFTLayer, find_experts, score_experts
-from peft_esft.layer import TiedLayer
+from peft_esft.tied import TiedLayer
 
 import zoo
 from oracle import task_loss
