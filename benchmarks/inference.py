@@ -2,42 +2,25 @@
 
     python benchmarks/inference.py
 
-The three take turns in one process on the same inputs; reported are medians of the ratios of neighbouring calls, and
-ratios of the fastest calls.
+The three take turns in one process on the same inputs; reported are the ratio of the fastest calls and, in brackets,
+the median of the ratios within a round.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 from peft import get_peft_model
-from scoring import build_model
 
 from peft_esft import ESFTConfig, find_experts
 
-from reporting import versions, write_results
+from reporting import time_in_turns, versions, write_results
+from scoring import build_model
 
 
 TRAINED = 8  # of 64 experts in each layer
 CASES = {"prefill 1 x 1,024": (1, 1024, 15), "decode 1 x 1": (1, 1, 201), "decode 8 x 1": (8, 1, 101)}
-
-
-def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call, the order turning round."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for call in calls.values():
-        call()
-    for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            started = time.perf_counter()
-            calls[name]()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 @torch.inference_mode()
@@ -53,12 +36,10 @@ def measure(case: str, dtype: torch.dtype) -> dict[str, object]:
         name: lambda m=m: m(input_ids=tokens)
         for name, m in (("base", base), ("unmerged", unmerged), ("merged", merged))
     }
-    seconds = time_in_turns(calls, rounds)
+    times = time_in_turns(calls, rounds)
     result: dict[str, object] = {"case": case, "dtype": str(dtype).removeprefix("torch.")}
     for name in ("unmerged", "merged"):
-        ratios = [own / plain for own, plain in zip(seconds[name], seconds["base"], strict=True)]
-        result[f"{name}: median of ratios"] = statistics.median(ratios)
-        result[f"{name}: ratio of minima"] = min(seconds[name]) / min(seconds["base"])
+        result[name] = times.ratio(name, "base")
     return result
 
 

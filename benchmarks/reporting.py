@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +17,55 @@ from typing import Any
 import torch
 
 
+_clock = time.perf_counter
 RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each call, round by round."""
+
+    seconds: dict[str, list[float]]
+
+    def minima(self) -> dict[str, float]:
+        return {name: min(own) for name, own in self.seconds.items()}
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(own) for name, own in self.seconds.items()}
+
+    def ratio(self, name: str, base: str) -> str:
+        """The ratio of the minima, and in brackets the median of the ratios within a round."""
+        pairs = zip(self.seconds[name], self.seconds[base], strict=True)
+        median = statistics.median(own / other for own, other in pairs)
+        return f"{min(self.seconds[name]) / min(self.seconds[base]):.2f} ({median:.2f})"
+
+
+def add_clock_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--busy`, for a machine that does other work at the same time."""
+    parser.add_argument("--busy", action="store_true", help="one thread, and its CPU time instead of the wall's")
+
+
+def set_clock(arguments: argparse.Namespace) -> None:
+    """Follows `--busy`."""
+    global _clock  # noqa: PLW0603
+    if arguments.busy:
+        torch.set_num_threads(1)
+        _clock = time.process_time
+
+
+def time_in_turns(calls: dict[str, Callable[[], object]], rounds: int, turn_round: bool = True) -> Times:
+    """Times calls in turns after a warm-up of each, each round beginning with another one if `turn_round`."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for call in calls.values():
+        call()
+    for number in range(rounds):
+        first = number % len(names) if turn_round else 0
+        for name in names[first:] + names[:first]:
+            started = _clock()
+            calls[name]()
+            seconds[name].append(_clock() - started)
+    return Times(seconds)
 
 
 def versions() -> dict[str, str]:
@@ -24,6 +77,7 @@ def versions() -> dict[str, str]:
         **packages,
         "threads": str(torch.get_num_threads()),
         "cores": str(os.cpu_count()),
+        "clock": "wall" if _clock is time.perf_counter else "CPU",
     }
 
 
@@ -41,4 +95,6 @@ def write_results(name: str, title: str, setting: str, rows: list[dict[str, Any]
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

@@ -136,6 +136,9 @@ def main() -> int:
         model.set_adapter(adapter)
         results[adapter] = {task: evaluate(model, tokenizer, held_out[task])["exact"] for task in DEMO_TASKS}
         general[adapter] = sum(general_loss(model, tokenizer).values()) / 6
+    model.base_model.set_adapter(list(DEMO_TASKS))
+    results["both"] = {task: evaluate(model, tokenizer, held_out[task])["exact"] for task in DEMO_TASKS}
+    general["both"] = sum(general_loss(model, tokenizer).values()) / 6
     for task, other in (DEMO_TASKS, DEMO_TASKS[::-1]):
         own = results[task][task]
         checks[f"the {task} adapter lifts its task above the base, the other adapter and guessing"] = (
@@ -158,7 +161,7 @@ def main() -> int:
     merged.save_pretrained(OUTPUT / "merged")
 
     header = ["answers that are exactly right (%)", *DEMO_TASKS, "loss on general text", "file"]
-    names = {"base": "base", **{task: f"adapter {task}" for task in DEMO_TASKS}}
+    names = {"base": "base", **{task: f"adapter {task}" for task in DEMO_TASKS}, "both": "both at once"}
     rows = [["the commonest answer", *(f"{100 * guesses[task]:.1f}" for task in DEMO_TASKS), "", ""]]
     for key, name in names.items():
         file = f"{sizes[key] / 1e6:.2f} MB" if key in sizes else "-"

@@ -3,7 +3,7 @@
 Importing the package registers the tuner type `ESFT` with PEFT.
 """
 
-from .registration import extend_peft_type, keep_model_cards, register
+from .registration import extend_peft_type, register
 
 
 extend_peft_type()  # before the config, which names the new member
@@ -11,6 +11,7 @@ extend_peft_type()  # before the config, which names the new member
 from .batches import text_batches  # noqa: E402
 from .config import ESFTConfig  # noqa: E402
 from .containers import ExpertsContainer, find_experts  # noqa: E402
+from .hotswap import hotswap_adapter  # noqa: E402
 from .layer import ESFTLayer  # noqa: E402
 from .model import ESFTModel  # noqa: E402
 from .scores import ExpertScores  # noqa: E402
@@ -19,7 +20,6 @@ from .selection import random_experts, select_experts  # noqa: E402
 
 
 register(ESFTConfig, ESFTModel)
-keep_model_cards()
 
 __version__ = "0.1.0.dev0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "ExpertScores",
     "ExpertsContainer",
     "find_experts",
+    "hotswap_adapter",
     "random_experts",
     "score_experts",
     "select_experts",

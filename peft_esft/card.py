@@ -33,23 +33,18 @@ STORAGE = {
 CELL, TRAINED, FROZEN, GAP = 8, (31, 119, 180), (225, 225, 225), (255, 255, 255)
 
 
-def write_card(folder: Path, config: ESFTConfig, *, for_hub: bool = False) -> None:
+def write_card(folder: Path, config: ESFTConfig) -> None:
     """Writes or updates `README.md` and `experts.png` beside an adapter's weights; nothing if there are none.
 
     A card that someone has filled in is kept: only the part between two comments is written anew. The form that PEFT
     leaves to be filled in is replaced.
-
-    Args:
-        folder: of the adapter.
-        config: its config.
-        for_hub: leave out a `base_model` that is a path: the Hub refuses such cards. PEFT writes it all the same.
     """
     header = find_header(folder, pickled=True)
     if header is None:
         return
     file = folder / CARD_NAME
     card = ModelCard.load(file) if file.exists() else ModelCard("---\n{}\n---\n")
-    _fill_metadata(card.data, config, for_hub)
+    _fill_metadata(card.data, config)
     body = f"{BEGIN}\n{_body(config, header, (folder / WEIGHTS_NAME).stat().st_size)}\n{END}"
     card.text = _with_body(card.text, body)
     card.save(file)
@@ -66,16 +61,13 @@ def is_hub_name(name: str | None) -> bool:
     )
 
 
-def _fill_metadata(data: Any, config: ESFTConfig, for_hub: bool) -> None:
+def _fill_metadata(data: Any, config: ESFTConfig) -> None:
     data["library_name"] = "peft"
     data["tags"] = sorted({*(data.get("tags") or []), *TAGS})
     if is_hub_name(config.base_model_name_or_path):
         data["base_model"] = config.base_model_name_or_path
         data["base_model_relation"] = "adapter"
         data["tags"] = sorted({*data["tags"], f"base_model:adapter:{config.base_model_name_or_path}"})
-    elif for_hub and not is_hub_name(data.get("base_model")):
-        data["tags"] = [tag for tag in data["tags"] if tag != f"base_model:adapter:{data.get('base_model')}"]
-        data["base_model"] = None
     if config.task_type == "CAUSAL_LM" and not data.get("pipeline_tag"):
         data["pipeline_tag"] = "text-generation"
 

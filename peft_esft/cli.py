@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], tuple[Any, str]] = options.command
     try:
         record, text = command(options)
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError, ImportError) as error:
         print(f"peft-esft: {error}", file=sys.stderr)
         return 1
     print(json.dumps(record, indent=1) if options.json else text)
@@ -99,7 +99,14 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(command=_inspect)
     inspect.add_argument("path", help="folder or Hub name of a model, or folder of an adapter")
 
-    for command in (score, select, inspect, *add_commands(commands)):
+    report = commands.add_parser("report", help="a page on what tasks use, or on what adapters train")
+    report.set_defaults(command=_report)
+    report.add_argument("paths", nargs="+", type=Path, help="files of scores of one model, folders of adapters")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    report.add_argument("--share", type=float, default=0.2, help="share that titles speak of (default: %(default)s)")
+    report.add_argument("--title", help="of the page")
+
+    for command in (score, select, inspect, report, *add_commands(commands)):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -161,6 +168,15 @@ def _inspect(options: argparse.Namespace) -> tuple[Any, str]:
         for path, c in containers.items()
     ]
     return record, "\n".join(lines)
+
+
+def _report(options: argparse.Namespace) -> tuple[Any, str]:
+    from .analysis import report
+
+    out = report(options.paths, options.out, share=options.share, title=options.title)
+    files = out.with_name(f"{out.stem}_files")
+    record = {"out": str(out), "files": sorted(str(path) for path in files.iterdir())}
+    return record, f"written to {out}, its figures and their numbers to {files}"
 
 
 def _inspect_adapter(folder: Path) -> tuple[Any, str]:

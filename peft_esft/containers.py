@@ -1,7 +1,7 @@
 """Finds the experts containers of a model and describes each: path, kind, weights, layout, number of experts, router.
 
-Everything that is known of an architecture is data in this file. A container is recognised by what it is, never by the
-name of its module.
+A container is recognised by what it is, never by the name of its module. What has to be known of an architecture is
+data in `architectures.py`.
 """
 
 from __future__ import annotations
@@ -14,106 +14,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .routing import (
-    RoutingSource,
-    read_doge_call,
-    read_jetmoe_router,
-    read_llama4_router,
-    read_nllb_call,
-    read_one_hot_call,
-    read_router_result,
-    read_standard_call,
-    read_vitpose_call,
+from .architectures import (
+    GATED_PROJECTIONS,
+    KNOWN_CONTAINERS,
+    SHARED_EXPERTS,
+    STANDARD_CALL,
+    UNFLAGGED_LAYOUTS,
+    ExpertsLayout,
+    KnownContainer,
 )
-from .weights import ExpertWeight, ListedWeight, StackedForm, StackedWeight
+from .routing import RoutingSource, read_router_result
+from .weights import ExpertWeight, ListedWeight, StackedWeight
 
 
 ContainerKind = Literal["fused", "listed", "stacked", "module"]
-
-
-@dataclass(frozen=True)
-class ExpertsLayout:
-    """How fused experts are stored and what lies between their projections.
-
-    The first four are the flags of `transformers.integrations.use_experts_implementation`; its fifth,
-    `is_concatenated`, matters only to the module's own `_apply_gate`, which is called and never rewritten.
-
-    Attributes:
-        has_gate: the up projection is `gate_up_proj`, twice as wide, and not `up_proj`.
-        has_bias: there is a bias on each projection.
-        is_transposed: weights are `[E, in, out]` instead of `[E, out, in]`.
-        has_post_expert_norm: `post_expert_norm`, shared by all experts, follows the down projection.
-        identity_experts: the attribute that holds the number of experts without weights, which have the ids from
-            `num_experts` on and return their input; None if there are none.
-    """
-
-    has_gate: bool = True
-    has_bias: bool = False
-    is_transposed: bool = False
-    has_post_expert_norm: bool = False
-    identity_experts: str | None = None
-
-
-STANDARD_CALL = RoutingSource(read_standard_call)
-
-UNFLAGGED_LAYOUTS: dict[str, ExpertsLayout] = {
-    "Step3p7Experts": ExpertsLayout(),
-    "LongcatFlashExperts": ExpertsLayout(identity_experts="zero_expert_num"),
-}
-"""Fused experts of transformers that share the call of the standard ones but do not carry their flags."""
-
-
-@dataclass(frozen=True)
-class KnownContainer:
-    """What has to be said of a class that does not say it itself.
-
-    Attributes:
-        routing: where its routing can be seen.
-        weights: `{name: parameter below the module}` of experts stacked in parameters; empty for a list of modules.
-        form: how the experts lie in these parameters.
-        refusal: why its experts cannot be trained, and what would do; None if they can.
-    """
-
-    routing: RoutingSource
-    weights: dict[str, str] = field(default_factory=dict)
-    form: StackedForm = "stacked"
-    refusal: str | None = None
-
-
-_QUANTISED = "its experts are quantised, and no gradient reaches them. Load the model with {} or without quantization"
-_FUSED_WEIGHTS = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj"}
-
-KNOWN_CONTAINERS: dict[str, KnownContainer] = {
-    "Llama4TextExperts": KnownContainer(
-        RoutingSource(read_llama4_router, watched="router", of_result=True), _FUSED_WEIGHTS
-    ),
-    "DbrxExperts": KnownContainer(STANDARD_CALL, {"w1": "mlp.w1", "v1": "mlp.v1", "w2": "mlp.w2"}, form="flat"),
-    "JetMoeParallelExperts": KnownContainer(
-        RoutingSource(read_jetmoe_router, watched="router", of_result=True), {"weight": "weight"}
-    ),
-    "DogeCDMoE": KnownContainer(
-        RoutingSource(read_doge_call, of_result=True),
-        {"down_embed": "down_embed.weight", "up_embed": "up_embed.weight"},
-    ),
-    "SwitchTransformersExperts": KnownContainer(RoutingSource(read_one_hot_call)),
-    "NllbMoeExperts": KnownContainer(RoutingSource(read_nllb_call)),
-    "VitPoseNaiveMoe": KnownContainer(RoutingSource(read_vitpose_call)),
-    "FP8Experts": KnownContainer(
-        STANDARD_CALL, {"down_proj": "down_proj"}, refusal=_QUANTISED.format("FineGrainedFP8Config(dequantize=True)")
-    ),
-    "Mxfp4GptOssExperts": KnownContainer(
-        STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("Mxfp4Config(dequantize=True)")
-    ),
-}
-"""Containers that are neither standard fused experts nor a plain list of modules beside a router."""
-
-GATED_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""Gate, up and down projection of experts in modules of their own; `gate_up_proj` and `down_proj` in fused ones."""
-
-SHARED_EXPERTS = re.compile(r"shared_(experts?|mlp)")
-"""Names of the modules that hold what transformers' families call shared experts."""
-
-READABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -360,7 +274,11 @@ def _describe_stacked(place: Place, known: KnownContainer) -> ExpertsContainer:
         places=(place,),
         kind="stacked",
         num_experts=num_experts,
-        weights=tuple(StackedWeight(name, path, num_experts, known.form) for name, path in known.weights.items()),
+        weights=tuple(
+            StackedWeight(name, path, num_experts, known.form)
+            for name, path in known.weights.items()
+            if hasattr(place.module, path.partition(".")[0])
+        ),
         routing=known.routing,
         refusal=known.refusal,
     )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .containers import READABLE_DTYPES, ExpertsContainer
+from .architectures import READABLE_DTYPES
+from .containers import ExpertsContainer
 
 
 EXPERTS, VALUES = 4, 1024  # of each container and each weight of an expert

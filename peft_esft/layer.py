@@ -13,11 +13,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .architectures import READABLE_DTYPES
+from .combination import CombinationType, MajoritySignMethod, combine_deltas
 from .config import ESFTConfig
-from .containers import READABLE_DTYPES, ExpertsContainer
-from .functional import add_deltas
+from .containers import ExpertsContainer
+from .functional import add_deltas, rows_with_delta
+from .mixed_batch import AdapterBatch, current_batch
 from .storage import FROZEN_SUFFIXES, decode, stored_layout
-from .weights import ExpertWeight, expert_index
+from .weights import ExpertWeight, StackedWeight, expert_index
 
 
 PREFIX = "esft_"
@@ -46,6 +49,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.path = container.path
+        self.kind = container.kind
         self.layout = container.layout
         self.num_experts = container.num_experts
         self.num_identity_experts = container.num_identity_experts
@@ -61,10 +65,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, BufferDict({}, persistent=True))
         self.storage: dict[str, str] = {}
         self.expert_ids: dict[str, list[int]] = {}
+        # What deltas are multiplied with: of low-rank factors by the config, and what `set_scale` asks for.
         self.scaling: dict[str, float] = {}
+        self.scale: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._rows: dict[str, tuple[Any, list[Tensor], Tensor]] = {}
+        self._rows: dict[tuple[str, bool], tuple[Any, list[Tensor], Tensor]] = {}
         # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
         self._replaced_ids: list[int] = []
         self._replaced_rows: dict[str, Tensor] = {}
@@ -92,6 +98,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.storage[adapter_name] = config.storage
         self.expert_ids[adapter_name] = list(expert_ids)
         self.scaling[adapter_name] = config.scaling
+        self.scale[adapter_name] = 1.0
         self._rows = {}
         for name, weight in self.weights.items():
             shape = (len(expert_ids), *weight.shape(self.get_base_layer()))
@@ -105,13 +112,47 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 self._add_delta(name, "_B", adapter_name, (*shape[:2], config.rank), zero=config.init_weights)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Makes adapters the active ones, see `peft.tuners.tuners_utils.BaseTunerLayer.set_adapter`."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if names := self.adapters_here(self.active_adapters):
+            self.prepare(names)
+
+    def prepare(self, adapter_names: list[str]) -> None:
+        """Makes the index tables of a forward pass: found in place, they are no reason to compile a model again."""
+        device = self._base_parameter(self.weight_names[0]).device
+        expert_index(tuple(self.union_of_experts(adapter_names)), device)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter from this layer."""
         super().delete_adapter(adapter_name)
-        self.expert_ids.pop(adapter_name, None)
-        self.scaling.pop(adapter_name, None)
-        self.storage.pop(adapter_name, None)
+        for settings in self._settings():
+            settings.pop(adapter_name, None)
         self._rows = {}
+
+    def replace_adapter(self, adapter_name: str, incoming: str, is_trained: bool) -> None:
+        """Gives an adapter the experts and weights of another one, which ends; either may have none in this layer."""
+        for tensors in (getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)):
+            old = tensors.pop(adapter_name) if adapter_name in tensors else None
+            new = tensors.pop(incoming) if incoming in tensors else None
+            if new is not None and old is not None and old.shape == new.shape and old.dtype == new.dtype:
+                old.data.copy_(new.data)
+                new = old
+            if new is not None:
+                tensors[adapter_name] = new.requires_grad_(is_trained) if isinstance(new, nn.Parameter) else new
+        for settings in self._settings():
+            settings.pop(adapter_name, None)
+            if incoming in settings:
+                settings[adapter_name] = settings.pop(incoming)
+        self._rows = {}
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """What is kept of each adapter beside its tensors."""
+        return [self.expert_ids, self.scaling, self.scale, self.storage]
+
+    def is_trained(self, adapter_name: str) -> bool:
+        """True if a delta of the adapter requires a gradient."""
+        return any(d.requires_grad for name in self.weight_names for d in self._delta_parameters(name, adapter_name))
 
     def adapters_here(self, adapter_names: Sequence[str]) -> list[str]:
         """Those of the named adapters that have experts in this layer, each once."""
@@ -128,10 +169,42 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             rows = self._base_rows_of(self._replaced_rows.get(weight_name), self._replaced_ids, weight_name, own)
             return self._stored_delta(weight_name, adapter_name, rows)
         factors = self._delta_parameters(weight_name, adapter_name)
-        if len(factors) < 2:
-            return factors[0] if factors else None
-        matrix_a, matrix_b = factors
-        return self.scaling[adapter_name] * (matrix_b @ matrix_a)
+        if not factors:
+            return None
+        scale = self.scaling[adapter_name] * self.scale[adapter_name]
+        delta = factors[0] if len(factors) == 1 else factors[1] @ factors[0]
+        return delta if scale == 1 else scale * delta
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained."""
+        self.scale[adapter_name] = scale
+        self._rows = {}
+
+    @torch.no_grad()
+    def combine(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType,
+        density: float | None,
+        majority_sign_method: MajoritySignMethod,
+    ) -> None:
+        """Sets the deltas of an adapter of full rank to a combination of others, see `combination.combine_deltas`."""
+        ids = self.expert_ids[adapter_name]
+        for weight_name in self.weight_names:
+            target = self._delta_parameters(weight_name, adapter_name)[0]
+            deltas, factors = [], []
+            for name, weight in zip(adapters, weights, strict=True):
+                delta = self.get_delta_weight(name, weight_name) if name in self.expert_ids else None
+                if delta is not None:
+                    places = expert_index(tuple(map(ids.index, self.expert_ids[name])), delta.device)
+                    deltas.append((places, delta.to(target.dtype)))
+                    factors.append(weight)
+            if deltas:
+                combined = combine_deltas(deltas, factors, len(ids), combination_type, density, majority_sign_method)
+                target.copy_(combined)
+        self._rows = {}
 
     def effective_rows(
         self, weight_name: str, adapter_names: Sequence[str], expert_ids: Sequence[int] | None = None
@@ -144,26 +217,47 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             expert_ids: whose rows; None means the union of the adapters' experts.
         """
         ids = self.union_of_experts(adapter_names) if expert_ids is None else list(expert_ids)
-        rows = self.weights[weight_name].read(self.get_base_layer(), ids)
+        weight = self.weights[weight_name]
+        is_simple = len(adapter_names) == 1 and ids == self.expert_ids[adapter_names[0]]
+        if is_simple and self.storage[adapter_names[0]] == "delta" and isinstance(weight, StackedWeight):
+            delta = self.get_delta_weight(adapter_names[0], weight_name)
+            if delta is not None:
+                base = weight.whole(self.get_base_layer())
+                return rows_with_delta(base, expert_index(tuple(ids), base.device), delta)
+        rows = weight.read(self.get_base_layer(), ids)
         return self._with_deltas(rows, ids, weight_name, adapter_names)
 
     def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
-        """`effective_rows`, computed once for adapters that are not trained, until a delta or the base changes."""
+        """`effective_rows`; computed once, until a delta or the base changes, for adapters that are not trained."""
+        return self._kept(weight_name, adapter_names, each=False)
+
+    def rows_of_each(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
+        """The effective rows of adapters that are not active together, one adapter after another; kept likewise."""
+        return self._kept(weight_name, adapter_names, each=True)
+
+    def _kept(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
         deltas = [delta for name in adapter_names for delta in self._adapter_tensors(weight_name, name)]
-        if any(delta.requires_grad for delta in deltas):
-            return self.effective_rows(weight_name, adapter_names)
+        # A compiled graph cannot look at addresses.
+        is_trained = torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas)
+        if is_trained or torch.compiler.is_compiling():
+            return self._compute(weight_name, adapter_names, each=each)
         # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
         sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
         state = (tuple(adapter_names), [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources])
-        known = self._rows.get(weight_name)
+        known = self._rows.get((weight_name, each))
         if known is None or known[0] != state:
             # A tensor made in inference mode could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                rows = self.effective_rows(weight_name, adapter_names)
+                rows = self._compute(weight_name, adapter_names, each=each)
             # Holding the sources keeps their ids from being given to other tensors.
             known = (state, sources, rows)
-            self._rows[weight_name] = known
+            self._rows[weight_name, each] = known
         return known[2]
+
+    def _compute(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
+        if each:
+            return torch.cat([self.effective_rows(weight_name, [name]) for name in adapter_names])
+        return self.effective_rows(weight_name, adapter_names)
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Stores an adapter's deltas in the base's dtype, at the price of updates that its rounding swallows."""
@@ -212,6 +306,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         if safe_merge:
             self.check_finite(names)
         all_names = [*self.merged_adapters, *names]
+        if len(all_names) == 1 and self._merge_in_place(names[0]):
+            return
         ids = self.union_of_experts(all_names)
         new_ids = ids[len(self._replaced_ids) :]
         originals, merged = {}, {}
@@ -226,6 +322,20 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self._replaced_ids, self._replaced_rows = ids, originals
         self.merged_adapters = all_names
         self._write_rows(ids, merged)
+
+    def _merge_in_place(self, adapter_name: str) -> bool:
+        """Merges an adapter into an unmerged base, copying nothing but the rows to keep; False if it cannot."""
+        base, ids = self.get_base_layer(), self.expert_ids[adapter_name]
+        stacked = {name: weight for name, weight in self.weights.items() if isinstance(weight, StackedWeight)}
+        if len(stacked) < len(self.weights) or self.storage[adapter_name] != "delta":
+            return False
+        self._replaced_rows = {name: weight.read(base, ids) for name, weight in stacked.items()}
+        self._replaced_ids, self.merged_adapters = list(ids), [adapter_name]
+        for name, weight in stacked.items():
+            delta = self.get_delta_weight(adapter_name, name)
+            if delta is not None:
+                weight.add(base, ids, delta)
+        return True
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -262,7 +372,10 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         return self.forward_through(self.base_layer, *args, **kwargs)
 
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are active."""
+        """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
+        batch = current_batch(base_layer)
+        if batch is not None and not self.disable_adapters:
+            return self._mixed_forward(base_layer, batch, *args, **kwargs)
         names = self.adapters_for_call()
         if not names:
             return base_layer(*args, **kwargs)
@@ -275,6 +388,27 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         return [] if self.disable_adapters or self.merged else self.adapters_here(self.active_adapters)
 
     def _adapted_forward(self, base_layer: nn.Module, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def check_mixes(self) -> None:
+        """Refuses `adapter_names` where a layer's output does not show whose its rows are.
+
+        Raises:
+            ValueError: naming the container.
+        """
+        base: Any = self.get_base_layer()
+        reason = None
+        if self.kind == "stacked":
+            reason = "does not keep a batch's tokens in order"
+        elif isinstance(base, nn.ModuleList | nn.ModuleDict) and not overrides_forward(base):
+            reason = "is called expert by expert"
+        if reason is not None:
+            raise ValueError(
+                f"adapter_names is not supported by {self.path}: {type(base).__name__} {reason}. Call the model once "
+                "for each adapter, after set_adapter(name)"
+            )
+
+    def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
     def _add_delta(
@@ -303,10 +437,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """The delta `[n, ...]` of an adapter that is stored in another form; `rows` are the base's of its experts."""
         if self.storage[adapter_name] == "rows":
             wide = torch.promote_types(rows.dtype, torch.float32)
-            return getattr(self, f"{PREFIX}{weight_name}_rows")[adapter_name].to(wide) - rows.to(wide)
-        codes = getattr(self, f"{PREFIX}{weight_name}_codes")[adapter_name]
-        scales = getattr(self, f"{PREFIX}{weight_name}_scales")[adapter_name]
-        return decode(self.storage[adapter_name], codes, scales, rows.shape[-1])
+            delta = getattr(self, f"{PREFIX}{weight_name}_rows")[adapter_name].to(wide) - rows.to(wide)
+        else:
+            codes = getattr(self, f"{PREFIX}{weight_name}_codes")[adapter_name]
+            scales = getattr(self, f"{PREFIX}{weight_name}_scales")[adapter_name]
+            delta = decode(self.storage[adapter_name], codes, scales, rows.shape[-1])
+        return self.scale[adapter_name] * delta
 
     def _base_rows_of(self, rows: Tensor | None, ids: list[int], weight_name: str, own: list[int]) -> Tensor:
         """The base's rows of the experts `own`; from `rows` where it has them, since merging changes the base."""
@@ -332,7 +468,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def _with_deltas(self, rows: Tensor, ids: list[int], weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """Adds the adapters' deltas to `rows`, the base's rows of the experts `ids`."""
-        if len(adapter_names) == 1 and self.storage[adapter_names[0]] == "rows":
+        if len(adapter_names) == 1 and self.storage[adapter_names[0]] == "rows" and self.scale[adapter_names[0]] == 1:
             # Nothing is added, so nothing is rounded.
             (name,) = adapter_names
             places = [self.expert_ids[name].index(expert) for expert in ids]
@@ -380,72 +516,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         return "esft." + super().__repr__()
 
 
-class TiedLayer(nn.Module, BaseTunerLayer):
-    """A module that shares its weights with one that an `ESFTLayer` is around: the same deltas serve both.
-
-    All state is the other layer's, so there is one delta to train, save and merge.
-    """
-
-    adapter_layer_names: tuple[str, ...] = ()
-    other_param_names: tuple[str, ...] = ()
-
-    def __init__(self, base_layer: nn.Module, leader: ESFTLayer) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self._leader = (leader,)  # in a tuple, so that it is no submodule of this one
-
-    @property
-    def leader(self) -> ESFTLayer:
-        """The layer that holds the deltas."""
-        return self._leader[0]
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self.leader.active_adapters
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self.leader.disable_adapters
-
-    @property
-    def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        return self.leader.merged_adapters
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of the module stay visible through the wrapper."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("base_layer", "_leader"):
-                raise
-            return getattr(self.base_layer, name)
-
-    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing of its own to set."""
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Nothing of its own to switch."""
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Nothing of its own to delete."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """The other layer's merge changes these weights too."""
-
-    def unmerge(self) -> None:
-        """The other layer's unmerge changes these weights too."""
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base module."""
-        return self.get_base_layer()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.leader.forward_through(self.base_layer, *args, **kwargs)
-
-    def __repr__(self) -> str:
-        return "esft." + super().__repr__()
+def overrides_forward(module: nn.Module) -> bool:
+    """True if a list or dict of modules can be called."""
+    return type(module).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
 
 
 def check_trainable(container: ExpertsContainer) -> None:

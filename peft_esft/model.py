@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
 from .card import is_hub_name
+from .combination import CombinationType, MajoritySignMethod, check_combination
 from .config import ESFTConfig
 from .containers import (
     ContainerKind,
@@ -23,9 +24,11 @@ from .containers import (
 )
 from .fingerprint import differing_paths, record_base
 from .fused import FusedExperts
-from .layer import PREFIX, ESFTLayer, TiedLayer, check_trainable
+from .layer import PREFIX, ESFTLayer, check_trainable
 from .listed import ListedExperts
+from .mixed_batch import calling_with, check_adapter_names
 from .substituted import SubstitutedExperts
+from .tied import TiedLayer
 from .untrusted import check_header, check_rank
 
 
@@ -179,24 +182,103 @@ class ESFTModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # Without this method PEFT drops the argument and answers with the active adapter.
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names is not supported by ESFT yet: call the model once for each adapter, after "
-                "set_adapter(name)"
-            )
-        yield
-
-    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Not available yet. Without this method the error would speak of an attribute that the base lacks.
+        """PEFT's hook for `model(..., adapter_names=[...])`: each sample of the batch has an adapter of its own.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: in training, for unknown names or another number of them than of samples, for merged adapters,
+                or if a layer cannot tell the samples apart.
         """
-        raise NotImplementedError(
-            "add_weighted_adapter is not supported by ESFT yet. Several active adapters add up, each with weight 1: "
-            "model.base_model.set_adapter([name, other_name])"
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        check_adapter_names(adapter_names, list(self.peft_config), [*args, *kwargs.values()])
+        layers = self._layers()
+        if any(layer.merged for layer in layers):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        for layer in layers:
+            layer.check_mixes()
+        with calling_with(self.model, adapter_names, kwargs):
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: CombinationType = "linear",
+        density: float | None = None,
+        majority_sign_method: MajoritySignMethod = "total",
+    ) -> None:
+        """Adds an adapter that combines others, over the union of their experts; it is neither active nor trained.
+
+        Deltas add, so "linear" is exact, whatever the ranks: with weights 1 it equals several active adapters. The new
+        adapter's deltas are of full rank.
+
+        Args:
+            adapters (`list[str]`): Names of the adapters to combine.
+            weights (`list[float]`): A weight for each; negative ones take an adapter's change away.
+            adapter_name (`str`): Name of the new adapter.
+            combination_type (`str`): `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` or `"magnitude_prune"`, see
+                `combination.combine_deltas`.
+            density (`float`, *optional*): Share of the entries that pruning keeps; for all types but `"linear"`.
+            majority_sign_method (`str`): `"total"` or `"frequency"`; for `"ties"` and `"dare_ties"`.
+
+        Raises:
+            ValueError: if an adapter does not exist, the name is taken, or the settings do not fit.
+        """
+        check_combination(adapters, weights, combination_type, density, majority_sign_method)
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"there are no adapters {unknown}; there are {sorted(self.peft_config)}")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
+        configs = [self.peft_config[name] for name in adapters]
+        layers = [layer for layer in self._layers() if layer.adapters_here(adapters)]
+        experts = {place.path for c in find_experts(self.model).values() for place in c.places[:1]}
+        config = ESFTConfig(
+            target_experts={
+                layer.path: layer.union_of_experts(layer.adapters_here(adapters))
+                for layer in layers
+                if layer.path in experts
+            },
+            train_shared_experts=any(config.train_shared_experts for config in configs),
+            train_non_expert_modules=any(config.train_non_expert_modules for config in configs),
+            task_type=configs[0].task_type,
+            base_model_name_or_path=configs[0].base_model_name_or_path,
+            inference_mode=True,
+            selection={
+                "combined": dict(zip(adapters, weights, strict=True)),
+                "combination_type": combination_type,
+                **({} if density is None else {"density": density}),
+            },
         )
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers:
+            layer.combine(adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained.
+
+        Args:
+            adapter_name (`str`): Name of the adapter.
+            scale (`float`): The factor. It is not saved.
+
+        Raises:
+            ValueError: if there is no such adapter, or it is merged.
+        """
+        layers = [layer for layer in self._layers() if adapter_name in layer.expert_ids]
+        if not layers:
+            raise ValueError(f"there is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"adapter {adapter_name!r} is merged; unmerge it before its scale is set")
+        for layer in layers:
+            layer.set_scale(adapter_name, scale)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base, see `peft.tuners.tuners_utils.BaseTuner.merge_adapter`.

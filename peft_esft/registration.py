@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-from typing import Any
-
-from peft import PeftModel
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
-
-from .card import write_card
 
 
 NAME = "ESFT"
@@ -35,26 +28,6 @@ def extend_peft_type() -> None:
     PeftType._member_names_.append(NAME)
     PeftType._member_map_[NAME] = member
     PeftType._value2member_map_[NAME] = member
-
-
-def keep_model_cards() -> None:
-    """Makes `push_to_hub` upload the adapter's own model card, once.
-
-    `PushToHubMixin.push_to_hub` (transformers/utils/hub.py) saves the model and then writes an empty form, or the card
-    that the repository has, over the `README.md` that saving made. To be removed when it keeps that file.
-    """
-    upload = PeftModel._upload_modified_files
-    if hasattr(upload, "__wrapped__"):
-        return
-
-    @functools.wraps(upload)
-    def with_card(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        config = self.peft_config.get("default")
-        if config is not None and config.peft_type == PeftType.ESFT:
-            write_card(Path(working_dir), config, for_hub=True)
-        return upload(self, working_dir, *args, **kwargs)
-
-    setattr(PeftModel, "_upload_modified_files", with_card)  # noqa: B010 (a method, which type checkers guard)
 
 
 def register(config_cls: type, model_cls: type) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import ESFTLayer
+from .mixed_batch import AdapterBatch
 
 
 def call_with(module: nn.Module, substitutes: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +43,23 @@ class SubstitutedExperts(ESFTLayer):
             substitutes |= weight.substitutes(base_layer, ids, self.rows_for_forward(name, adapter_names))
         output = call_with(base_layer, substitutes, *args, **kwargs)
         return self._connected(output, adapter_names) if isinstance(output, Tensor) else output
+
+    def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Tensor:
+        # Once for each adapter, on the whole batch: nothing is known here of what lies between input and output.
+        outputs = []
+        for name in batch.adapters:
+            names = self.adapters_here([name])
+            outputs.append(
+                self._adapted_forward(base_layer, names, *args, **kwargs) if names else base_layer(*args, **kwargs)
+            )
+        if not all(isinstance(output, Tensor) for output in outputs):
+            raise NotImplementedError(
+                f"{self.path} ({type(base_layer).__name__}) returns more than one tensor, so adapter_names cannot "
+                "tell its samples apart; call the model once for each adapter, after set_adapter(name)"
+            )
+        adapter_of_row = batch.adapter_of_row(outputs[0].shape[0], outputs[0].device)
+        rows = torch.arange(len(adapter_of_row), device=adapter_of_row.device)
+        return torch.stack(outputs)[adapter_of_row, rows]
 
     def _connected(self, output: Tensor, adapter_names: list[str]) -> Tensor:
         """The output, as a function of all deltas: an expert that no token reaches gets a zero gradient, not None."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from operator import attrgetter
 from typing import Any, Literal
 
@@ -19,12 +18,18 @@ from torch import Tensor, nn
 StackedForm = Literal["stacked", "flat", "single"]
 
 
-@lru_cache(maxsize=4096)
+_INDICES: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+
 def expert_index(expert_ids: tuple[int, ...], device: torch.device) -> Tensor:
     """Expert ids as an int64 tensor `[n]`, copied to the device once."""
-    # A tensor made in inference mode could not take part in a later training step.
-    with torch.inference_mode(False):
-        return torch.tensor(expert_ids, dtype=torch.int64, device=device)
+    # A plain dict: the compiler would trace through `functools.lru_cache` and copy again in every call.
+    key = (expert_ids, device)
+    if key not in _INDICES:
+        # A tensor made in inference mode could not take part in a later training step.
+        with torch.inference_mode(False):
+            _INDICES[key] = torch.tensor(expert_ids, dtype=torch.int64, device=device)
+    return _INDICES[key]
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,12 @@ class StackedWeight:
         """Writes the rows `[n, ...]` of some experts, casting them to the parameter's dtype."""
         weight = self._view(self.parameters(module)[0].data)
         weight.index_copy_(0, expert_index(tuple(expert_ids), weight.device), rows.to(weight))
+
+    def add(self, module: nn.Module, expert_ids: Sequence[int], delta: Tensor) -> None:
+        """Adds to the rows of some experts in place: in the wider of the dtypes, rounded once."""
+        weight = self._view(self.parameters(module)[0].data)
+        for expert, change in zip(expert_ids, delta, strict=True):
+            weight[expert].add_(change)
 
     def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
         """What `torch.func.functional_call` puts in place of the parameters, by path: the weight with new rows."""

@@ -436,13 +436,6 @@ def test_generation_with_a_cache_equals_the_merged_model():
     assert torch.equal(merged.generate(input_ids=TOKENS, **settings_), own)
 
 
-def test_adapter_names_is_an_error_and_not_ignored():
-    model = two_adapters()
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match="adapter_names is not supported"):
-            call(input_ids=TOKENS, adapter_names=["a", "b"])
-
-
 def test_experts_without_tokens_are_reported_after_training(tmp_path):
     base = tiny_model("olmoe")
     model = get_peft_model(base, config_for(base, experts=range(8)))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from peft_esft import score_experts
+from peft_esft.analysis import co_occurrence, coarse_routing, group_experts, random_groups
 
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,26 @@ def test_the_readme_example_runs(tmp_path, monkeypatch):
     assert type(namespace["merged"]).__name__ == "OlmoeForCausalLM"
 
 
+def test_the_snippets_of_the_analysis_page_run_in_order(tmp_path, monkeypatch, capsys):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "analysis.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(compile("\n".join(code), "analysis.md", "exec"), {})
+    assert "by chance: 0.56" in capsys.readouterr().out
+    assert (tmp_path / "report_files" / "overlap.csv").exists()
+    assert "God" in (tmp_path / "tokens.html").read_text()
+
+
+def test_the_snippets_of_the_serving_page_run_in_order(tmp_path, monkeypatch):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    exec(compile("\n".join(code), "serving.md", "exec"), namespace)
+    assert namespace["model"].active_adapters == ["both"]
+
+
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_tasks_are_whole_and_their_splits_disjoint(name):
     train, held_out = tasks.load_task(name, "train"), tasks.load_task(name, "eval")
@@ -55,6 +76,26 @@ def test_batches_mask_padding_and_prompts(embedded):
         assert torch.equal(ids[answer], labels[answer])
     text = tokenizer.decode(batch["labels"][0][batch["labels"][0] != tasks.IGNORED])
     assert text == "yes<|endoftext|>"
+
+
+@torch.no_grad()
+def test_experts_that_work_together_make_the_better_coarse_model(embedded):
+    model, tokenizer = embedded
+    batches = [
+        batch
+        for windows in tasks.load_general().values()
+        for batch in tasks.batches([("", window) for window in windows[:8]], tokenizer)
+    ]
+    counts = co_occurrence(model, batches)
+    losses = {}
+    for name, groups in (
+        ("single", group_experts(counts, 1)),
+        ("similar", group_experts(counts, 2)),
+        ("random", random_groups(dict.fromkeys(counts, 64), 2, seed=0)),
+    ):
+        with coarse_routing(model, groups):
+            losses[name] = sum(model(**batch).loss.item() for batch in batches) / len(batches)
+    assert losses["single"] + 0.2 < losses["similar"] < losses["random"] - 0.1
 
 
 def test_the_embedded_model_routes_by_domain(embedded):

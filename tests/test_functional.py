@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peft_esft import functional
 from peft_esft.functional import (
     ExpertBody,
     ExpertWeights,
@@ -15,6 +16,7 @@ from peft_esft.functional import (
     default_gate,
     expert_slots,
     grouped_linear,
+    rows_with_delta,
     split_experts_forward,
 )
 
@@ -70,6 +72,26 @@ def problems(draw):
 
 @given(problems())
 def test_split_forward_equals_the_loop_in_outputs_and_all_gradients(problem):
+    check_against_the_loop(problem)
+
+
+@pytest.mark.parametrize("few_rows", [0, 1000])
+def test_the_kernels_of_accelerators_compute_the_same(monkeypatch, few_rows):
+    """Few rows go without waiting for the host, many rows in two parts; torch has these kernels on the CPU as well."""
+    monkeypatch.setattr(functional, "_LOOPED_DEVICES", ())
+    monkeypatch.setattr(functional, "_FEW_ROWS", few_rows)
+    kernel, used = torch.nn.functional.grouped_mm, []
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *a, **k: used.append(1) or kernel(*a, **k))
+    # Memory that a kernel does not write to is then filled with NaN.
+    torch.use_deterministic_algorithms(True)
+    try:
+        given(problems())(check_against_the_loop)()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert used
+
+
+def check_against_the_loop(problem):
     generator = torch.Generator().manual_seed(problem["seed"])
 
     def random(*shape):
@@ -101,7 +123,9 @@ def test_split_forward_equals_the_loop_in_outputs_and_all_gradients(problem):
         ]
         rows = leaves[2:]
         if split:
-            slots = expert_slots(tuple(problem["selected"]), experts, torch.device("cpu"), problem["num_identity"])
+            slots = expert_slots((tuple(problem["selected"]),), experts, torch.device("cpu"), problem["num_identity"])[
+                0
+            ]
             output = split_experts_forward(
                 leaves[0],
                 ids,
@@ -152,8 +176,6 @@ def test_grouped_linear_in_every_dtype_and_alignment(dtype, width, out, is_trans
 
 def test_no_gradient_of_a_frozen_weight_is_ever_computed(monkeypatch):
     computed = []
-    from peft_esft import functional
-
     original = functional._grouped_outer
     monkeypatch.setattr(functional, "_grouped_outer", lambda *args: computed.append(original(*args)) or computed[-1])
     for dtype in (torch.float32, torch.float64):
@@ -161,13 +183,24 @@ def test_no_gradient_of_a_frozen_weight_is_ever_computed(monkeypatch):
         trained = ExpertWeights(*(w[:2].clone().requires_grad_() for w in (frozen.up, frozen.down)))
         states = torch.randn(20, 8, dtype=dtype, requires_grad=True)
         index = torch.randint(8, (20, 2))
-        slots = expert_slots((0, 1), 8, states.device)
+        slots = expert_slots(((0, 1),), 8, states.device)[0]
         body = ExpertBody(gate)
         weights = torch.rand(20, 2, dtype=dtype)
         output = split_experts_forward(states, index, weights, trained=trained, frozen=frozen, slots=slots, body=body)
         output.sum().backward()
     assert len(computed) == 4
     assert {gradient.shape[0] for gradient in computed} == {2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_with_delta_are_those_of_add_deltas(dtype):
+    weight, ids = torch.randn(6, 4, 3).to(dtype), torch.tensor([4, 1])
+    delta = torch.randn(2, 4, 3, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    rows = rows_with_delta(weight, ids, delta)
+    assert torch.equal(rows, add_deltas(weight[ids], [(None, delta)]))
+    gradient = torch.randn(rows.shape).to(dtype)
+    rows.backward(gradient)
+    assert torch.equal(delta.grad, gradient.to(delta.dtype))
 
 
 def test_deltas_are_added_in_the_wider_dtype_and_rounded_once():

@@ -210,8 +210,6 @@ def test_what_peft_offers_for_other_types_only_is_an_error_and_not_ignored(adapt
     model = get_peft_model(base, config_for(base))
     with pytest.raises(ValueError, match="Hotswapping only supports LORA but ESFT was passed"):
         hotswap_adapter(model, adapter_folder, adapter_name="default")
-    with pytest.raises(NotImplementedError, match="add_weighted_adapter is not supported by ESFT yet"):
-        model.add_weighted_adapter(["default"], [0.5], "half")
     assert list(model.peft_config) == ["default"]
 
 

@@ -278,6 +278,7 @@ def test_packed_samples_are_told_apart_by_their_positions():
 
 def test_encoder_and_decoder_count_their_own_tokens():
     model = zoo.build("switch_transformers")
+    model.config.decoder_start_token_id = 0
     batch = {
         "input_ids": random_tokens(2, 6),
         "attention_mask": torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]]),

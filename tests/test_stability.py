@@ -5,40 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from test_selection import GOLDEN
 
-from peft_esft import ExpertScores, score_experts, select_experts
+from peft_esft import score_experts, select_experts
 from peft_esft.analysis import stability_report
-from peft_esft.scoring import ContainerScores, HalfCounts
 
+import golden
 from families import tiny_model
 from oracle import random_tokens
 
 
-def golden_scores(task):
-    """The golden routing of whole samples, its samples dealt out to two halves in turns."""
-    data = np.load(GOLDEN / f"{task}.tokens.npz")
-    lengths = data["sample_lengths"]
-    half_of_token = np.repeat(np.arange(len(lengths)) % 2, lengths)
-    pairs = {
-        str(layer): [
-            np.bincount(data["expert_ids"][layer][half_of_token == half].reshape(-1), minlength=64).tolist()
-            for half in (0, 1)
-        ]
-        for layer in range(26)
-    }
-    zeros = [0.0] * 64
-    containers = {
-        layer: ContainerScores(6, 0, 0, np.sum(rows, axis=0).tolist(), zeros, zeros, zeros)
-        for layer, rows in pairs.items()
-    }
-    tokens = [int((half_of_token == half).sum()) for half in (0, 1)]
-    return ExpertScores(containers, sum(tokens), len(lengths), "token", halves=[HalfCounts(tokens, pairs)])
-
-
 @pytest.mark.parametrize("task", ["intent", "translation"])
 def test_halves_of_a_real_task_mostly_agree(task):
-    report = stability_report(golden_scores(task))
+    report = stability_report(golden.load_scores(task))
     (point,) = report.points
     assert len(point.shared) == 26
     assert 0.7 < point.agreement < 1

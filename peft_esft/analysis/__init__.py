@@ -1,6 +1,57 @@
 """What the routing of tasks looks like, and what to make of it."""
 
+from .coarse import coarse_routing
+from .conflicts import ConflictReport, SharedExpert, adapter_conflicts
+from .dispersion import Dispersion, LayerDispersion, dispersion
+from .forgetting import Forgetting, ForgettingPoint, forgetting
+from .granularity import Granularity, GranularityPoint, granularity
+from .grouping import (
+    Groups,
+    co_occurrence,
+    count_pairs,
+    group_experts,
+    group_shares,
+    random_groups,
+    select_groups,
+    similarity,
+)
+from .overlap import Overlap, overlap
+from .report import report
 from .stability import StabilityReport, stability_report
+from .tokens import TokenSpan, TokenView, token_view
+from .usage import ExpertUse, expert_usage
 
 
-__all__ = ["StabilityReport", "stability_report"]
+__all__ = [
+    "ConflictReport",
+    "Dispersion",
+    "ExpertUse",
+    "Forgetting",
+    "ForgettingPoint",
+    "Granularity",
+    "GranularityPoint",
+    "Groups",
+    "LayerDispersion",
+    "Overlap",
+    "SharedExpert",
+    "StabilityReport",
+    "TokenSpan",
+    "TokenView",
+    "adapter_conflicts",
+    "co_occurrence",
+    "coarse_routing",
+    "count_pairs",
+    "dispersion",
+    "expert_usage",
+    "forgetting",
+    "granularity",
+    "group_experts",
+    "group_shares",
+    "overlap",
+    "random_groups",
+    "report",
+    "select_groups",
+    "similarity",
+    "stability_report",
+    "token_view",
+]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..containers import READABLE_DTYPES, ExpertsContainer, find_experts, find_other_modules, find_shared_experts
+from ..architectures import READABLE_DTYPES
+from ..containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts
 from ..tensor_files import TensorFolder, block_shape, overwrite
 from ..weights import ExpertWeight, StackedWeight
 from .key_map import KeyMap, Source, mixed_weights

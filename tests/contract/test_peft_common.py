@@ -42,11 +42,6 @@ TAKES_THE_PLACE_OF = {
 """Methods that skip all but the named config. They are run to their end, to notice when ESFT passes them."""
 
 DECLARED = {
-    "_test_mixed_adapter_batches": Declared("adapter_names is refused: one adapter for a whole batch", ValueError),
-    "_test_generate_with_mixed_adapter_batches_and_beam_search": Declared(
-        "adapter_names is refused: one adapter for a whole batch", ValueError
-    ),
-    "_test_weighted_combination_of_adapters": Declared("add_weighted_adapter is not there yet", NotImplementedError),
     "_test_training_prompt_learning_tasks": Declared("for prompt learning only"),
     "_test_adding_multiple_adapters_with_bias_raises": Declared(
         "experts are trained whole: there is no `bias` option"

@@ -1,0 +1,145 @@
+"""Switching, merging and loading adapters.
+
+    python benchmarks/swap.py [--rounds 21] [--busy]
+
+Switching is a matter of bookkeeping and is given in milliseconds for 26 layers; the rest as ratios to a plain copy of
+the same bytes, or to reading the file into tensors, in turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import OlmoeConfig, OlmoeForCausalLM
+
+from peft_esft import ESFTConfig
+from peft_esft.layer import ESFTLayer
+
+from reporting import add_clock_arguments, set_clock, time_in_turns, versions, write_results
+from scoring import build_model
+from ways import selection_of
+
+
+TRAINED = 8  # of 64 experts in each layer
+
+
+def deep_model() -> OlmoeForCausalLM:
+    """26 layers, as DeepSeek-V2-Lite has with experts; small ones, since a switch moves no weight."""
+    config = OlmoeConfig(
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=26,
+        num_attention_heads=4,
+        num_experts=64,
+        num_experts_per_tok=6,
+        vocab_size=256,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return OlmoeForCausalLM(config).eval()
+
+
+def with_adapters(base: OlmoeForCausalLM) -> PeftModel:
+    """Two inference adapters, of different experts."""
+    selection = selection_of(base, TRAINED)
+    other = {path: [expert + 1 for expert in ids] for path, ids in selection.items()}
+    model = get_peft_model(base, ESFTConfig(target_experts=selection, inference_mode=True), adapter_name="a")
+    model.add_adapter("b", ESFTConfig(target_experts=other, inference_mode=True))
+    for name, parameter in model.named_parameters():
+        if ".esft_" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def measure_switching(rounds: int) -> dict[str, object]:
+    model = with_adapters(deep_model())
+    names = iter(["a", "b"] * (rounds + 1))
+    times = time_in_turns({"switch": lambda: model.base_model.set_adapter(next(names), inference_mode=True)}, rounds)
+    shown = f"{1e3 * times.minima()['switch']:.2f} ms ({1e3 * times.medians()['switch']:.2f} ms)"
+    return {"operation": "switch between two adapters of 26 layers", "over": "", "ratio or time": shown}
+
+
+def measure_merging(rounds: int) -> list[dict[str, object]]:
+    model = with_adapters(build_model())
+    layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+    sources, targets = [], []
+    for layer in layers:
+        for name in layer.weight_names:
+            weight = getattr(layer.get_base_layer(), name)
+            sources.append(torch.randn(TRAINED, *weight.shape[1:]))
+            targets.append(torch.empty_like(sources[-1]))
+
+    def copy_rows() -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
+
+    def merge(name: str) -> None:
+        model.base_model.merge_adapter([name])
+
+    def swap() -> None:
+        model.base_model.unmerge_adapter()
+        merge("b")
+        model.base_model.unmerge_adapter()
+        merge("a")
+
+    # Called in this order each time, so that each finds the state that it needs.
+    order = {"copy": copy_rows, "merge": lambda: merge("a"), "swap": swap, "unmerge": model.base_model.unmerge_adapter}
+    times = time_in_turns(order, rounds, turn_round=False)
+    copies = {"merge": "copy", "unmerge": "copy", "swap": "copy"}
+    return [
+        {"operation": name, "over": "a copy of the same bytes", "ratio or time": times.ratio(name, other)}
+        for name, other in copies.items()
+    ]
+
+
+def measure_loading(rounds: int) -> dict[str, object]:
+    model = with_adapters(build_model())
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, selected_adapters=["a"])
+        file = Path(folder) / "a" / "adapter_model.safetensors"
+
+        def load() -> None:
+            model.load_adapter(file.parent, adapter_name="c", low_cpu_mem_usage=True)
+
+        def read() -> None:
+            for tensor in load_file(file).values():
+                tensor.clone()
+
+        calls = {"read": read, "load": load, "delete": lambda: model.delete_adapter("c")}
+        times = time_in_turns(calls, rounds, turn_round=False)
+    return {
+        "operation": "load_adapter",
+        "over": "reading the file into tensors",
+        "ratio or time": times.ratio("load", "read"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=21)
+    add_clock_arguments(parser)
+    arguments = parser.parse_args()
+    set_clock(arguments)
+    rows = [
+        measure_switching(arguments.rounds),
+        *measure_merging(arguments.rounds),
+        measure_loading(arguments.rounds),
+    ]
+    write_results(
+        "swap",
+        "Switching, merging and loading adapters",
+        f"OLMoE-like models, fp32, {TRAINED} of 64 experts in each layer. Ratios of minima, medians of the ratios in "
+        "brackets. swap: unmerge one adapter and merge another, twice.",
+        rows,
+        versions(),
+    )
+
+
+if __name__ == "__main__":
+    main()

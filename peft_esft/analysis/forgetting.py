@@ -1,0 +1,152 @@
+"""What an adapter costs elsewhere: loss on general text before and after, and the distance to the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..token_streams import IGNORED_LABEL
+
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ForgettingPoint:
+    """What became of one kind of text; all values are means over its predicted tokens.
+
+    Attributes:
+        num_tokens: predicted tokens.
+        loss_before, loss_after: cross entropy of the base and of the adapted model, nats.
+        kl: Kullback-Leibler divergence of the adapted model's prediction from the base's, KL(base || adapted), nats.
+        same_top: share of tokens for which both find the same token most probable.
+    """
+
+    num_tokens: int
+    loss_before: float
+    loss_after: float
+    kl: float
+    same_top: float
+
+    @property
+    def loss_change(self) -> float:
+        """`loss_after - loss_before`: above 0 where the model has forgotten."""
+        return self.loss_after - self.loss_before
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What became of each kind of text; `print` it.
+
+    Attributes:
+        points: by name of the text.
+    """
+
+    points: dict[str, ForgettingPoint]
+
+    def __str__(self) -> str:
+        width = max([len("text"), *map(len, self.points)])
+        lines = [f"{'text':<{width}}  loss before  after   change  KL to the base  same top token"]
+        lines += [
+            f"{name:<{width}}  {point.loss_before:<11.3f}  {point.loss_after:<6.3f}  {point.loss_change:<+6.3f}  "
+            f"{point.kl:<14.4f}  {point.same_top:.1%}"
+            for name, point in self.points.items()
+        ]
+        return "\n".join(lines)
+
+
+def forgetting(
+    model: nn.Module,
+    texts: Mapping[str, Iterable[Batch]] | Iterable[Batch],
+    *,
+    base: nn.Module | None = None,
+) -> Forgetting:
+    """Compares an adapted model with its base on text that it was not trained on.
+
+    Args:
+        model: a `PeftModel` with any kind of adapter; the active one is measured.
+        texts: batches as the model's forward takes them, or `{name: batches}`. Where a batch has `labels`, the tokens
+            whose label is not -100 are predicted, otherwise those that `attention_mask` keeps.
+        base: the model before training, of the same vocabulary; None means `model` with its adapters disabled.
+
+    Returns:
+        Loss before and after, and distance to the base, for each kind of text.
+
+    Raises:
+        ValueError: if there is neither an adapter to disable nor `base`, or a text has no token to predict.
+
+    Example:
+        >>> print(forgetting(model, {"general": general_batches, "code": code_batches}))
+    """
+    if base is None and not hasattr(model, "disable_adapter"):
+        raise ValueError(f"{type(model).__name__} has no adapters to disable; give the model before training as base")
+    named = texts if isinstance(texts, Mapping) else {"text": texts}
+    models = [module for module in (model, base) if module is not None]
+    modes = [module.training for module in models]
+    for module in models:
+        module.eval()
+    try:
+        return Forgetting({name: _measure(model, base, name, batches) for name, batches in named.items()})
+    finally:
+        for module, mode in zip(models, modes, strict=True):
+            module.train(mode)
+
+
+@torch.inference_mode()
+def _measure(model: Any, base: Any, name: str, batches: Iterable[Batch]) -> ForgettingPoint:
+    total = torch.zeros(4, dtype=torch.float64)
+    num_tokens = 0
+    for batch in batches:
+        device = next(model.parameters()).device
+        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        targets = _targets(inputs)
+        inputs.pop("labels", None)
+        after = model(**inputs).logits
+        with model.disable_adapter() if base is None else nullcontext():
+            before = (model if base is None else base)(**inputs).logits.to(after.device)
+        # A sample at a time: the vocabulary is large.
+        for row_before, row_after, row_targets in zip(before, after, targets.to(after.device), strict=True):
+            counted = row_targets != IGNORED_LABEL
+            total += _sums(row_before[:-1][counted], row_after[:-1][counted], row_targets[counted]).cpu()
+            num_tokens += int(counted.sum())
+    if num_tokens == 0:
+        raise ValueError(f"{name!r} has no token to predict; check labels, attention_mask, and that there are batches")
+    loss_before, loss_after, kl, same_top = (total / num_tokens).tolist()
+    return ForgettingPoint(num_tokens, loss_before, loss_after, kl, same_top)
+
+
+def _targets(inputs: Mapping[str, Any]) -> Tensor:
+    """The next token of each, int64 `[samples, length - 1]`; -100 where it does not count."""
+    labels: Tensor | None = inputs.get("labels")
+    if labels is None:
+        labels = inputs["input_ids"]
+        if inputs.get("attention_mask") is not None:
+            # The first token of a sample has nothing before it, though padding may stand there.
+            mask = inputs["attention_mask"].bool()
+            counted = mask & torch.nn.functional.pad(mask[:, :-1], (1, 0))
+            labels = torch.where(counted, labels, IGNORED_LABEL)
+    return labels[:, 1:]
+
+
+def _sums(before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
+    """Sums over tokens of both losses, of the divergence, and of equal first choices; float64 `[4]`.
+
+    Args:
+        before: logits of the base, `[T, V]`.
+        after: logits of the adapted model, `[T, V]`.
+        targets: int64 `[T]`.
+    """
+    log_before, log_after = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    kl = (log_before.exp() * (log_before - log_after)).sum(-1)
+    values = [
+        -log_before.gather(1, targets[:, None])[:, 0],
+        -log_after.gather(1, targets[:, None])[:, 0],
+        kl,
+        (log_before.argmax(-1) == log_after.argmax(-1)).float(),
+    ]
+    return torch.stack([value.double().sum() for value in values])

@@ -1,0 +1,196 @@
+"""Text coloured by how many of a token's choices fall on trained experts (arXiv 2407.01906, figure 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..containers import find_experts, resolve_container
+from ..routing import Routing
+from ..selection import Selection
+from .watching import run_batches
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """One token, or several that share a character.
+
+    Attributes:
+        start, end: its characters in the text.
+        hits: choices, over all layers, that fall on trained experts.
+        choices: choices over all layers.
+    """
+
+    start: int
+    end: int
+    hits: int
+    choices: int
+
+    @property
+    def share(self) -> float:
+        """`hits / choices`."""
+        return self.hits / max(1, self.choices)
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """Texts and, for their tokens, how many choices fall on trained experts; a notebook shows it coloured.
+
+    Attributes:
+        texts: the texts.
+        spans: the tokens of each text, in order.
+    """
+
+    texts: list[str]
+    spans: list[list[TokenSpan]]
+
+    @property
+    def mean_share(self) -> float:
+        """Share of all choices that fall on trained experts."""
+        spans = [span for row in self.spans for span in row]
+        return sum(span.hits for span in spans) / max(1, sum(span.choices for span in spans))
+
+    def html(self) -> str:
+        """A fragment of HTML, with its own style; the text is escaped. Readable on light and on dark pages."""
+        deepest = max((span.share for row in self.spans for span in row), default=0.0)
+        blocks = [_block(text, row, deepest) for text, row in zip(self.texts, self.spans, strict=True)]
+        legend = "".join(
+            f'<span style="background:{_colour(step / 4)}">&nbsp;{deepest * step / 4:.0%}&nbsp;</span>'
+            for step in range(5)
+        )
+        return (
+            '<figure class="token-view" style="margin:1em 0">'
+            f'<figcaption style="font-size:.9em">share of a token\'s choices that fall on trained experts: {legend}; '
+            f"{self.mean_share:.1%} of all</figcaption>{''.join(blocks)}</figure>"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes a page of its own."""
+        Path(path).write_text(
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            "<title>Tokens on trained experts</title>"
+            "<style>:root{color-scheme:light dark}body{font-family:system-ui,sans-serif;max-width:60em;"
+            f"margin:1em auto;padding:0 1em}}</style></head><body>{self.html()}</body></html>\n",
+            encoding="utf-8",
+        )
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+
+def token_view(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: str | Sequence[str],
+    *,
+    experts: Selection | None = None,
+    max_length: int = 1024,
+) -> TokenView:
+    """Counts, token by token, the choices that fall on trained experts.
+
+    Args:
+        model: a transformers model, with or without adapters.
+        tokenizer: its tokenizer, a fast one (it has to know the characters of each token).
+        texts: one text or several.
+        experts: the experts that count, by container path or layer; None means those of the active adapters.
+        max_length: cut texts to so many tokens.
+
+    Returns:
+        The counts, to be shown as HTML.
+
+    Raises:
+        ValueError: if there are no experts to look for, or the tokenizer does not know the characters of its tokens.
+
+    Example:
+        >>> token_view(model, tokenizer, "What is the capital of France?").save("tokens.html")
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("token_view needs a fast tokenizer, which knows the characters of each token")
+    containers = find_experts(model)
+    trained = _active_experts(model) if experts is None else experts
+    masks = {path: torch.zeros(container.num_experts + 1, dtype=torch.bool) for path, container in containers.items()}
+    for key, ids in trained.items():
+        masks[resolve_container(key, containers)][list(ids)] = True
+    spans = []
+    for text in texts:
+        encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_length)
+        input_ids = torch.tensor([encoded["input_ids"]])
+        counts = _count(model, input_ids, masks) if input_ids.numel() else torch.zeros(2, 0, dtype=torch.int64)
+        spans.append(_join_spans(encoded["offset_mapping"], counts.T.tolist()))
+    return TokenView(texts, spans)
+
+
+def _count(model: nn.Module, input_ids: Tensor, masks: dict[str, Tensor]) -> Tensor:
+    """Hits and choices of each token, int64 `[2, T]`."""
+    counts = torch.zeros(2, input_ids.shape[1], dtype=torch.int64)
+
+    def see(path: str, routing: Routing, counted: Tensor) -> None:
+        mask = masks[path]
+        chosen = routing.top_k_weights.cpu() > 0
+        index = routing.top_k_index.cpu().clamp(max=mask.numel() - 1)
+        counts[0] += (mask[index] & chosen).sum(-1)
+        counts[1] += chosen.sum(-1)
+
+    run_batches(model, [{"input_ids": input_ids}], input_ids.numel(), see)
+    return counts
+
+
+def _active_experts(model: nn.Module) -> Selection:
+    from ..layer import ESFTLayer
+
+    experts = {
+        module.path: module.union_of_experts(module.adapters_here(module.active_adapters))
+        for module in model.modules()
+        if isinstance(module, ESFTLayer)
+    }
+    found = find_experts(model)
+    experts = {path: ids for path, ids in experts.items() if path in found and ids}
+    if not experts:
+        raise ValueError("the model has no active ESFT adapter; say which experts to look for with experts=...")
+    return experts
+
+
+def _join_spans(offsets: Sequence[tuple[int, int]], counts: Sequence[Sequence[int]]) -> list[TokenSpan]:
+    """Tokens that share a character become one span; tokens without characters are left out."""
+    spans: list[TokenSpan] = []
+    for (start, end), (hits, choices) in zip(offsets, counts, strict=True):
+        if end <= start:
+            continue
+        span = TokenSpan(start, end, hits, choices)
+        spans.append(_joined(spans.pop(), span) if spans and start < spans[-1].end else span)
+    return spans
+
+
+def _joined(one: TokenSpan, other: TokenSpan) -> TokenSpan:
+    return TokenSpan(one.start, max(one.end, other.end), one.hits + other.hits, one.choices + other.choices)
+
+
+def _block(text: str, spans: Sequence[TokenSpan], deepest: float) -> str:
+    pieces, done = [], 0
+    for span in spans:
+        pieces.append(escape(text[done : span.start]))
+        pieces.append(
+            f'<span style="background:{_colour(span.share / max(deepest, 1e-9))}" '
+            f'title="{span.hits} of {span.choices} choices">{escape(text[span.start : span.end])}</span>'
+        )
+        done = span.end
+    pieces.append(escape(text[done:]))
+    style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.7"
+    return f'<p style="{style}">{"".join(pieces)}</p>'
+
+
+def _colour(depth: float) -> str:
+    # One hue, transparent: the page's own colours of text and ground stay, light or dark.
+    return f"rgba(230,120,0,{0.75 * depth:.3f})"

@@ -1,0 +1,97 @@
+"""Shows the routing of a model's containers, call by call, to whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..containers import ExpertsContainer, find_experts
+from ..routing import Routing, RoutingSource
+from ..token_streams import TokenStream, streams_of_batch
+
+
+@contextmanager
+def watching_routing(
+    containers: Mapping[str, ExpertsContainer], see: Callable[[str, Routing], None]
+) -> Iterator[None]:
+    """Calls `see(path, routing)` at every call of a container, for the time of the context.
+
+    Raises:
+        ValueError: if the choices of a container's tokens cannot be seen.
+    """
+    handles: list[Any] = []
+    try:
+        for path, container in containers.items():
+            if container.routing is None:
+                raise ValueError(f"the router of {path} returns no choice of experts, so its tokens' cannot be seen")
+            for place in container.places:
+                hook = _hook(path, container.routing, see)
+                watched = place.watched(container.routing)
+                register: Any = (
+                    watched.register_forward_hook if container.routing.of_result else watched.register_forward_pre_hook
+                )
+                handles.append(register(hook, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_batches(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    max_tokens: int,
+    see: Callable[[str, Routing, Tensor], None],
+) -> int:
+    """Runs batches through a model in eval mode and shows the routing of the tokens that count.
+
+    Args:
+        model: a transformers model, with or without adapters.
+        batches: as `score_experts` takes them.
+        max_tokens: stop after so many tokens.
+        see: called with a container's path, its routing, and which tokens count, bool `[T]` on the routing's device.
+
+    Returns:
+        The number of counted tokens.
+
+    Raises:
+        ValueError: if the model has no containers, or a container sees other tokens than the text's.
+    """
+    containers = find_experts(model)
+    if not containers:
+        raise ValueError(f"{type(model).__name__} has no experts container of a known kind")
+    streams: dict[str, TokenStream] = {}
+    num_tokens = 0
+
+    def see_counted(path: str, routing: Routing) -> None:
+        length = routing.top_k_index.shape[0]
+        if list(streams) != ["text"] or streams["text"].sample_of_token.shape[0] != length:
+            raise ValueError(f"{path} sees {length} tokens, and it is not sure that they are those of input_ids")
+        see(path, routing, streams["text"].on(routing.top_k_index.device)[0] >= 0)
+
+    was_training = model.training
+    model.eval()
+    try:
+        with watching_routing(containers, see_counted), torch.inference_mode():
+            for inputs in batches:
+                remaining = max_tokens - num_tokens
+                if remaining <= 0:
+                    break
+                streams = streams_of_batch(inputs, {"text": remaining, "decoder": remaining}, 0, False)
+                device = next(model.parameters()).device
+                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k != "labels"})
+                num_tokens += max((stream.num_tokens for stream in streams.values()), default=0)
+    finally:
+        model.train(was_training)
+    return num_tokens
+
+
+def _hook(path: str, source: RoutingSource, see: Callable[[str, Routing], None]) -> Any:
+    def observe(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any = None) -> None:
+        see(path, source.read(module, (*arguments, *keywords.values()), result))
+
+    return observe

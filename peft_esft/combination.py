@@ -1,0 +1,88 @@
+"""Deltas of several adapters to one: tensors only, over the union of their experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
+from torch import Tensor
+
+
+CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+MajoritySignMethod = Literal["total", "frequency"]
+
+
+def combine_deltas(
+    deltas: Sequence[tuple[Tensor, Tensor]],
+    weights: Sequence[float],
+    num_rows: int,
+    combination_type: CombinationType,
+    density: float | None = None,
+    majority_sign_method: MajoritySignMethod = "total",
+) -> Tensor:
+    """Combines deltas as `peft.utils.merge_utils` does.
+
+    Each delta is pruned by itself, so what it lacks of the union does not count; the sign of an entry is elected among
+    those that have it.
+
+    Args:
+        deltas: pairs of positions int64 `[n]` in the union and delta `[n, ...]`.
+        weights: of each delta.
+        num_rows: rows of the union.
+        combination_type: "linear" is the weighted sum; "magnitude_prune" and "dare_linear" prune before it; "ties" and
+            "dare_ties" (arXiv 2306.01708, 2311.03099) also elect a sign for each entry and take the mean of those that
+            have it.
+        density: share of the entries that pruning keeps.
+        majority_sign_method: how "ties" and "dare_ties" elect.
+
+    Returns:
+        `[num_rows, ...]` in the dtype of the deltas.
+    """
+    if density is not None and density < 1:
+        is_random = combination_type.startswith("dare")
+        method: Literal["random", "magnitude"] = "random" if is_random else "magnitude"
+        deltas = [(places, prune(delta, density, method=method, rescale=is_random)) for places, delta in deltas]
+    expanded = torch.stack(
+        [delta.new_zeros(num_rows, *delta.shape[1:]).index_copy(0, places, delta) for places, delta in deltas]
+    )
+    factors = torch.tensor(weights, dtype=expanded.dtype, device=expanded.device)
+    weighted = expanded * factors.view(-1, *[1] * (expanded.dim() - 1))
+    if combination_type.endswith("ties"):
+        mask = calculate_majority_sign_mask(expanded, method=majority_sign_method)
+        merged: Tensor = disjoint_merge(weighted, mask)
+        return merged
+    return weighted.sum(0)
+
+
+def check_combination(
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+    density: float | None,
+    majority_sign_method: str,
+) -> None:
+    """Refuses settings that cannot be combined.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if combination_type not in get_args(CombinationType):
+        raise ValueError(
+            f"combination_type is {combination_type!r}; it is one of {get_args(CombinationType)}. 'linear' adds "
+            "deltas exactly, as 'cat' and 'svd' do for LoRA"
+        )
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights are given; give a weight for each")
+    if majority_sign_method not in get_args(MajoritySignMethod):
+        raise ValueError(
+            f"majority_sign_method is {majority_sign_method!r}; it is one of {get_args(MajoritySignMethod)}"
+        )
+    if combination_type == "linear" and density is not None:
+        raise ValueError("density has no effect on combination_type='linear'; leave it out")
+    if combination_type != "linear" and (density is None or not 0 < density <= 1):
+        raise ValueError(
+            f"combination_type={combination_type!r} prunes each delta to a share of its entries: density is "
+            f"{density}; it is above 0 and at most 1"
+        )
