@@ -237,12 +237,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def _kept(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
         deltas = [delta for name in adapter_names for delta in self._adapter_tensors(weight_name, name)]
-        # A compiled graph cannot look at addresses.
-        is_trained = torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas)
-        if is_trained or torch.compiler.is_compiling():
+        sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
+        # A compiled graph cannot look at addresses, and tensors made in inference mode have no version.
+        is_opaque = torch.compiler.is_compiling() or any(source.is_inference() for source in sources)
+        if is_opaque or (torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas)):
             return self._compute(weight_name, adapter_names, each=each)
         # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
-        sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
         state = (tuple(adapter_names), [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources])
         known = self._rows.get((weight_name, each))
         if known is None or known[0] != state:

@@ -1,4 +1,4 @@
-"""Settings of all tests: seeded, offline, two threads."""
+"""Settings of all tests: seeded, offline, one thread."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+
+# Models are tiny: threads would mostly wait for one another.
+torch.set_num_threads(1)
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("default")
