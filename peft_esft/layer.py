@@ -126,11 +126,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """`effective_rows`, computed once for adapters that are not trained, until a delta or the base changes."""
         deltas = [self._deltas(weight_name)[name] for name in adapter_names]
-        # A compiled graph cannot look at addresses.
-        if any(delta.requires_grad for delta in deltas) or torch.compiler.is_compiling():
+        sources = [self._base_weight(weight_name), *deltas]
+        # A compiled graph cannot look at addresses, and tensors made in inference mode have no version.
+        is_opaque = torch.compiler.is_compiling() or any(source.is_inference() for source in sources)
+        if is_opaque or any(delta.requires_grad for delta in deltas):
             return self.effective_rows(weight_name, adapter_names)
         # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
-        sources = [self._base_weight(weight_name), *deltas]
         state = (tuple(adapter_names), [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources])
         known = self._rows.get(weight_name)
         if known is None or known[0] != state:
