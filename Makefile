@@ -31,7 +31,12 @@ docs: $(VENV)/.installed
 
 bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/scoring.py
+	$(RUN) benchmarks/layer_step.py
+	$(RUN) benchmarks/model_step.py
+	$(RUN) benchmarks/memory.py
 	$(RUN) benchmarks/inference.py
+	$(RUN) benchmarks/swap.py
+	$(RUN) benchmarks/roofline.py
 	$(RUN) benchmarks/merging.py
 	$(RUN) benchmarks/compact.py
 

@@ -537,6 +537,14 @@ def test_rows_made_in_inference_mode_serve_a_later_backward():
     assert embeddings.grad.any()
 
 
+def test_a_model_made_in_inference_mode_answers():
+    with torch.inference_mode():
+        base = tiny_model("olmoe")
+        expected = base(input_ids=random_tokens())[0]
+        model = get_peft_model(base, config_for(base, inference_mode=True))
+        torch.testing.assert_close(model(input_ids=random_tokens())[0], expected)
+
+
 def test_switching_back_and_forth_uses_the_right_rows():
     model = two_adapters()
     for parameter in model.parameters():
