@@ -20,9 +20,7 @@ from ways import NOTE, WAYS, TrainingStep
 TRAINED = 8  # of 64 experts in each layer
 
 
-def measure(
-    dtype: str, shape: tuple[int, int], checkpointing: bool, ways: list[str], rounds: int
-) -> dict[str, object]:
+def measure(dtype: str, checkpointing: bool, ways: list[str], rounds: int) -> dict[str, object]:
     base = build_model().to(getattr(torch, dtype))
     torch.manual_seed(0)
     tokens = torch.randint(4096, (2, 512))

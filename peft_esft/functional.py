@@ -498,16 +498,20 @@ def _few_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor) ->
 
 
 def _loop_mm(inputs: Tensor, tokens: Tensor | None, frozen: Tensor, trained: Tensor, ends: list[int]) -> Tensor:
-    """One group after the other, each gathered only when its turn comes. What torch's kernel for the CPU does, too."""
-    result = inputs.new_empty((inputs if tokens is None else tokens).shape[0], frozen.shape[2])
+    """One group after the other, as torch's kernel for the CPU does. Of many rows each is gathered in its turn."""
+    if tokens is not None and tokens.shape[0] <= _FEW_ROWS:
+        inputs, tokens = inputs.index_select(0, tokens), None
+    sources = inputs if tokens is None else tokens
+    result = inputs.new_empty(sources.shape[0], frozen.shape[2])
     groups, sizes = _non_empty_groups(ends)
-    sources = (inputs if tokens is None else tokens)[: ends[-1]].split(sizes)
+    sizes.append(sources.shape[0] - ends[-1])
+    *targets, rest = result.split(sizes)
     with torch.autocast(inputs.device.type, enabled=False):
-        for group, source, target in zip(groups, sources, result[: ends[-1]].split(sizes), strict=True):
+        for group, source, target in zip(groups, sources.split(sizes), targets, strict=False):
             rows = source if tokens is None else inputs.index_select(0, source)
             matrix = frozen[group] if group < frozen.shape[0] else trained[group - frozen.shape[0]]
             torch.mm(rows, matrix, out=target)
-    result[ends[-1] :] = 0
+    rest.zero_()
     return result
 
 
