@@ -10,29 +10,17 @@ share of what full fine-tuning adds to it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from itertools import accumulate
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from peft_esft import find_experts
 
-from reporting import versions, write_results
+from reporting import peak_of, versions, write_results
 from scoring import build_model
 from ways import NOTE, WAYS, TrainingStep, selection_of
 
 
 TRAINED = 8  # of 64 experts in each layer
-
-
-def peak_of(call: Callable[[], object]) -> int:
-    """The most bytes that were allocated at once during a call, above what was allocated before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        call()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in events), initial=0))
 
 
 def bytes_of(tensors: list[torch.Tensor]) -> int:

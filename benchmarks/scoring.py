@@ -3,7 +3,7 @@
     python benchmarks/scoring.py
 
 The two take turns in one process. Reported are the median of the ratios of neighbouring passes, the ratio of the
-fastest ones, and the bytes that the accumulators hold.
+fastest ones, the bytes that the accumulators hold, and how much more is allocated at once than in a plain pass.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from peft_esft import find_experts
-from peft_esft.scoring import _count_batch, _observing
+from peft_esft.scoring import _Observer
 
-from reporting import versions, write_results
+from reporting import peak_of, versions, write_results
 
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 4, 64, 6, 512, 256
@@ -47,7 +47,12 @@ def build_model() -> OlmoeForCausalLM:
 def measure(model: OlmoeForCausalLM, rows: int, length: int) -> dict[str, float]:
     """Interleaved rounds of one plain and one scored pass over the same batch."""
     inputs = {"input_ids": torch.randint(4096, (rows, length))}
-    containers = find_experts(model)
+    observer = _Observer(model, find_experts(model), "sample", False, 10**9)
+
+    def scored() -> None:
+        with observer.watching():
+            observer.run(inputs)
+
     seconds: dict[str, list[float]] = {"plain": [], "scored": []}
     for _ in range(3):
         model(**inputs)
@@ -57,9 +62,7 @@ def measure(model: OlmoeForCausalLM, rows: int, length: int) -> dict[str, float]
             if kind == "plain":
                 model(**inputs)
             else:
-                with _observing(containers) as observer:
-                    observer.batch = _count_batch(inputs, 10**9, 0, False)
-                    model(**inputs)
+                scored()
             seconds[kind].append(time.perf_counter() - started)
     held = sum(
         tensor.numel() * tensor.element_size()
@@ -72,6 +75,7 @@ def measure(model: OlmoeForCausalLM, rows: int, length: int) -> dict[str, float]
         "median of ratios": statistics.median(s / p for s, p in zip(seconds["scored"], seconds["plain"], strict=True)),
         "ratio of minima": min(seconds["scored"]) / min(seconds["plain"]),
         "accumulators (bytes)": held,
+        "peak above the plain pass (bytes)": peak_of(scored) - peak_of(lambda: model(**inputs)),
     }
 
 
