@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .functional import ExpertBody, ExpertWeights, default_gate, expert_slots, split_experts_forward
-from .layer import ESFTLayer
+from .layer import AdapterCall, ESFTLayer
 from .mixed_batch import AdapterBatch
-from .weights import StackedWeight, expert_index
+from .resident import Resident
+from .weights import StackedWeight
 
 
 class FusedExperts(ESFTLayer):
@@ -22,26 +22,24 @@ class FusedExperts(ESFTLayer):
     takes their place. Without one it calls the module, whichever implementation that is set to.
     """
 
-    def prepare(self, adapter_names: list[str]) -> None:
-        """Makes the index tables of a forward pass: found in place, they are no reason to compile a model again."""
-        super().prepare(adapter_names)
-        self._slots([self.union_of_experts(adapter_names)], self._base_parameter(self.weight_names[0]).device)
-
     def _adapted_forward(
         self,
         base_layer: Any,
-        adapter_names: list[str],
+        call: AdapterCall,
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
+        weights, are_deltas = self.weights_for(call)
+        assert call.slots is not None
         return split_experts_forward(
             hidden_states,
             top_k_index,
             top_k_weights,
-            trained=self._by_name({name: self.rows_for_forward(name, adapter_names) for name in self.weight_names}),
+            trained=self._by_name(weights),
+            trained_ids=call.index.to(hidden_states.device) if are_deltas else None,
             frozen=self._by_name({name: weight.whole(base_layer) for name, weight in self._stacked_weights()}),
-            slots=self._slots([self.union_of_experts(adapter_names)], hidden_states.device)[0],
+            slots=call.slots.to(hidden_states.device)[0],
             body=self._body(base_layer),
         )
 
@@ -53,26 +51,29 @@ class FusedExperts(ESFTLayer):
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
-        # The rows of all adapters lie one after another, whichever the batch has: what changes from batch to batch is
-        # an index table. Adapters without experts here, and the base, have a row of the table that names none.
-        names = list(self.expert_ids)
-        table = self._slots([*self.expert_ids.values(), []], hidden_states.device)
-        rows = expert_index(
-            tuple(names.index(name) if name in names else len(names) for name in batch.adapters), table.device
-        )
+        plan = batch.plans[self]
+        if not plan.bank:
+            return base_layer(hidden_states, top_k_index, top_k_weights)
+        assert plan.slots is not None
         return split_experts_forward(
             hidden_states,
             top_k_index,
             top_k_weights,
-            trained=self._by_name({name: self.rows_of_each(name, names) for name in self.weight_names}),
+            trained=self._by_name(plan.bank),
             frozen=self._by_name({name: weight.whole(base_layer) for name, weight in self._stacked_weights()}),
-            slots=table[rows],
+            slots=plan.slots.to(hidden_states.device),
             body=self._body(base_layer),
-            adapter_of_token=batch.adapter_of_row(hidden_states.shape[0], table.device),
+            adapter_of_token=batch.adapter_of_row(hidden_states.shape[0], hidden_states.device),
         )
 
-    def _slots(self, expert_ids: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-        return expert_slots(tuple(map(tuple, expert_ids)), self.num_experts, device, self.num_identity_experts)
+    def _slots(self, expert_ids: list[int], device: torch.device) -> Tensor:
+        slots = expert_slots([(expert_ids, 0)], self.num_experts, len(expert_ids), self.num_identity_experts)
+        return slots.to(device)
+
+    def _mixed_slots(self, residents: list[Resident | None]) -> Tensor:
+        selections = [((), 0) if own is None else (own.expert_ids, own.place.start) for own in residents]
+        slots = expert_slots(selections, self.num_experts, self.bank.capacity, self.num_identity_experts)
+        return slots.to(self._base_parameter(self.weight_names[0]).device)
 
     def _stacked_weights(self) -> list[tuple[str, StackedWeight]]:
         """The weights by name; those of fused experts are all stacked."""

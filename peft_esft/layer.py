@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,11 +20,53 @@ from .config import ESFTConfig
 from .containers import ExpertsContainer
 from .functional import add_deltas, rows_with_delta
 from .mixed_batch import AdapterBatch, current_batch
+from .resident import Key, Resident, RowBank, planning
 from .storage import FROZEN_SUFFIXES, decode, stored_layout
 from .weights import ExpertWeight, StackedWeight, expert_index
 
 
 PREFIX = "esft_"
+
+
+@dataclass(eq=False)
+class AdapterCall:
+    """What a forward pass needs to know of the active adapters.
+
+    A compiled graph reads this and not their names, so that it serves all adapters of equal size.
+
+    Attributes:
+        key: their names.
+        expert_ids: the experts that at least one of them trains.
+        index: the same as int64 `[n]`.
+        slots: the layer's `functional.expert_slots` of them, if it needs any.
+        deltas: by weight name, if the effective rows are the base's and these; for compiled graphs, since whatever
+            moves or shards parameters replaces them.
+        rows: the effective rows by weight name, if they are known to hold.
+    """
+
+    key: Key
+    expert_ids: tuple[int, ...]
+    index: Tensor
+    slots: Tensor | None
+    deltas: dict[str, Tensor] | None
+    rows: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MixedPlan:
+    """Where the rows of the adapters of a batch lie; holding it keeps them there.
+
+    Attributes:
+        adapters: their names.
+        residents: the rows of each; None for one that leaves this layer as it is.
+        bank: by weight name, all rows `[n, ...]`.
+        slots: int64 `[adapters, E + identity experts]`, the layer's `functional.expert_slots`, if it needs any.
+    """
+
+    adapters: list[str]
+    residents: list[Resident | None]
+    bank: dict[str, Tensor]
+    slots: Tensor | None
 
 
 class ESFTLayer(nn.Module, BaseTunerLayer):
@@ -70,12 +113,17 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.scale: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._rows: dict[tuple[str, bool], tuple[Any, list[Tensor], Tensor]] = {}
+        self.bank = RowBank()
+        self._call: AdapterCall | None = None
+        self._calls: dict[Key, AdapterCall] = {}
+        self._plan: MixedPlan | None = None
         # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
         self._replaced_ids: list[int] = []
         self._replaced_rows: dict[str, Tensor] = {}
+        self._exchanged: Resident | None = None
         self.in_features = self.out_features = container.hidden_size
         self._active_adapter = adapter_name
+        self.register_load_state_dict_post_hook(_forget_calls)
         self.update_layer(adapter_name, expert_ids, config)
 
     def __getattr__(self, name: str) -> Any:
@@ -99,7 +147,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.expert_ids[adapter_name] = list(expert_ids)
         self.scaling[adapter_name] = config.scaling
         self.scale[adapter_name] = 1.0
-        self._rows = {}
+        self._forget_adapter(adapter_name)
         for name, weight in self.weights.items():
             shape = (len(expert_ids), *weight.shape(self.get_base_layer()))
             if config.storage != "delta":
@@ -115,20 +163,57 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes adapters the active ones, see `peft.tuners.tuners_utils.BaseTunerLayer.set_adapter`."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if names := self.adapters_here(self.active_adapters):
-            self.prepare(names)
+        self.prepare()
 
-    def prepare(self, adapter_names: list[str]) -> None:
-        """Makes the index tables of a forward pass: found in place, they are no reason to compile a model again."""
-        device = self._base_parameter(self.weight_names[0]).device
-        expert_index(tuple(self.union_of_experts(adapter_names)), device)
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches all adapters on or off, see `peft.tuners.tuners_utils.BaseTunerLayer.enable_adapters`."""
+        super().enable_adapters(enabled)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Takes note of what a forward pass has to add; to be called whenever that changes."""
+        is_off = self._disable_adapters or bool(self.merged_adapters)
+        names = [] if is_off else self.adapters_here(self.active_adapters)
+        self._call = self.call_of(tuple(names)) if names else None
+        if self._call is not None and any(self.is_trained(name) for name in names):
+            self._call.rows = None
+
+    def call_of(self, key: Key) -> AdapterCall:
+        """What a forward pass with some adapters has to know, of which each has experts in this layer."""
+        if key not in self._calls:
+            ids = self.union_of_experts(key)
+            device = self._base_parameter(self.weight_names[0]).device
+            index = torch.tensor(ids, device="cpu" if device.type == "meta" else device)
+            self._calls[key] = AdapterCall(
+                key, tuple(ids), index, self._slots(ids, index.device), self._plain_deltas(key)
+            )
+        return self._calls[key]
+
+    def forget_calls(self) -> None:
+        """To be called whenever the tensors of an adapter were replaced, or their device changed."""
+        self._calls, self._plan = {}, None
+        self.prepare()
+
+    def _slots(self, expert_ids: list[int], device: torch.device) -> Tensor | None:
+        return None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> ESFTLayer:
+        super()._apply(*args, **kwargs)
+        self.forget_calls()
+        return self
+
+    def _forget_adapter(self, *adapter_names: str) -> None:
+        """To be called whenever the rows of an adapter change."""
+        for name in adapter_names:
+            self.bank.remove_adapter(name)
+        self.forget_calls()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter from this layer."""
         super().delete_adapter(adapter_name)
         for settings in self._settings():
             settings.pop(adapter_name, None)
-        self._rows = {}
+        self._forget_adapter(adapter_name)
 
     def replace_adapter(self, adapter_name: str, incoming: str, is_trained: bool) -> None:
         """Gives an adapter the experts and weights of another one, which ends; either may have none in this layer."""
@@ -144,7 +229,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             settings.pop(adapter_name, None)
             if incoming in settings:
                 settings[adapter_name] = settings.pop(incoming)
-        self._rows = {}
+        self._forget_adapter(adapter_name, incoming)
 
     def _settings(self) -> list[dict[str, Any]]:
         """What is kept of each adapter beside its tensors."""
@@ -178,7 +263,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained."""
         self.scale[adapter_name] = scale
-        self._rows = {}
+        self._forget_adapter(adapter_name)
 
     @torch.no_grad()
     def combine(
@@ -198,13 +283,13 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             for name, weight in zip(adapters, weights, strict=True):
                 delta = self.get_delta_weight(name, weight_name) if name in self.expert_ids else None
                 if delta is not None:
-                    places = expert_index(tuple(map(ids.index, self.expert_ids[name])), delta.device)
+                    places = expert_index([ids.index(expert) for expert in self.expert_ids[name]], delta.device)
                     deltas.append((places, delta.to(target.dtype)))
                     factors.append(weight)
             if deltas:
                 combined = combine_deltas(deltas, factors, len(ids), combination_type, density, majority_sign_method)
                 target.copy_(combined)
-        self._rows = {}
+        self._forget_adapter(adapter_name)
 
     def effective_rows(
         self, weight_name: str, adapter_names: Sequence[str], expert_ids: Sequence[int] | None = None
@@ -223,41 +308,103 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             delta = self.get_delta_weight(adapter_names[0], weight_name)
             if delta is not None:
                 base = weight.whole(self.get_base_layer())
-                return rows_with_delta(base, expert_index(tuple(ids), base.device), delta)
+                return rows_with_delta(base, expert_index(ids, base.device), delta)
         rows = weight.read(self.get_base_layer(), ids)
         return self._with_deltas(rows, ids, weight_name, adapter_names)
 
-    def rows_for_forward(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
-        """`effective_rows`; computed once, until a delta or the base changes, for adapters that are not trained."""
-        return self._kept(weight_name, adapter_names, each=False)
+    def weights_for(self, call: AdapterCall) -> tuple[dict[str, Tensor], bool]:
+        """What the selected experts' weights are in a forward pass, `[n, ...]` by weight name.
 
-    def rows_of_each(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
-        """The effective rows of adapters that are not active together, one adapter after another; kept likewise."""
-        return self._kept(weight_name, adapter_names, each=True)
+        Returns:
+            Effective rows and False; or, of adapters in training, their deltas and True.
+        """
+        if torch.compiler.is_compiling():
+            if call.rows is not None:
+                return call.rows, False
+            if call.deltas is not None and not any(isinstance(delta, DTensor) for delta in call.deltas.values()):
+                return call.deltas, True
+        elif (resident := self.resident(call.key)) is not None:
+            return resident.rows, False
+        deltas = self._plain_deltas(call.key)
+        if deltas is not None:
+            return deltas, True
+        return {name: self.effective_rows(name, call.key) for name in self.weight_names}, False
 
-    def _kept(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
-        deltas = [delta for name in adapter_names for delta in self._adapter_tensors(weight_name, name)]
-        sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
-        # A compiled graph cannot look at addresses, and tensors made in inference mode have no version.
-        is_opaque = torch.compiler.is_compiling() or any(source.is_inference() for source in sources)
-        if is_opaque or (torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas)):
-            return self._compute(weight_name, adapter_names, each=each)
-        # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
-        state = (tuple(adapter_names), [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources])
-        known = self._rows.get((weight_name, each))
-        if known is None or known[0] != state:
+    def rows_for(self, call: AdapterCall) -> dict[str, Tensor]:
+        """The selected experts' effective rows in a forward pass, `[n, ...]` by weight name."""
+        weights, are_deltas = self.weights_for(call)
+        return {name: self.effective_rows(name, call.key) for name in weights} if are_deltas else weights
+
+    def resident(self, key: Key, *, in_training: bool = True) -> Resident | None:
+        """The effective rows of adapters, computed once until a delta or the base changes.
+
+        Args:
+            key: the adapters.
+            in_training: return None if the adapters are being trained.
+        """
+        is_trained = any(self.is_trained(name) for name in key)
+        if in_training and is_trained and torch.is_grad_enabled():
+            self.bank.remove(key)
+            return None
+        sources = self._sources(key)
+        state = self._state(sources)
+        known = self.bank.residents.get(key)
+        if known is None or known.state != state or state is None:
+            known = self._make_resident(key, state, sources)
+        if not is_trained:
+            self.call_of(key).rows = known.rows
+        return known
+
+    def _make_resident(self, key: Key, state: Any, sources: list[Tensor]) -> Resident:
+        with planning:
+            if len(key) > 1:
+                for other in [other for other in self.bank.residents if len(other) > 1]:
+                    self.bank.remove(other)
             # A tensor made in inference mode could not take part in a later training step.
             with torch.inference_mode(False), torch.no_grad():
-                rows = self._compute(weight_name, adapter_names, each=each)
-            # Holding the sources keeps their ids from being given to other tensors.
-            known = (state, sources, rows)
-            self._rows[weight_name, each] = known
-        return known[2]
+                rows = {name: self.effective_rows(name, key) for name in self.weight_names}
+            self.bank.put(key, tuple(self.union_of_experts(key)), rows, state, sources)
+            self._share_stored_rows()
+        return self.bank.residents[key]
 
-    def _compute(self, weight_name: str, adapter_names: Sequence[str], *, each: bool) -> Tensor:
-        if each:
-            return torch.cat([self.effective_rows(weight_name, [name]) for name in adapter_names])
-        return self.effective_rows(weight_name, adapter_names)
+    def _share_stored_rows(self) -> None:
+        """Lets adapters that are stored as rows have theirs in the bank, and not a second time."""
+        shared = set()
+        for key, resident in self.bank.residents.items():
+            if len(key) == 1 and self.storage[key[0]] == "rows" and self.scale[key[0]] == 1:
+                for name, rows in resident.rows.items():
+                    buffers = getattr(self, f"{PREFIX}{name}_rows")
+                    if buffers[key[0]] is not rows:
+                        buffers[key[0]] = rows
+                        shared.add(key[0])
+        for key, resident in self.bank.residents.items():
+            if shared.intersection(key):
+                sources = self._sources(key)
+                self.bank.put(key, resident.expert_ids, resident.rows, self._state(sources), sources)
+
+    def _sources(self, key: Key) -> list[Tensor]:
+        """All tensors that the effective rows of some adapters depend on."""
+        base = self.get_base_layer()
+        deltas = [tensor for name in self.weight_names for own in key for tensor in self._adapter_tensors(name, own)]
+        return [*(p for weight in self.weights.values() for p in weight.parameters(base)), *deltas]
+
+    def _state(self, sources: list[Tensor]) -> list[Any] | None:
+        """Something that differs after a change of a tensor; None if changes cannot be seen."""
+        if any(source.is_inference() for source in sources):
+            return None
+        # Every in-place change raises a tensor's version, every replacement its address (or the tensor's identity).
+        return [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources]
+
+    def _plain_deltas(self, key: Sequence[str]) -> dict[str, Tensor] | None:
+        """The deltas of one adapter by weight name, if its effective rows are rows of stacked weights and these."""
+        (name, *others) = key
+        if others or self.storage[name] != "delta" or self.scaling[name] * self.scale[name] != 1:
+            return None
+        deltas = {weight: self._delta_parameters(weight, name) for weight in self.weight_names}
+        is_plain = all(len(own) == 1 for own in deltas.values()) and all(
+            isinstance(weight, StackedWeight) for weight in self.weights.values()
+        )
+        return {weight: own[0] for weight, own in deltas.items()} if is_plain else None
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Stores an adapter's deltas in the base's dtype, at the price of updates that its rounding swallows."""
@@ -266,6 +413,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             for deltas in self._parameter_dicts(name):
                 if adapter_name in deltas:
                     deltas[adapter_name] = deltas[adapter_name].to(dtype)
+        self.forget_calls()
 
     def restore_stored_dtypes(self, adapter_name: str) -> None:
         """Undoes PEFT's cast of half-precision adapter weights to fp32: those stored so are not trained."""
@@ -306,7 +454,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         if safe_merge:
             self.check_finite(names)
         all_names = [*self.merged_adapters, *names]
-        if len(all_names) == 1 and self._merge_in_place(names[0]):
+        if len(all_names) == 1 and self._exchange_rows(names[0]):
+            self.prepare()
             return
         ids = self.union_of_experts(all_names)
         new_ids = ids[len(self._replaced_ids) :]
@@ -320,22 +469,27 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             originals[weight_name] = rows
             merged[weight_name] = self._with_deltas(rows, ids, weight_name, all_names)
         self._replaced_ids, self._replaced_rows = ids, originals
-        self.merged_adapters = all_names
+        self.merged_adapters, self._exchanged = all_names, None
         self._write_rows(ids, merged)
+        self.prepare()
 
-    def _merge_in_place(self, adapter_name: str) -> bool:
-        """Merges an adapter into an unmerged base, copying nothing but the rows to keep; False if it cannot."""
-        base, ids = self.get_base_layer(), self.expert_ids[adapter_name]
-        stacked = {name: weight for name, weight in self.weights.items() if isinstance(weight, StackedWeight)}
-        if len(stacked) < len(self.weights) or self.storage[adapter_name] != "delta":
+    def _exchange_rows(self, adapter_name: str) -> bool:
+        """Merges by letting an adapter's rows and the base's change places; False if it cannot.
+
+        Rows that are the adapter's only ones stay where they are.
+        """
+        resident = None if self.storage[adapter_name] == "rows" else self.resident((adapter_name,), in_training=False)
+        if resident is None:
             return False
-        self._replaced_rows = {name: weight.read(base, ids) for name, weight in stacked.items()}
-        self._replaced_ids, self.merged_adapters = list(ids), [adapter_name]
-        for name, weight in stacked.items():
-            delta = self.get_delta_weight(adapter_name, name)
-            if delta is not None:
-                weight.add(base, ids, delta)
+        self._exchanged = self.bank.take(resident.key)
+        self._replaced_ids, self._replaced_rows = list(resident.expert_ids), resident.rows
+        self.merged_adapters = [adapter_name]
+        self._exchange(resident)
         return True
+
+    def _exchange(self, resident: Resident) -> None:
+        for name, rows in resident.rows.items():
+            self.weights[name].exchange(self.get_base_layer(), resident.expert_ids, rows)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -343,9 +497,14 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._write_rows(self._replaced_ids, self._replaced_rows)
-        self.merged_adapters = []
+        if self._exchanged is None:
+            self._write_rows(self._replaced_ids, self._replaced_rows)
+        else:
+            self._exchange(self._exchanged)
+            self.bank.give_back(self._exchanged)
+        self.merged_adapters, self._exchanged = [], None
         self._replaced_ids, self._replaced_rows = [], {}
+        self.prepare()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -374,21 +533,42 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
         batch = current_batch(base_layer)
-        if batch is not None and not self.disable_adapters:
+        if batch is not None and not self._disable_adapters:
             return self._mixed_forward(base_layer, batch, *args, **kwargs)
-        names = self.adapters_for_call()
-        if not names:
+        call = self.current_call()
+        if call is None:
             return base_layer(*args, **kwargs)
-        return self._adapted_forward(base_layer, names, *args, **kwargs)
+        return self._adapted_forward(base_layer, call, *args, **kwargs)
 
-    def adapters_for_call(self) -> list[str]:
-        """The adapters whose deltas a call has to add. If adapters are disabled, merged ones are unmerged first."""
-        if self.disable_adapters and self.merged:
+    def current_call(self) -> AdapterCall | None:
+        """What a call has to add, if anything. If adapters are disabled, merged ones are unmerged first."""
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        return [] if self.disable_adapters or self.merged else self.adapters_here(self.active_adapters)
+        return self._call
 
-    def _adapted_forward(self, base_layer: nn.Module, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
+    def _adapted_forward(self, base_layer: nn.Module, call: AdapterCall, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+    def plan_mixed(self, adapters: list[str]) -> MixedPlan:
+        """Finds the rows of several adapters, of which each token will have one.
+
+        Args:
+            adapters: names; those without experts in this layer leave its tokens to the base.
+        """
+        with planning:
+            for name in self.adapters_here(adapters):
+                self.resident((name,), in_training=False)
+            # Only now: making room for one may move the others.
+            residents = [self.bank.residents.get((name,)) for name in adapters]
+            known = self._plan
+            if known is None or known.adapters != adapters or known.residents != residents:
+                self._plan = known = MixedPlan(
+                    list(adapters), residents, self.bank.tensors, self._mixed_slots(residents)
+                )
+        return known
+
+    def _mixed_slots(self, residents: list[Resident | None]) -> Tensor | None:
+        return None
 
     def check_mixes(self) -> None:
         """Refuses `adapter_names` where a layer's output does not show whose its rows are.
@@ -485,7 +665,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 continue
             places = [place for place, expert in enumerate(own) if expert in ids]
             if len(places) < len(own):
-                delta = delta.index_select(0, expert_index(tuple(places), delta.device))
+                delta = delta.index_select(0, expert_index(places, delta.device))
             positions = tuple(ids.index(own[place]) for place in places)
             exact = positions == tuple(range(len(ids)))
             deltas.append((None if exact else expert_index(positions, rows.device), delta))
@@ -510,10 +690,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 buffers = getattr(self, f"{PREFIX}{weight_name}{suffix}")
                 if adapter_name in buffers and buffers[adapter_name].device != torch.device("meta"):
                     buffers[adapter_name] = buffers[adapter_name].to(target)
+        self.forget_calls()
 
     def __repr__(self) -> str:
         # PEFT reads the layer's type from the part before the bracket.
         return "esft." + super().__repr__()
+
+
+def _forget_calls(layer: ESFTLayer, incompatible_keys: Any) -> None:
+    layer.forget_calls()
 
 
 def overrides_forward(module: nn.Module) -> bool:

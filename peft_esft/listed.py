@@ -26,7 +26,7 @@ class ListedExperts(SubstitutedExperts):
         expert = self._experts[key]
         if isinstance(key, slice):
             return [self[place] for place in range(len(self))[key]]
-        return AdaptedExpert(self, expert) if self.adapters_for_call() else expert
+        return expert if self.current_call() is None else AdaptedExpert(self, expert)
 
     def __len__(self) -> int:
         return len(self._experts)
@@ -49,16 +49,22 @@ class ListedExperts(SubstitutedExperts):
 
     def call_expert(self, expert: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Runs one of the experts with the active adapters' deltas."""
-        names = self.adapters_for_call()
+        call = self.current_call()
+        if call is None:
+            return expert(*args, **kwargs)
         modules = self._weights()[0].expert_modules(self.base_layer)
         expert_id = next(number for number, module in enumerate(modules) if module is expert)
-        if expert_id not in self.union_of_experts(names):
-            return self._connected(expert(*args, **kwargs), names)
+        if expert_id not in call.expert_ids:
+            return self._connected(expert(*args, **kwargs), call.key)
+        resident = self.resident(call.key)
         substitutes: dict[str, Tensor] = {}
         for weight in self._weights():
-            row = self.effective_rows(weight.name, names, [expert_id])[0]
+            if resident is None:
+                row = self.effective_rows(weight.name, call.key, [expert_id])[0]
+            else:
+                row = resident.rows[weight.name][call.expert_ids.index(expert_id)]
             substitutes |= weight.substitutes_of_expert(self.base_layer, expert_id, row)
-        return self._connected(call_with(expert, substitutes, *args, **kwargs), names)
+        return self._connected(call_with(expert, substitutes, *args, **kwargs), call.key)
 
     def _weights(self) -> list[ListedWeight]:
         """The weights; those of a list are all listed."""

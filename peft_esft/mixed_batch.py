@@ -23,14 +23,23 @@ class AdapterBatch:
     Attributes:
         names: of each sample, `"__base__"` for no adapter.
         adapters: the different ones among them.
+        plans: by layer, where the rows of `adapters` lie. Made before the call begins: what other threads do to the
+            adapters in the meantime does not change its result.
     """
 
-    def __init__(self, names: Sequence[str], repeats: int = 1, unrepeated: frozenset[nn.Module] = frozenset()) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        repeats: int = 1,
+        unrepeated: frozenset[nn.Module] = frozenset(),
+        plans: Mapping[Any, Any] | None = None,
+    ) -> None:
         """Takes a name for each given sample, which most layers see `repeats` times and `unrepeated` ones once."""
+        self.plans = plans or {}
         self.names = [name for name in names for _ in range(repeats)]
         self.adapters = list(dict.fromkeys(names))
         self._unrepeated = unrepeated
-        self._single = AdapterBatch(names) if repeats > 1 else self
+        self._single = AdapterBatch(names, plans=plans) if repeats > 1 else self
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
     def of_layer(self, layer: nn.Module) -> AdapterBatch:
@@ -72,19 +81,22 @@ def current_batch(layer: nn.Module) -> AdapterBatch | None:
 
 
 @contextmanager
-def calling_with(model: nn.Module, adapter_names: Sequence[str], inputs: Mapping[str, Any]) -> Iterator[None]:
+def calling_with(
+    model: nn.Module, adapter_names: Sequence[str], inputs: Mapping[str, Any], plans: Mapping[Any, Any]
+) -> Iterator[None]:
     """Calls of `model` within the context, in this thread, give each sample its own adapter.
 
     Args:
         model: the base model.
         adapter_names: an adapter for each sample.
         inputs: of the model's call; in a beam search each sample becomes `num_beams` ones, but not in an encoder.
+        plans: see `AdapterBatch`.
     """
     beams = inputs.get("num_beams")
     repeats = beams if isinstance(beams, int) else 1
     encoder = _encoder(model) if repeats > 1 else None
     unrepeated = frozenset() if encoder is None else frozenset(encoder.modules())
-    batch = AdapterBatch(adapter_names, repeats, unrepeated)
+    batch = AdapterBatch(adapter_names, repeats, unrepeated, plans)
     with ExitStack() as stack:
         _count_calls(1)
         stack.callback(_count_calls, -1)

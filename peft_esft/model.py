@@ -27,6 +27,7 @@ from .fused import FusedExperts
 from .layer import PREFIX, ESFTLayer, check_trainable
 from .listed import ListedExperts
 from .mixed_batch import calling_with, check_adapter_names
+from .resident import planning
 from .substituted import SubstitutedExperts
 from .tied import TiedLayer
 from .untrusted import check_header, check_rank
@@ -194,15 +195,18 @@ class ESFTModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        check_adapter_names(adapter_names, list(self.peft_config), [*args, *kwargs.values()])
-        layers = self._layers()
-        if any(layer.merged for layer in layers):
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        for layer in layers:
-            layer.check_mixes()
-        with calling_with(self.model, adapter_names, kwargs):
+        with planning:
+            check_adapter_names(adapter_names, list(self.peft_config), [*args, *kwargs.values()])
+            layers = self._layers()
+            if any(layer.merged for layer in layers):
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+            for layer in layers:
+                layer.check_mixes()
+            different = list(dict.fromkeys(adapter_names))
+            plans = {layer: layer.plan_mixed(different) for layer in layers}
+        with calling_with(self.model, adapter_names, kwargs, plans):
             yield
 
     def add_weighted_adapter(

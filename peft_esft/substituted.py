@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layer import ESFTLayer
+from .layer import AdapterCall, ESFTLayer
 from .mixed_batch import AdapterBatch
 
 
@@ -36,22 +37,26 @@ class SubstitutedExperts(ESFTLayer):
     but slow.
     """
 
-    def _adapted_forward(self, base_layer: nn.Module, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
-        ids = self.union_of_experts(adapter_names)
+    def _adapted_forward(self, base_layer: nn.Module, call: AdapterCall, *args: Any, **kwargs: Any) -> Any:
+        output = self._substituted_forward(base_layer, call.expert_ids, self.rows_for(call), *args, **kwargs)
+        return self._connected(output, call.key) if isinstance(output, Tensor) else output
+
+    def _substituted_forward(
+        self, base_layer: nn.Module, expert_ids: tuple[int, ...], rows: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
         substitutes: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            substitutes |= weight.substitutes(base_layer, ids, self.rows_for_forward(name, adapter_names))
-        output = call_with(base_layer, substitutes, *args, **kwargs)
-        return self._connected(output, adapter_names) if isinstance(output, Tensor) else output
+            substitutes |= weight.substitutes(base_layer, expert_ids, rows[name])
+        return call_with(base_layer, substitutes, *args, **kwargs)
 
     def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Tensor:
         # Once for each adapter, on the whole batch: nothing is known here of what lies between input and output.
-        outputs = []
-        for name in batch.adapters:
-            names = self.adapters_here([name])
-            outputs.append(
-                self._adapted_forward(base_layer, names, *args, **kwargs) if names else base_layer(*args, **kwargs)
-            )
+        outputs = [
+            base_layer(*args, **kwargs)
+            if resident is None
+            else self._substituted_forward(base_layer, resident.expert_ids, resident.rows, *args, **kwargs)
+            for resident in batch.plans[self].residents
+        ]
         if not all(isinstance(output, Tensor) for output in outputs):
             raise NotImplementedError(
                 f"{self.path} ({type(base_layer).__name__}) returns more than one tensor, so adapter_names cannot "
@@ -61,7 +66,7 @@ class SubstitutedExperts(ESFTLayer):
         rows = torch.arange(len(adapter_of_row), device=adapter_of_row.device)
         return torch.stack(outputs)[adapter_of_row, rows]
 
-    def _connected(self, output: Tensor, adapter_names: list[str]) -> Tensor:
+    def _connected(self, output: Tensor, adapter_names: Sequence[str]) -> Tensor:
         """The output, as a function of all deltas: an expert that no token reaches gets a zero gradient, not None."""
         if not torch.is_grad_enabled():
             return output

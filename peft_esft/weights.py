@@ -18,18 +18,25 @@ from torch import Tensor, nn
 StackedForm = Literal["stacked", "flat", "single"]
 
 
-_INDICES: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+_CHUNK = 2**18
+"""So many elements change places at a time: few enough to stay in a core's cache."""
 
 
-def expert_index(expert_ids: tuple[int, ...], device: torch.device) -> Tensor:
-    """Expert ids as an int64 tensor `[n]`, copied to the device once."""
-    # A plain dict: the compiler would trace through `functools.lru_cache` and copy again in every call.
-    key = (expert_ids, device)
-    if key not in _INDICES:
-        # A tensor made in inference mode could not take part in a later training step.
-        with torch.inference_mode(False):
-            _INDICES[key] = torch.tensor(expert_ids, dtype=torch.int64, device=device)
-    return _INDICES[key]
+def expert_index(expert_ids: Sequence[int], device: torch.device) -> Tensor:
+    """Expert ids as an int64 tensor `[n]`."""
+    return torch.tensor(list(expert_ids), dtype=torch.int64, device=device)
+
+
+def exchange(first: Tensor, second: Tensor) -> None:
+    """Lets the contents of two contiguous tensors of equal size change places."""
+    pieces = [
+        tensor.view(-1).split(_CHUNK if tensor.device.type == "cpu" else tensor.numel()) for tensor in (first, second)
+    ]
+    spare = torch.empty_like(pieces[0][0])
+    for own, other in zip(*pieces, strict=True):
+        kept = spare[: len(own)].copy_(own)
+        own.copy_(other)
+        other.copy_(kept)
 
 
 @dataclass(frozen=True)
@@ -64,25 +71,25 @@ class StackedWeight:
     def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
         """A copy of the rows of some experts, `[n, ...]`."""
         weight = self.whole(module)
-        return weight.index_select(0, expert_index(tuple(expert_ids), weight.device))
+        return weight.index_select(0, expert_index(expert_ids, weight.device))
 
     def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
         """Writes the rows `[n, ...]` of some experts, casting them to the parameter's dtype."""
         weight = self._view(self.parameters(module)[0].data)
-        weight.index_copy_(0, expert_index(tuple(expert_ids), weight.device), rows.to(weight))
+        weight.index_copy_(0, expert_index(expert_ids, weight.device), rows.to(weight))
 
-    def add(self, module: nn.Module, expert_ids: Sequence[int], delta: Tensor) -> None:
-        """Adds to the rows of some experts in place: in the wider of the dtypes, rounded once."""
+    def exchange(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
+        """Lets the rows of some experts and `rows` `[n, ...]`, in the parameter's dtype, change places."""
         weight = self._view(self.parameters(module)[0].data)
-        for expert, change in zip(expert_ids, delta, strict=True):
-            weight[expert].add_(change)
+        for expert, row in zip(expert_ids, rows, strict=True):
+            exchange(weight[expert], row)
 
     def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
         """What `torch.func.functional_call` puts in place of the parameters, by path: the weight with new rows."""
         parameter = self.parameters(module)[0]
         if self.form == "single":
             return {self.parameter: rows[0]}
-        index = expert_index(tuple(expert_ids), parameter.device)
+        index = expert_index(expert_ids, parameter.device)
         if self.form == "flat":
             return {self.parameter: self._view(parameter).index_copy(0, index, rows).flatten(0, 1)}
         return {self.parameter: parameter.index_copy(0, index, rows)}
@@ -130,6 +137,13 @@ class ListedWeight:
             parts = self._parts(module, expert)
             for part, values in zip(parts, row.split([part.shape[0] for part in parts]), strict=True):
                 part.data.copy_(values)
+
+    def exchange(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
+        """Lets the rows of some experts and `rows` `[n, ...]`, in the parameters' dtype, change places."""
+        for expert, row in zip(expert_ids, rows, strict=True):
+            parts = self._parts(module, expert)
+            for part, values in zip(parts, row.split([part.shape[0] for part in parts]), strict=True):
+                exchange(part.data, values)
 
     def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
         """What `torch.func.functional_call` puts in place of the experts' parameters, by path below the container."""

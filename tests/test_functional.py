@@ -8,14 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_esft import functional
+from peft_esft import functional, grouped
 from peft_esft.functional import (
     ExpertBody,
     ExpertWeights,
     add_deltas,
     default_gate,
     expert_slots,
-    grouped_linear,
     rows_with_delta,
     split_experts_forward,
 )
@@ -78,8 +77,8 @@ def test_split_forward_equals_the_loop_in_outputs_and_all_gradients(problem):
 @pytest.mark.parametrize("few_rows", [0, 1000])
 def test_the_kernels_of_accelerators_compute_the_same(monkeypatch, few_rows):
     """Few rows go without waiting for the host, many rows in two parts; torch has these kernels on the CPU as well."""
-    monkeypatch.setattr(functional, "_LOOPED_DEVICES", ())
-    monkeypatch.setattr(functional, "_FEW_ROWS", few_rows)
+    monkeypatch.setattr(grouped, "_LOOPED_DEVICES", ())
+    monkeypatch.setattr(grouped, "_FEW_ROWS", few_rows)
     kernel, used = torch.nn.functional.grouped_mm, []
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *a, **k: used.append(1) or kernel(*a, **k))
     # Memory that a kernel does not write to is then filled with NaN.
@@ -123,9 +122,8 @@ def check_against_the_loop(problem):
         ]
         rows = leaves[2:]
         if split:
-            slots = expert_slots((tuple(problem["selected"]),), experts, torch.device("cpu"), problem["num_identity"])[
-                0
-            ]
+            selection = (problem["selected"], 0)
+            slots = expert_slots([selection], experts, len(problem["selected"]), problem["num_identity"])[0]
             output = split_experts_forward(
                 leaves[0],
                 ids,
@@ -149,41 +147,44 @@ def check_against_the_loop(problem):
         torch.testing.assert_close(gradient, reference, **tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize(("width", "out"), [(16, 24), (12, 20), (5, 7)])
-@pytest.mark.parametrize("is_transposed", [False, True])
-def test_grouped_linear_in_every_dtype_and_alignment(dtype, width, out, is_transposed):
-    rows = torch.randn(10, width).to(dtype).requires_grad_()
-    shape = (3, width, out) if is_transposed else (3, out, width)
-    weight = torch.randn(shape).to(dtype).requires_grad_()
-    result = grouped_linear(rows, weight, torch.tensor([4, 4, 10], dtype=torch.int32), is_transposed)
-    result.float().square().sum().backward()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_deltas_give_what_their_effective_rows_give(dtype, has_bias):
+    shapes = [(8, 16, 8), (8, 8, 8), *([(8, 16), (8, 8)] if has_bias else [])]
+    base = [torch.randn(shape).to(dtype) for shape in shapes]
+    ids, routed = torch.tensor([5, 1]), torch.randint(8, (20, 2))
+    deltas = [torch.randn(2, *shape[1:], requires_grad=True) for shape in shapes]
+    states, gates = torch.randn(20, 8, dtype=dtype), torch.rand(20, 2, dtype=dtype)
 
-    reference_rows, reference_weight = (leaf.detach().float().requires_grad_() for leaf in (rows, weight))
-    matrices = reference_weight if is_transposed else reference_weight.transpose(1, 2)
-    expected = torch.cat([reference_rows[:4] @ matrices[0], reference_rows[4:] @ matrices[2]])
-    expected.square().sum().backward()
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}[dtype]
-    for own, reference in (
-        (result, expected),
-        (rows.grad, reference_rows.grad),
-        (weight.grad, reference_weight.grad),
-    ):
-        assert own.dtype == dtype
-        assert (own.float() - reference).abs().max() <= tolerance * reference.abs().max()
-    assert not weight.grad[1].any()
+    def run(trained, trained_ids):
+        leaves = [states.clone().requires_grad_(), gates.clone().requires_grad_()]
+        output = split_experts_forward(
+            leaves[0],
+            routed,
+            leaves[1],
+            trained=ExpertWeights(*trained),
+            trained_ids=trained_ids,
+            frozen=ExpertWeights(*base),
+            slots=expert_slots([(ids.tolist(), 0)], 8, 2)[0],
+            body=ExpertBody(gate),
+        )
+        return [output, *torch.autograd.grad(output.float().square().sum(), [*leaves, *deltas])]
+
+    rows = [rows_with_delta(weight, ids, delta) for weight, delta in zip(base, deltas, strict=True)]
+    for own, expected in zip(run(deltas, ids), run(rows, None), strict=True):
+        assert torch.equal(own, expected)
 
 
 def test_no_gradient_of_a_frozen_weight_is_ever_computed(monkeypatch):
     computed = []
-    original = functional._grouped_outer
-    monkeypatch.setattr(functional, "_grouped_outer", lambda *args: computed.append(original(*args)) or computed[-1])
+    original = functional.grouped_outer
+    monkeypatch.setattr(functional, "grouped_outer", lambda *args: computed.append(original(*args)) or computed[-1])
     for dtype in (torch.float32, torch.float64):
         frozen = ExpertWeights(torch.randn(8, 16, 8, dtype=dtype), torch.randn(8, 8, 8, dtype=dtype))
         trained = ExpertWeights(*(w[:2].clone().requires_grad_() for w in (frozen.up, frozen.down)))
         states = torch.randn(20, 8, dtype=dtype, requires_grad=True)
         index = torch.randint(8, (20, 2))
-        slots = expert_slots(((0, 1),), 8, states.device)[0]
+        slots = expert_slots([((0, 1), 0)], 8, 2)[0]
         body = ExpertBody(gate)
         weights = torch.rand(20, 2, dtype=dtype)
         output = split_experts_forward(states, index, weights, trained=trained, frozen=frozen, slots=slots, body=body)
