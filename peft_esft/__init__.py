@@ -14,6 +14,7 @@ from .containers import ExpertsContainer, find_experts  # noqa: E402
 from .hotswap import hotswap_adapter  # noqa: E402
 from .layer import ESFTLayer  # noqa: E402
 from .model import ESFTModel  # noqa: E402
+from .pool import AdapterPool, PoolStatistics  # noqa: E402
 from .scores import ExpertScores  # noqa: E402
 from .scoring import score_experts  # noqa: E402
 from .selection import random_experts, select_experts  # noqa: E402
@@ -24,11 +25,13 @@ register(ESFTConfig, ESFTModel)
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AdapterPool",
     "ESFTConfig",
     "ESFTLayer",
     "ESFTModel",
     "ExpertScores",
     "ExpertsContainer",
+    "PoolStatistics",
     "find_experts",
     "hotswap_adapter",
     "random_experts",

@@ -51,8 +51,8 @@ class FusedExperts(ESFTLayer):
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
-        plan = batch.plans[self]
-        if not plan.bank:
+        plan = batch.plans.get(self)
+        if plan is None or not plan.bank:
             return base_layer(hidden_states, top_k_index, top_k_weights)
         assert plan.slots is not None
         return split_experts_forward(

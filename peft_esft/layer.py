@@ -220,11 +220,14 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         for tensors in (getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)):
             old = tensors.pop(adapter_name) if adapter_name in tensors else None
             new = tensors.pop(incoming) if incoming in tensors else None
-            if new is not None and old is not None and old.shape == new.shape and old.dtype == new.dtype:
-                old.data.copy_(new.data)
-                new = old
-            if new is not None:
-                tensors[adapter_name] = new.requires_grad_(is_trained) if isinstance(new, nn.Parameter) else new
+            if new is None:
+                continue
+            if isinstance(new, nn.Parameter):
+                if old is not None and old.shape == new.shape and old.dtype == new.dtype:
+                    old.data.copy_(new.data)
+                    new = old
+                new.requires_grad_(is_trained)
+            tensors[adapter_name] = new
         for settings in self._settings():
             settings.pop(adapter_name, None)
             if incoming in settings:
@@ -234,6 +237,21 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def _settings(self) -> list[dict[str, Any]]:
         """What is kept of each adapter beside its tensors."""
         return [self.expert_ids, self.scaling, self.scale, self.storage]
+
+    def freeze_adapter(self, adapter_name: str) -> None:
+        """Holds an adapter's effective rows in place of its deltas, which end: the form "rows" of `storage.py`."""
+        resident = self.resident((adapter_name,), in_training=False)
+        assert resident is not None  # since not in training
+        for tensors in (getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)):
+            if adapter_name in tensors:
+                del tensors[adapter_name]
+        for name, rows in resident.rows.items():
+            getattr(self, f"{PREFIX}{name}_rows")[adapter_name] = rows
+        self.storage[adapter_name] = "rows"
+        self.scaling[adapter_name] = self.scale[adapter_name] = 1.0
+        sources = self._sources(resident.key)
+        self.bank.put(resident.key, resident.expert_ids, resident.rows, self._state(sources), sources)
+        self.forget_calls()
 
     def is_trained(self, adapter_name: str) -> bool:
         """True if a delta of the adapter requires a gradient."""

@@ -24,7 +24,7 @@ class AdapterBatch:
         names: of each sample, `"__base__"` for no adapter.
         adapters: the different ones among them.
         plans: by layer, where the rows of `adapters` lie. Made before the call begins: what other threads do to the
-            adapters in the meantime does not change its result.
+            adapters in the meantime does not change its result. A layer that has none is younger than the call.
     """
 
     def __init__(

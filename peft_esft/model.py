@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
@@ -266,6 +267,37 @@ class ESFTModel(BaseTuner):
         for layer in layers:
             layer.combine(adapters, weights, adapter_name, combination_type, density, majority_sign_method)
 
+    def freeze_adapter(self, adapter_name: str) -> None:
+        """Turns an adapter into one for inference, which holds its effective rows in place of deltas.
+
+        In the base's dtype these take half or a third of the memory, and the outputs stay the same bit for bit. The
+        adapter cannot be trained any more; it is saved in the form `"rows"`.
+
+        Args:
+            adapter_name (`str`): Name of the adapter.
+
+        Raises:
+            ValueError: if there is no such adapter, or it is merged.
+        """
+        layers = self._layers_of(adapter_name)
+        for layer in layers:
+            layer.freeze_adapter(adapter_name)
+        config = self.peft_config[adapter_name]
+        config.storage, config.rank, config.inference_mode = "rows", None, True
+
+    def rows_nbytes(self, peft_config: ESFTConfig) -> int:
+        """Bytes of the effective rows of an adapter over this model, which need not have it."""
+        containers = find_experts(self.model)
+        selection = resolve_target_experts(peft_config.target_experts or {}, containers)
+        whole = self._modules_trained_whole(peft_config)
+        nbytes = 0
+        for path, ids in {**selection, **{path: [0] for path in whole}}.items():
+            container = (containers | whole)[path]
+            for weight in container.weights:
+                itemsize = weight.parameters(container.module)[0].element_size()
+                nbytes += len(ids) * torch.Size(weight.shape(container.module)).numel() * itemsize
+        return nbytes
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained.
 
@@ -276,12 +308,7 @@ class ESFTModel(BaseTuner):
         Raises:
             ValueError: if there is no such adapter, or it is merged.
         """
-        layers = [layer for layer in self._layers() if adapter_name in layer.expert_ids]
-        if not layers:
-            raise ValueError(f"there is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
-        if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(f"adapter {adapter_name!r} is merged; unmerge it before its scale is set")
-        for layer in layers:
+        for layer in self._layers_of(adapter_name):
             layer.set_scale(adapter_name, scale)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -313,6 +340,19 @@ class ESFTModel(BaseTuner):
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
             layer.check_finite(layer.active_adapters if adapter_names is None else adapter_names)
+
+    def _layers_of(self, adapter_name: str) -> list[ESFTLayer]:
+        """The layers of an adapter that may be changed.
+
+        Raises:
+            ValueError: if there is no such adapter, or it is merged.
+        """
+        layers = [layer for layer in self._layers() if adapter_name in layer.expert_ids]
+        if not layers:
+            raise ValueError(f"there is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
+        if any(adapter_name in layer.merged_adapters for layer in layers):
+            raise ValueError(f"adapter {adapter_name!r} is merged; unmerge it before it is changed")
+        return layers
 
     def _layers(self) -> list[ESFTLayer]:
         return [module for module in self.model.modules() if isinstance(module, ESFTLayer)]

@@ -130,10 +130,12 @@ class RowBank:
             self._leaving.append(weakref.ref(resident.place))
         return resident
 
-    def give_back(self, resident: Resident) -> None:
-        """Undoes `take`, if the bank is still the one that the rows lie in."""
-        if resident.bank is self.tensors and resident.key not in self.residents:
-            self._add(resident)
+    def give_back(self, resident: Resident) -> bool:
+        """Undoes `take`; False if the bank is another one by now, or has other rows for the key."""
+        if resident.bank is not self.tensors or resident.key in self.residents:
+            return False
+        self._add(resident)
+        return True
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Forgets all rows in which an adapter has a part."""
@@ -143,6 +145,17 @@ class RowBank:
     def clear(self) -> None:
         """Forgets all rows."""
         self.tensors, self.residents, self._leaving = {}, {}, []
+
+    @property
+    def gap_nbytes(self) -> int:
+        """Bytes of rows that are nobody's."""
+        used = sum(len(resident.expert_ids) for resident in self.residents.values())
+        return self.nbytes // self.capacity * (self.capacity - used) if self.capacity else 0
+
+    def compact(self) -> None:
+        """Closes the gaps."""
+        if self.gap_nbytes:
+            self._grow(0)
 
     def _add(self, resident: Resident) -> Resident:
         self.residents = {**self.residents, resident.key: resident}

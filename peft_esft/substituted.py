@@ -49,13 +49,16 @@ class SubstitutedExperts(ESFTLayer):
             substitutes |= weight.substitutes(base_layer, expert_ids, rows[name])
         return call_with(base_layer, substitutes, *args, **kwargs)
 
-    def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Tensor:
+    def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:
+        plan = batch.plans.get(self)
+        if plan is None:
+            return base_layer(*args, **kwargs)
         # Once for each adapter, on the whole batch: nothing is known here of what lies between input and output.
         outputs = [
             base_layer(*args, **kwargs)
             if resident is None
             else self._substituted_forward(base_layer, resident.expert_ids, resident.rows, *args, **kwargs)
-            for resident in batch.plans[self].residents
+            for resident in plan.residents
         ]
         if not all(isinstance(output, Tensor) for output in outputs):
             raise NotImplementedError(
