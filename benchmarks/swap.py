@@ -2,14 +2,17 @@
 
     python benchmarks/swap.py [--rounds 21] [--busy]
 
-Switching is a matter of bookkeeping and is given in milliseconds for 26 layers; the rest as ratios to a plain copy of
-the same bytes, or to reading the file into tensors, in turns in one process.
+Switching is a matter of bookkeeping and is given in milliseconds for 26 layers; the rest as ratios to plain copies of
+what has to move (merging keeps the rows that it replaces, so two copies of the adapter's rows; unmerging one; swapping
+merged adapters three), or to reading the file into tensors, in turns in one process.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -75,9 +78,13 @@ def measure_merging(rounds: int) -> list[dict[str, object]]:
             sources.append(torch.randn(TRAINED, *weight.shape[1:]))
             targets.append(torch.empty_like(sources[-1]))
 
-    def copy_rows() -> None:
-        for source, target in zip(sources, targets, strict=True):
-            target.copy_(source)
+    def copies(number: int) -> Callable[[], None]:
+        def copy_rows() -> None:
+            for _ in range(number):
+                for source, target in zip(sources, targets, strict=True):
+                    target.copy_(source)
+
+        return copy_rows
 
     def merge(name: str) -> None:
         model.base_model.merge_adapter([name])
@@ -85,27 +92,48 @@ def measure_merging(rounds: int) -> list[dict[str, object]]:
     def swap() -> None:
         model.base_model.unmerge_adapter()
         merge("b")
+
+    def swap_back() -> None:
         model.base_model.unmerge_adapter()
         merge("a")
 
     # Called in this order each time, so that each finds the state that it needs.
-    order = {"copy": copy_rows, "merge": lambda: merge("a"), "swap": swap, "unmerge": model.base_model.unmerge_adapter}
+    order = {
+        "copy 1": copies(1),
+        "copy 2": copies(2),
+        "copy 3": copies(3),
+        "merge": lambda: merge("a"),
+        "swap": swap,
+        "swap back": swap_back,
+        "unmerge": model.base_model.unmerge_adapter,
+    }
     times = time_in_turns(order, rounds, turn_round=False)
-    copies = {"merge": "copy", "unmerge": "copy", "swap": "copy"}
+    moved = {"merge": "copy 2", "unmerge": "copy 1", "swap": "copy 3"}
     return [
-        {"operation": name, "over": "a copy of the same bytes", "ratio or time": times.ratio(name, other)}
-        for name, other in copies.items()
+        {"operation": name, "over": f"{other[-1]} copies of the rows", "ratio or time": times.ratio(name, other)}
+        for name, other in moved.items()
     ]
 
 
-def measure_loading(rounds: int) -> dict[str, object]:
-    model = with_adapters(build_model())
+def wide_model() -> OlmoeForCausalLM:
+    """Experts of 6.3 MB."""
+    config = copy.deepcopy(build_model().config)
+    config.hidden_size, config.intermediate_size = 1024, 512
+    return OlmoeForCausalLM(config).eval()
+
+
+def measure_loading(base: OlmoeForCausalLM, rounds: int) -> dict[str, object]:
+    model = with_adapters(base)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, selected_adapters=["a"])
         file = Path(folder) / "a" / "adapter_model.safetensors"
 
         def load() -> None:
             model.load_adapter(file.parent, adapter_name="c", low_cpu_mem_usage=True)
+            # Both only map the file into memory until its tensors are used.
+            for name, parameter in model.named_parameters():
+                if name.endswith(".c"):
+                    parameter.data.clone()
 
         def read() -> None:
             for tensor in load_file(file).values():
@@ -113,8 +141,9 @@ def measure_loading(rounds: int) -> dict[str, object]:
 
         calls = {"read": read, "load": load, "delete": lambda: model.delete_adapter("c")}
         times = time_in_turns(calls, rounds, turn_round=False)
+        size = file.stat().st_size
     return {
-        "operation": "load_adapter",
+        "operation": f"load_adapter, {size / 1e6:.0f} MB",
         "over": "reading the file into tensors",
         "ratio or time": times.ratio("load", "read"),
     }
@@ -129,13 +158,14 @@ def main() -> None:
     rows = [
         measure_switching(arguments.rounds),
         *measure_merging(arguments.rounds),
-        measure_loading(arguments.rounds),
+        measure_loading(build_model(), arguments.rounds),
+        measure_loading(wide_model(), arguments.rounds),
     ]
     write_results(
         "swap",
         "Switching, merging and loading adapters",
         f"OLMoE-like models, fp32, {TRAINED} of 64 experts in each layer. Ratios of minima, medians of the ratios in "
-        "brackets. swap: unmerge one adapter and merge another, twice.",
+        "brackets. swap: unmerge one adapter and merge another.",
         rows,
         versions(),
     )

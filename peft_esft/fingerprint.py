@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,21 +42,22 @@ def fingerprint_container(container: ExpertsContainer, expert_ids: list[int]) ->
     ):
         return None
     ids = expert_ids[:EXPERTS]
-    return fingerprint([weight.read(container.module, ids) for weight in container.weights])
+    return fingerprint([weight.rows(container.module, ids) for weight in container.weights])
 
 
-def fingerprint(weights: list[Tensor]) -> str:
-    """A hash of values spread over some rows of each weight, `[n, ...]`, rounded to bf16.
+def fingerprint(weights: Sequence[Sequence[Tensor] | Tensor]) -> str:
+    """A hash of values spread over some rows `[...]` of each weight, rounded to bf16.
 
     So a checkpoint has the same fingerprint whether it is loaded in fp32 or bf16. fp16 rounds otherwise, which the
     prefix tells.
     """
     digest = hashlib.sha256()
     for rows in weights:
-        flat = rows.detach()[:EXPERTS].flatten(1)
-        sample = flat[:, :: max(1, flat.shape[1] // VALUES)].to("cpu", torch.bfloat16)
-        digest.update(bytes(sample.contiguous().view(torch.uint8).flatten().tolist()))
-    kind = "fp16" if weights[0].dtype == torch.float16 else "bf16"
+        for row in rows[:EXPERTS]:
+            flat = row.detach().flatten()
+            sample = flat[:: max(1, flat.shape[0] // VALUES)].to("cpu", torch.bfloat16)
+            digest.update(bytes(sample.contiguous().view(torch.uint8).tolist()))
+    kind = "fp16" if weights[0][0].dtype == torch.float16 else "bf16"
     return f"{kind}:{digest.hexdigest()[:16]}"
 
 

@@ -15,7 +15,9 @@ _GROUPED_MM_ALIGNMENT = 16  # bytes; what `torch.nn.functional.grouped_mm` asks 
 _FEW_ROWS = 256
 """Up to so many rows an accelerator computes what it will throw away rather than wait for the host."""
 _LOOPED_DEVICES = ("cpu",)
-"""Where a loop over the groups is as fast as `grouped_mm`, which is the same loop, and saves gathers and copies."""
+"""Where torch's `grouped_mm` is itself a loop over all groups."""
+_LOOPED_ROWS = (0.5, 32)
+"""There, with fewer or more rows a group than these, a loop over those that have rows is as fast, and copies less."""
 
 
 def ends_on_host(ends: Tensor, num_rows: int) -> list[int] | None:
@@ -52,7 +54,8 @@ def grouped_mm(
         return torch.ops.peft_esft.grouped_mm(inputs, tokens, frozen, trained, ends, is_flipped)
     if is_flipped:
         frozen, trained = frozen.transpose(1, 2), trained.transpose(1, 2)
-    if _has_kernel(inputs, frozen):
+    num_rows, num_groups = (inputs if tokens is None else tokens).shape[0], ends.shape[0]
+    if _has_kernel(inputs, frozen) and not _is_better_looped(inputs.device, num_rows, num_groups):
         rows = inputs if tokens is None else inputs.index_select(0, tokens)
         if host_ends is None and rows.shape[0] <= _FEW_ROWS:
             return _few_rows_mm(rows, frozen, trained, ends)
@@ -120,7 +123,7 @@ def grouped_outer(
     """
     if torch.compiler.is_compiling():
         return torch.ops.peft_esft.grouped_outer(left, right, bounds).to(dtype)
-    has_kernel = _has_kernel(left, right) and left.shape[0] > 0
+    has_kernel = _has_kernel(left, right) and left.device.type not in _LOOPED_DEVICES and left.shape[0] > 0
     if has_kernel and host_bounds is None and left.shape[0] <= _FEW_ROWS:
         # The rows before the first group make one group more, which is thrown away.
         return torch.nn.functional.grouped_mm(left.transpose(0, 1), right, offs=bounds)[1:].to(dtype)
@@ -143,8 +146,8 @@ def grouped_outer(
 
 
 def _has_kernel(left: Tensor, right: Tensor) -> bool:
-    """True if `torch.nn.functional.grouped_mm` has a kernel for these operands that is better than a loop."""
-    if left.device.type in _LOOPED_DEVICES or left.dtype not in _GROUPED_MM_DTYPES:
+    """True if `torch.nn.functional.grouped_mm` has a kernel for these operands."""
+    if left.dtype not in _GROUPED_MM_DTYPES:
         return False
     if left.is_cuda and torch.cuda.get_device_capability(left.device) < (8, 0):
         return False
@@ -152,6 +155,11 @@ def _has_kernel(left: Tensor, right: Tensor) -> bool:
     if any(size * left.element_size() % _GROUPED_MM_ALIGNMENT for size in sizes):
         return False
     return all(operand.data_ptr() % _GROUPED_MM_ALIGNMENT == 0 for operand in (left, right))
+
+
+def _is_better_looped(device: torch.device, num_rows: int, num_groups: int) -> bool:
+    low, high = _LOOPED_ROWS
+    return device.type in _LOOPED_DEVICES and not low * num_groups <= num_rows <= high * num_groups
 
 
 def _non_empty_groups(ends: list[int]) -> tuple[list[int], list[int]]:

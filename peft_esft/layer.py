@@ -98,12 +98,16 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.num_identity_experts = container.num_identity_experts
         self.weights: dict[str, ExpertWeight] = {weight.name: weight for weight in container.weights}
         self.weight_names = container.weight_names
+        self._delta_names: dict[str, tuple[str, ...]] = {}
+        self._stored_names: dict[str, tuple[str, ...]] = {}
         for name, shape in container.weight_shapes.items():
             suffixes = ("", "_A", "_B") if len(shape) == 2 else ("",)
-            self.adapter_layer_names += tuple(f"{PREFIX}{name}{suffix}" for suffix in suffixes)
+            self._delta_names[name] = tuple(f"{PREFIX}{name}{suffix}" for suffix in suffixes)
+            self._stored_names[name] = tuple(f"{PREFIX}{name}{suffix}" for suffix in FROZEN_SUFFIXES)
+            self.adapter_layer_names += self._delta_names[name]
+            self.other_param_names += self._stored_names[name]
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.other_param_names = tuple(f"{PREFIX}{n}{suffix}" for n in self.weight_names for suffix in FROZEN_SUFFIXES)
         for name in self.other_param_names:
             setattr(self, name, BufferDict({}, persistent=True))
         self.storage: dict[str, str] = {}
@@ -120,7 +124,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
         self._replaced_ids: list[int] = []
         self._replaced_rows: dict[str, Tensor] = {}
-        self._exchanged: Resident | None = None
+        # The memory of the last merge, for the next one: writing to new memory takes longer than the copy itself.
+        self._spare_rows: dict[str, Tensor] = {}
         self.in_features = self.out_features = container.hidden_size
         self._active_adapter = adapter_name
         self.register_load_state_dict_post_hook(_forget_calls)
@@ -175,7 +180,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         is_off = self._disable_adapters or bool(self.merged_adapters)
         names = [] if is_off else self.adapters_here(self.active_adapters)
         self._call = self.call_of(tuple(names)) if names else None
-        if self._call is not None and any(self.is_trained(name) for name in names):
+        if self._call is not None and self._call.rows is not None and any(self.is_trained(name) for name in names):
             self._call.rows = None
 
     def call_of(self, key: Key) -> AdapterCall:
@@ -191,7 +196,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def forget_calls(self) -> None:
         """To be called whenever the tensors of an adapter were replaced, or their device changed."""
-        self._calls, self._plan = {}, None
+        self._calls, self._plan, self._spare_rows = {}, None, {}
         self.prepare()
 
     def _slots(self, expert_ids: list[int], device: torch.device) -> Tensor | None:
@@ -472,42 +477,29 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         if safe_merge:
             self.check_finite(names)
         all_names = [*self.merged_adapters, *names]
-        if len(all_names) == 1 and self._exchange_rows(names[0]):
-            self.prepare()
-            return
         ids = self.union_of_experts(all_names)
         new_ids = ids[len(self._replaced_ids) :]
+        known = self.resident(tuple(all_names), in_training=False) if len(all_names) == 1 else None
         originals, merged = {}, {}
-        for weight_name in self.weight_names:
+        for weight_name, weight in self.weights.items():
             rows = self._replaced_rows.get(weight_name)
             if new_ids:
-                new_rows = self.weights[weight_name].read(self.get_base_layer(), new_ids)
+                spare = self._spare_rows.get(weight_name)
+                out = None if spare is None or rows is not None else spare[: len(new_ids)]
+                new_rows = weight.read(self.get_base_layer(), new_ids, out=out)
                 rows = new_rows if rows is None else torch.cat([rows.to(new_rows), new_rows])
             assert rows is not None  # the first merge always has new experts
             originals[weight_name] = rows
-            merged[weight_name] = self._with_deltas(rows, ids, weight_name, all_names)
-        self._replaced_ids, self._replaced_rows = ids, originals
-        self.merged_adapters, self._exchanged = all_names, None
+            with_deltas = (
+                self._with_deltas(rows, ids, weight_name, all_names) if known is None else known.rows[weight_name]
+            )
+            merged[weight_name] = with_deltas
+        self._replaced_ids, self._replaced_rows, self._spare_rows = ids, originals, {}
+        self.merged_adapters = all_names
         self._write_rows(ids, merged)
+        if known is not None and self.is_trained(names[0]):
+            self.bank.remove(known.key)
         self.prepare()
-
-    def _exchange_rows(self, adapter_name: str) -> bool:
-        """Merges by letting an adapter's rows and the base's change places; False if it cannot.
-
-        Rows that are the adapter's only ones stay where they are.
-        """
-        resident = None if self.storage[adapter_name] == "rows" else self.resident((adapter_name,), in_training=False)
-        if resident is None:
-            return False
-        self._exchanged = self.bank.take(resident.key)
-        self._replaced_ids, self._replaced_rows = list(resident.expert_ids), resident.rows
-        self.merged_adapters = [adapter_name]
-        self._exchange(resident)
-        return True
-
-    def _exchange(self, resident: Resident) -> None:
-        for name, rows in resident.rows.items():
-            self.weights[name].exchange(self.get_base_layer(), resident.expert_ids, rows)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -515,13 +507,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        if self._exchanged is None:
-            self._write_rows(self._replaced_ids, self._replaced_rows)
-        else:
-            self._exchange(self._exchanged)
-            self.bank.give_back(self._exchanged)
-        self.merged_adapters, self._exchanged = [], None
-        self._replaced_ids, self._replaced_rows = [], {}
+        self._write_rows(self._replaced_ids, self._replaced_rows)
+        self.merged_adapters = []
+        self._replaced_ids, self._replaced_rows, self._spare_rows = [], {}, self._replaced_rows
         self.prepare()
 
     def unload_and_optionally_merge_module(
@@ -615,12 +603,16 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         parameter = self._base_parameter(weight_name)
         # At least fp32: transformers attaches and loads adapters without asking PEFT to widen them.
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        delta = torch.zeros(shape, dtype=dtype, device=parameter.device)
+        deltas = self._tensors(f"{PREFIX}{weight_name}{suffix}")
+        # One zero for all: what is registered under PEFT's low_cpu_mem_usage goes to the meta device at once.
+        deltas[adapter_name] = nn.Parameter(torch.zeros((), dtype=dtype, device=parameter.device).expand(shape))
+        if deltas[adapter_name].device != parameter.device:
+            return
+        delta = deltas[adapter_name].data = torch.zeros(shape, dtype=dtype, device=parameter.device)
         if not zero and suffix == "_A":
             nn.init.uniform_(delta, -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]))
         elif not zero:
             nn.init.normal_(delta, std=0.02)
-        getattr(self, f"{PREFIX}{weight_name}{suffix}")[adapter_name] = nn.Parameter(delta)
 
     def _add_stored(self, weight_name: str, adapter_name: str, shape: tuple[int, ...]) -> None:
         """Makes room for the tensors of an adapter that is stored in another form than deltas."""
@@ -652,13 +644,17 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def _adapter_tensors(self, weight_name: str, adapter_name: str) -> list[Tensor]:
         """All tensors that an adapter's change of a weight depends on."""
-        stored = (getattr(self, f"{PREFIX}{weight_name}{suffix}") for suffix in FROZEN_SUFFIXES)
-        buffers = [tensors[adapter_name] for tensors in stored if adapter_name in tensors]
-        return [*self._delta_parameters(weight_name, adapter_name), *buffers]
+        if self.storage[adapter_name] == "delta":
+            return [*self._delta_parameters(weight_name, adapter_name)]
+        stored = (self._tensors(name) for name in self._stored_names[weight_name])
+        return [tensors[adapter_name] for tensors in stored if adapter_name in tensors]
 
     def _parameter_dicts(self, weight_name: str) -> list[nn.ParameterDict]:
-        names = (f"{PREFIX}{weight_name}{suffix}" for suffix in ("", "_A", "_B"))
-        return [getattr(self, name) for name in names if name in self.adapter_layer_names]
+        return [self._tensors(name) for name in self._delta_names[weight_name]]
+
+    def _tensors(self, name: str) -> Any:
+        """A dict of tensors by adapter name, without the detours of a module's attributes."""
+        return self._modules[name]
 
     def _delta_parameters(self, weight_name: str, adapter_name: str) -> list[nn.Parameter]:
         """An adapter's delta of a weight, or its factors A and B; none if it leaves the weight as it is."""

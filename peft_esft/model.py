@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, set_adapter
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .card import is_hub_name
@@ -72,6 +73,7 @@ class ESFTModel(BaseTuner):
     """
 
     prefix: str = PREFIX
+    _with_adapters: list[nn.Module] | None = None
     tuner_layer_cls = ESFTLayer
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -277,9 +279,11 @@ class ESFTModel(BaseTuner):
             adapter_name (`str`): Name of the adapter.
 
         Raises:
-            ValueError: if there is no such adapter, or it is merged.
+            ValueError: if there is no such adapter, or one is merged.
         """
         layers = self._layers_of(adapter_name)
+        if any(layer.merged for layer in layers):
+            raise ValueError("an adapter is merged, so the base's rows are not known; call unmerge_adapter first")
         for layer in layers:
             layer.freeze_adapter(adapter_name)
         config = self.peft_config[adapter_name]
@@ -310,6 +314,29 @@ class ESFTModel(BaseTuner):
         """
         for layer in self._layers_of(adapter_name):
             layer.set_scale(adapter_name, scale)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`."""
+        # The same, on the modules that have adapters: PEFT's own walks through all modules, twice.
+        for module in self._modules_with_adapters():
+            if not isinstance(module, ESFTLayer):
+                set_adapter(module, adapter_name, inference_mode, layer_cls=ESFTLayer)
+                continue
+            if module.merged:
+                warnings.warn(
+                    "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
+                )
+                module.unmerge()
+            module.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
+        self._with_adapters = None
+        try:
+            super().inject_adapter(*args, **kwargs)
+        finally:
+            self._with_adapters = None
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base, see `peft.tuners.tuners_utils.BaseTuner.merge_adapter`.
@@ -355,7 +382,14 @@ class ESFTModel(BaseTuner):
         return layers
 
     def _layers(self) -> list[ESFTLayer]:
-        return [module for module in self.model.modules() if isinstance(module, ESFTLayer)]
+        return [module for module in self._modules_with_adapters() if isinstance(module, ESFTLayer)]
+
+    def _modules_with_adapters(self) -> list[nn.Module]:
+        """Found once, until an adapter is added."""
+        if self._with_adapters is None:
+            kinds = (ESFTLayer, AuxiliaryTrainingWrapper)
+            self._with_adapters = [module for module in self.model.modules() if isinstance(module, kinds)]
+        return self._with_adapters
 
     @classmethod
     def _get_adapter_state_dict(

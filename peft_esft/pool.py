@@ -18,7 +18,6 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
 from .config import ESFTConfig
-from .layer import ESFTLayer
 from .mixed_batch import BASE
 from .model import ESFTModel
 from .resident import planning
@@ -252,7 +251,7 @@ class AdapterPool:
                 raise
             self._resident[name] = None
             if self._gaps() > self.device_bytes - self._held():
-                for layer in self._layers():
+                for layer in self._tuner._layers():
                     layer.bank.compact()
 
     def _attach(self, name: str, own: _HostCopy) -> None:
@@ -263,7 +262,7 @@ class AdapterPool:
         missing = [key for key in found.missing_keys if ".esft_" in key and key.split(".")[-1] == name]
         if missing:
             raise ValueError(f"the file of adapter {name!r} lacks {len(missing)} weights, {missing[0]} among them")
-        for layer in self._layers():
+        for layer in self._tuner._layers():
             if name in layer.expert_ids:
                 layer._move_adapter_to_device_of_base_layer(name)
 
@@ -274,10 +273,7 @@ class AdapterPool:
 
     def _gaps(self) -> int:
         """Bytes of the banks in which no adapter's rows lie."""
-        return sum(layer.bank.gap_nbytes for layer in self._layers())
-
-    def _layers(self) -> list[ESFTLayer]:
-        return [module for module in self.model.modules() if isinstance(module, ESFTLayer)]
+        return sum(layer.bank.gap_nbytes for layer in self._tuner._layers())
 
     def _read(self, name: str) -> Future[_HostCopy]:
         """The adapter's tensors in host memory, there already or on the way."""

@@ -118,24 +118,13 @@ class RowBank:
 
     def remove(self, key: Key) -> None:
         """Forgets rows. Their place is free when nobody holds it any more."""
-        self.take(key)
+        resident = self.residents.get(key)
+        if resident is None:
+            return
+        self.residents = {other: value for other, value in self.residents.items() if other != key}
+        self._leaving.append(weakref.ref(resident.place))
         if not self.residents:
             self.clear()
-
-    def take(self, key: Key) -> Resident | None:
-        """Takes rows out of the bank, to be given back; their place stays theirs."""
-        resident = self.residents.get(key)
-        if resident is not None:
-            self.residents = {other: value for other, value in self.residents.items() if other != key}
-            self._leaving.append(weakref.ref(resident.place))
-        return resident
-
-    def give_back(self, resident: Resident) -> bool:
-        """Undoes `take`; False if the bank is another one by now, or has other rows for the key."""
-        if resident.bank is not self.tensors or resident.key in self.residents:
-            return False
-        self._add(resident)
-        return True
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Forgets all rows in which an adapter has a part."""

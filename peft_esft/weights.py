@@ -18,25 +18,9 @@ from torch import Tensor, nn
 StackedForm = Literal["stacked", "flat", "single"]
 
 
-_CHUNK = 2**18
-"""So many elements change places at a time: few enough to stay in a core's cache."""
-
-
 def expert_index(expert_ids: Sequence[int], device: torch.device) -> Tensor:
     """Expert ids as an int64 tensor `[n]`."""
     return torch.tensor(list(expert_ids), dtype=torch.int64, device=device)
-
-
-def exchange(first: Tensor, second: Tensor) -> None:
-    """Lets the contents of two contiguous tensors of equal size change places."""
-    pieces = [
-        tensor.view(-1).split(_CHUNK if tensor.device.type == "cpu" else tensor.numel()) for tensor in (first, second)
-    ]
-    spare = torch.empty_like(pieces[0][0])
-    for own, other in zip(*pieces, strict=True):
-        kept = spare[: len(own)].copy_(own)
-        own.copy_(other)
-        other.copy_(kept)
 
 
 @dataclass(frozen=True)
@@ -68,21 +52,22 @@ class StackedWeight:
         """The shape of one expert's weight."""
         return tuple(self.whole(module).shape[1:])
 
-    def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
-        """A copy of the rows of some experts, `[n, ...]`."""
+    def rows(self, module: nn.Module, expert_ids: Sequence[int]) -> list[Tensor]:
+        """The rows `[...]` of some experts, views of the parameter."""
         weight = self.whole(module)
-        return weight.index_select(0, expert_index(expert_ids, weight.device))
+        return [weight[expert] for expert in expert_ids]
+
+    def read(self, module: nn.Module, expert_ids: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """A copy of the rows of some experts, `[n, ...]`; in `out` if it is given."""
+        weight = self.whole(module)
+        return torch.index_select(weight, 0, expert_index(expert_ids, weight.device), out=out)
 
     def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
         """Writes the rows `[n, ...]` of some experts, casting them to the parameter's dtype."""
         weight = self._view(self.parameters(module)[0].data)
-        weight.index_copy_(0, expert_index(expert_ids, weight.device), rows.to(weight))
-
-    def exchange(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
-        """Lets the rows of some experts and `rows` `[n, ...]`, in the parameter's dtype, change places."""
-        weight = self._view(self.parameters(module)[0].data)
+        # One by one: `index_copy_` takes several times as long on the CPU.
         for expert, row in zip(expert_ids, rows, strict=True):
-            exchange(weight[expert], row)
+            weight[expert].copy_(row)
 
     def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
         """What `torch.func.functional_call` puts in place of the parameters, by path: the weight with new rows."""
@@ -127,9 +112,13 @@ class ListedWeight:
         parts = self._parts(module, 0)
         return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
-    def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
-        """A copy of the rows of some experts, `[n, ...]`."""
-        return torch.stack([torch.cat(self._parts(module, expert)) for expert in expert_ids])
+    def rows(self, module: nn.Module, expert_ids: Sequence[int]) -> list[Tensor]:
+        """The rows `[...]` of some experts, copies if they are in several parameters."""
+        return [torch.cat(parts) if len(parts := self._parts(module, e)) > 1 else parts[0] for e in expert_ids]
+
+    def read(self, module: nn.Module, expert_ids: Sequence[int], out: Tensor | None = None) -> Tensor:
+        """A copy of the rows of some experts, `[n, ...]`; in `out` if it is given."""
+        return torch.stack(self.rows(module, expert_ids), out=out)
 
     def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
         """Writes the rows `[n, ...]` of some experts, casting them to the parameters' dtype."""
@@ -137,13 +126,6 @@ class ListedWeight:
             parts = self._parts(module, expert)
             for part, values in zip(parts, row.split([part.shape[0] for part in parts]), strict=True):
                 part.data.copy_(values)
-
-    def exchange(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
-        """Lets the rows of some experts and `rows` `[n, ...]`, in the parameters' dtype, change places."""
-        for expert, row in zip(expert_ids, rows, strict=True):
-            parts = self._parts(module, expert)
-            for part, values in zip(parts, row.split([part.shape[0] for part in parts]), strict=True):
-                exchange(part.data, values)
 
     def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
         """What `torch.func.functional_call` puts in place of the experts' parameters, by path below the container."""

@@ -14,9 +14,7 @@ from peft_esft.resident import RowBank
 
 KEYS = ["a", "b", "c", "d"]
 operations = st.lists(
-    st.tuples(
-        st.sampled_from(["put", "put", "put", "remove", "take", "give back", "compact", "hold"]), st.sampled_from(KEYS)
-    ),
+    st.tuples(st.sampled_from(["put", "put", "put", "remove", "compact", "hold"]), st.sampled_from(KEYS)),
     max_size=30,
 )
 
@@ -28,23 +26,16 @@ def rows_of(number: int, num_rows: int) -> dict[str, torch.Tensor]:
 @settings(max_examples=200)
 @given(operations, st.randoms(use_true_random=False))
 def test_rows_are_what_was_put_last_and_whoever_holds_some_keeps_them(steps, random):
-    bank, expected, taken, held = RowBank(), {}, {}, []
+    bank, expected, held = RowBank(), {}, []
     for number, (operation, name) in enumerate(steps, start=1):
         key = (name,)
         if operation == "put":
             size = random.randint(1, 4)
-            taken.pop(key, None)
             bank.put(key, tuple(range(size)), rows_of(number, size), number, [])
             expected[key] = (number, size)
         elif operation == "remove":
             bank.remove(key)
             expected.pop(key, None)
-        elif operation == "take" and key in expected:
-            taken[key] = (bank.take(key), expected.pop(key))
-        elif operation == "give back" and key in taken:
-            resident, value = taken.pop(key)
-            if bank.give_back(resident):
-                expected[key] = value
         elif operation == "compact":
             bank.compact()
             assert bank.gap_nbytes == 0
@@ -52,7 +43,7 @@ def test_rows_are_what_was_put_last_and_whoever_holds_some_keeps_them(steps, ran
             held.append((bank.residents[key], expected[key]))
         now = [(resident, expected[key]) for key, resident in bank.residents.items()]
         assert bank.residents.keys() == expected.keys()
-        for resident, (value, size) in [*now, *held, *taken.values()]:
+        for resident, (value, size) in [*now, *held]:
             for own, reference in zip(resident.rows.values(), rows_of(value, size).values(), strict=True):
                 assert torch.equal(own, reference)
         for resident, _ in now:
