@@ -56,18 +56,21 @@ def _modules(model: OlmoeForCausalLM, selection: dict[str, list[int]]) -> nn.Mod
     return model
 
 
+MASTERED = "full, fp32 master"
 WAYS: dict[str, Callable[[OlmoeForCausalLM, dict[str, list[int]]], nn.Module]] = {
     "ESFT": _esft,
     "full": _full,
     "full, eager": _full_eager,
+    MASTERED: _full,
     "mask": _mask,
     "LoRA r 16": _lora,
     "modules": _modules,
 }
 NOTE = (
-    "full: all parameters, transformers' grouped_mm. mask: full gradients of the fused experts, unselected rows set "
-    "to zero. LoRA: PEFT's on all experts through target_parameters. modules: one module for each expert, the "
-    "selected ones trained in place."
+    "full: all parameters, transformers' grouped_mm. full, fp32 master: AdamW on fp32 copies of half-precision "
+    "weights, the like of ESFT's fp32 deltas. mask: full gradients of the fused experts, unselected rows set to zero. "
+    "LoRA: PEFT's on all experts through target_parameters. modules: one module for each expert, the selected ones "
+    "trained in place."
 )
 
 
@@ -90,10 +93,16 @@ class TrainingStep:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
+        self.masters = [parameter.detach().float() for parameter in self.parameters] if way == MASTERED else []
+        self.optimizer = torch.optim.AdamW(self.masters or self.parameters, lr=1e-5)
         self.tokens = tokens
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
         self.model(input_ids=self.tokens, labels=self.tokens, use_cache=False).loss.backward()
+        for master, parameter in zip(self.masters, self.parameters, strict=False):
+            master.grad, parameter.grad = parameter.grad.float(), None
         self.optimizer.step()
+        with torch.no_grad():
+            for master, parameter in zip(self.masters, self.parameters, strict=False):
+                parameter.copy_(master)
