@@ -138,24 +138,89 @@ assert config.selection["top_p"] == 0.2 and config.base_model_name_or_path == "s
 """
 
 
-def test_pushing_to_the_hub_and_loading_from_it(tmp_path):
-    hub = Hub()
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    try:
-        result = subprocess.run(
-            [sys.executable, "-c", f"FOLDER = {str(tmp_path / 'law')!r}\n{PUSH}"],
-            env={**os.environ, **settings},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-    finally:
-        hub.shutdown()
-        hub.server_close()
+STRANGERS = """
+import os, sys
+sys.path.insert(0, "tests")
+import pytest, torch
+import peft_esft
+from huggingface_hub import HfApi
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from peft_esft import ESFTConfig, ESFTLayer
+from test_sharing import wrapped
+from families import tiny_model
+api = HfApi(token="hf_x")
+file = f"{FOLDER}/adapter_model.safetensors"
+def publish(name):
+    api.create_repo(name)
+    for place in (None, "sub"):
+        api.upload_folder(repo_id=name, folder_path=FOLDER, path_in_repo=place)
+wrapped().save_pretrained(FOLDER)
+publish("someone/good")
+good = load_file(file)
+save_file({key: value[..., :-1].contiguous() for key, value in good.items()}, file)
+publish("someone/narrow")
+torch.save(good, f"{FOLDER}/adapter_model.bin")
+os.remove(file)
+publish("someone/pickled")
+base = tiny_model("olmoe")
+for where in ({"token": "hf_x"}, {"token": "hf_x", "subfolder": "sub"}):
+    for name, message in (("narrow", "do not fit the model"), ("pickled", "use_safetensors=False")):
+        config = ESFTConfig.from_pretrained(f"someone/{name}", **where)
+        assert config.target_experts
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(base, f"someone/{name}", **where)
+        assert not any(isinstance(module, ESFTLayer) for module in base.modules())
+model = PeftModel.from_pretrained(base, "someone/good", **where)
+for name, message in (("narrow", "do not fit the model"), ("pickled", "use_safetensors=False")):
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(f"someone/{name}", adapter_name="second", **where)
+    assert list(model.peft_config) == ["default"]
+for place in (None, "sub"):
+    PeftModel.from_pretrained(tiny_model("olmoe"), "someone/pickled", subfolder=place, use_safetensors=False)
+PeftModel.from_pretrained(tiny_model("olmoe"), "someone/good")
+"""
+OFFLINE = """
+import sys
+sys.path.insert(0, "tests")
+import pytest
+import peft_esft
+from peft import PeftModel
+from families import tiny_model
+PeftModel.from_pretrained(tiny_model("olmoe"), "someone/good")
+for name, message in (("narrow", "do not fit the model"), ("pickled", "use_safetensors=False")):
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(tiny_model("olmoe"), f"someone/{name}")
+"""
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def run_with_hub(hub, code, folder, **settings):
+    """Runs code in a process of its own, since huggingface_hub reads its settings once."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder), **settings}
+    settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    settings |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    result = subprocess.run(
+        [sys.executable, "-c", f"FOLDER = {str(folder / 'law')!r}\n{code}"],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_pushing_to_the_hub_and_loading_from_it(hub, tmp_path):
+    run_with_hub(hub, PUSH, tmp_path)
     files = hub.repositories["someone/law"]
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "experts.png"} <= set(files)
     card = ModelCard(files["README.md"].decode())
@@ -163,6 +228,13 @@ def test_pushing_to_the_hub_and_loading_from_it(tmp_path):
     assert "import peft_esft" in card.text and "More Information Needed" not in card.text
     assert hub.validated and all("library_name: peft" in content for content in hub.validated)
     assert len(hub.uploads) == 2
+
+
+def test_what_lies_on_the_hub_is_checked_before_the_model_changes(hub, tmp_path):
+    run_with_hub(hub, STRANGERS, tmp_path)
+    reads = [path for _, path in hub.requests if "/someone/pickled/resolve/" in path and path.endswith(".bin")]
+    assert reads
+    run_with_hub(hub, OFFLINE, tmp_path, HF_HUB_OFFLINE="1")
 
 
 def changed(model):
