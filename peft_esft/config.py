@@ -229,6 +229,7 @@ class ESFTConfig(PeftConfig):
         budget: float | None = None,
         min_experts: int = 1,
         max_experts: int | None = None,
+        task: str | None = None,
         **kwargs: Any,
     ) -> ESFTConfig:
         """Builds a config that trains the experts which a task uses most.
@@ -242,6 +243,7 @@ class ESFTConfig(PeftConfig):
             budget: share of the experts' parameters.
             min_experts: of each container.
             max_experts: of each container.
+            task: what the adapter is for, in words; kept for the model card.
             **kwargs: further fields of the config.
 
         Returns:
@@ -263,6 +265,7 @@ class ESFTConfig(PeftConfig):
             top_p = DEFAULT_TOP_P[metric]
         rule = {"top_p": top_p, "top_k": top_k, "budget": budget, "max_experts": max_experts}
         selection = {
+            **({} if task is None else {"task": task}),
             "metric": metric,
             **{name: value for name, value in rule.items() if value is not None},
             **({"min_experts": min_experts} if min_experts > 1 else {}),

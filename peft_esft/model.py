@@ -11,7 +11,6 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 
-from .card import is_hub_name
 from .combination import CombinationType, MajoritySignMethod, check_combination
 from .config import ESFTConfig
 from .containers import (
@@ -22,7 +21,7 @@ from .containers import (
     find_shared_experts,
     resolve_container,
 )
-from .fingerprint import differing_paths, record_base
+from .fingerprint import compare_bases, record_base
 from .fused import FusedExperts
 from .layer import PREFIX, ESFTLayer, check_trainable
 from .listed import ListedExperts
@@ -377,22 +376,14 @@ def _compare_base(
     Raises:
         ValueError: if the rows differ and the config names another base.
     """
-    current = record_base(containers, target_experts)
-    if config.base_fingerprint is None:
-        if not config.inference_mode:
-            config.base_fingerprint = current
-        return
-    different = differing_paths(config.base_fingerprint, current or {})
-    if not different:
-        return
-    made_for, name = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
-    message = (
-        f"the adapter was made over a base with other weights, in {len(different)} of {len(target_experts)} layers, "
-        f"{different[0]} among them: it was made for {made_for!r}, this is {name!r}"
-    )
-    if is_hub_name(made_for) and is_hub_name(name) and made_for != name:
-        raise ValueError(f"{message}. To use it here all the same, set base_fingerprint to None in its config")
-    warnings.warn(message, stacklevel=2)
+    # transformers leaves the commit that it loaded in this field of the model's config.
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    current = record_base(containers, target_experts, commit)
+    if config.base_fingerprint is not None:
+        names = (config.base_model_name_or_path, model.__dict__.get("name_or_path") or None)
+        compare_bases(config.base_fingerprint, current or {}, names)
+    elif not config.inference_mode:
+        config.base_fingerprint = current
 
 
 def _warn_of_slow_layouts(containers: Iterable[ExpertsContainer]) -> None:

@@ -139,7 +139,9 @@ def _is_selection(value: Any) -> bool:
 
 def _is_fingerprint(value: Any) -> bool:
     rows = value.get("rows", {}) if isinstance(value, dict) else None
-    return isinstance(rows, dict) and all(map(_is_string, rows.values())) and _is_selection(value)
+    if not isinstance(rows, dict) or not all(map(_is_string, rows.values())):
+        return False
+    return _is_selection(value) and _is_string(value.get("commit", ""))
 
 
 def _is_pattern(value: Any) -> bool:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, Sw
 from transformers import SwitchTransformersForConditionalGeneration as Switch
 
 from peft_esft import ESFTConfig, find_experts
-from peft_esft.interchange import compact, merge_checkpoint
+from peft_esft.interchange import compact, export_official, merge_checkpoint
 
 from families import FAMILIES, tiny_model
 from oracle import config_for
@@ -184,6 +184,32 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(change, message, tmp_pa
     with pytest.raises(ValueError, match=message):
         merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "expected"]
+
+
+def test_another_base_of_the_same_shape_is_noticed(tmp_path):
+    prepare(lambda: tiny_model("deepseek_v2"), tmp_path)
+    other = tiny_model("deepseek_v2")
+    with torch.no_grad():
+        other.model.layers[1].mlp.experts.down_proj.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    for number, use in enumerate((merge, export_official, publish_rows)):
+        use(tmp_path / "adapter", tmp_path / "base", tmp_path / f"fits-{number}")
+        with pytest.warns(UserWarning, match=r"over a base with other weights, in 1 of 1 layers"):
+            use(tmp_path / "adapter", tmp_path / "other", tmp_path / f"other-{number}")
+    other.name_or_path = "someone/other"
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "someone/base"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="it was made for 'someone/base', this is 'someone/other'"):
+        export_official(tmp_path / "adapter", other, tmp_path / "refused")
+
+
+def merge(adapter, base, out):
+    merge_checkpoint(base, adapter, out)
+
+
+def publish_rows(adapter, base, out):
+    compact(adapter, out, form="rows", base=base)
 
 
 def test_quantised_bases_are_refused(tmp_path):

@@ -16,13 +16,13 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from peft_esft import ESFTConfig
+from peft_esft import ESFTConfig, score_experts
 from peft_esft.card import is_hub_name
 from peft_esft.interchange import compact
 
 from families import tiny_model
 from hub import Hub
-from oracle import config_for
+from oracle import config_for, random_tokens
 
 
 SELECTION = {"metric": "token", "top_p": 0.2, "averaging": "sample", "num_tokens": 1234, "num_samples": 5}
@@ -65,6 +65,22 @@ def test_the_card_says_what_the_adapter_is(tmp_path):
     line = data[1 : 1 + 3 * width]
     blue = [expert for expert in range(8) if line[24 * expert : 24 * expert + 3] == bytes((31, 119, 180))]
     assert blue == [1, 5, 6]
+
+
+def test_the_card_names_the_commit_and_the_task(tmp_path):
+    base = tiny_model("olmoe")
+    base.config._commit_hash = "c0ffee"
+    scores = recorded_scores(base)
+    model = get_peft_model(base, ESFTConfig.from_scores(scores, task="legal questions"))
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| revision | `c0ffee` |" in text and "| task | legal questions |" in text
+    assert "| experts chosen by | metric token, top_p 0.2, averaging sample, num_tokens 24, num_samples 2 |" in text
+    PeftModel.from_pretrained(tiny_model("olmoe"), str(tmp_path))
+
+
+def recorded_scores(model):
+    return score_experts(model, [{"input_ids": random_tokens()}], progress=False)
 
 
 def test_the_three_lines_of_the_card_load_the_adapter(tmp_path):
@@ -117,18 +133,15 @@ def test_hub_names(name, is_one):
 PUSH = """
 import sys
 sys.path.insert(0, "tests")
+import pytest
 import torch
-import peft_esft
-from huggingface_hub import HfApi
 from peft import PeftModel
+from peft_esft import push_to_hub
 from test_sharing import wrapped
 from families import tiny_model
 model = wrapped()
-model.save_pretrained(FOLDER)
-# `model.push_to_hub` writes an empty form over the card, see docs/sharing.md.
-api = HfApi(token="hf_x")
-api.create_repo("someone/law")
-api.upload_folder(repo_id="someone/law", folder_path=FOLDER)
+commit = push_to_hub(model, "someone/law", token="hf_x", private=True)
+assert commit.oid
 again = PeftModel.from_pretrained(tiny_model("olmoe"), "someone/law", token="hf_x")
 tokens = torch.arange(3, 9)[None]
 with torch.no_grad():
@@ -136,8 +149,29 @@ with torch.no_grad():
 config = again.peft_config["default"]
 assert config.selection["top_p"] == 0.2 and config.base_model_name_or_path == "someone/base"
 """
-
-
+PUSH_AGAIN = """
+import sys
+sys.path.insert(0, "tests")
+import pytest
+import peft_esft
+from peft import PeftModel
+from peft_esft import push_to_hub
+from test_sharing import wrapped
+from families import tiny_model
+push_to_hub(wrapped(), "someone/law", token="hf_x")
+# Loaded under a name, which PEFT would save in a subfolder, over a base from a folder.
+model = PeftModel.from_pretrained(tiny_model("olmoe"), "someone/law", adapter_name="mine")
+model.load_adapter("someone/law", adapter_name="other")
+model.base_model.model.name_or_path = model.base_model.model.config._name_or_path = "/home/me/base"
+with pytest.raises(ValueError, match="name the one to upload"):
+    push_to_hub(model, "someone/mine")
+with pytest.raises(ValueError, match="there is no adapter 'default'"):
+    push_to_hub(model, "someone/mine", "default")
+push_to_hub(model, "someone/mine", "mine", token="hf_x")
+model.peft_config["other"].base_model_name_or_path = None
+with pytest.raises(ValueError, match="'/home/me/base', which is no name of a model on the Hub"):
+    push_to_hub(model, "someone/other", "other", token="hf_x")
+"""
 STRANGERS = """
 import os, sys
 sys.path.insert(0, "tests")
@@ -219,15 +253,40 @@ def run_with_hub(hub, code, folder, **settings):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+def card_on(hub, name):
+    return ModelCard(hub.repositories[name]["README.md"].decode())
+
+
 def test_pushing_to_the_hub_and_loading_from_it(hub, tmp_path):
     run_with_hub(hub, PUSH, tmp_path)
     files = hub.repositories["someone/law"]
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "experts.png"} <= set(files)
-    card = ModelCard(files["README.md"].decode())
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "experts.png"}
+    card = card_on(hub, "someone/law")
     assert card.data["base_model"] == "someone/base" and card.data["library_name"] == "peft"
     assert "import peft_esft" in card.text and "More Information Needed" not in card.text
+    assert 'AutoPeftModelForCausalLM.from_pretrained("someone/law")' in card.text
     assert hub.validated and all("library_name: peft" in content for content in hub.validated)
     assert len(hub.uploads) == 2
+
+
+FORM = "---\nlibrary_name: transformers\ntags: []\n---\n# Model card\n\n[More Information Needed]\n"
+WRITTEN = "---\nlicense: mit\ntags: [law]\n---\n# Law\n\nMade with care.\n"
+
+
+@pytest.mark.parametrize("before", [FORM, WRITTEN], ids=["form", "written"])
+def test_pushing_keeps_what_people_wrote_and_replaces_a_form(before, hub, tmp_path):
+    hub.repositories["someone/law"] = {"README.md": before.encode()}
+    run_with_hub(hub, PUSH_AGAIN, tmp_path)
+    card = card_on(hub, "someone/law")
+    assert card.data["library_name"] == "peft" and "## Trained experts" in card.text
+    assert "More Information Needed" not in card.text
+    if before == WRITTEN:
+        assert card.data["license"] == "mit" and "law" in card.data["tags"] and "Made with care." in card.text
+    mine = card_on(hub, "someone/mine")
+    assert set(hub.repositories["someone/mine"]) == set(hub.repositories["someone/law"])
+    assert mine.data["base_model"] == "someone/base" and "base_model:adapter:someone/base" in mine.data["tags"]
+    assert not any("/home" in content for content in hub.validated)
+    assert "someone/other" not in hub.repositories
 
 
 def test_what_lies_on_the_hub_is_checked_before_the_model_changes(hub, tmp_path):

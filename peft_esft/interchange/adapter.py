@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer, resolve_container
+from ..fingerprint import compare_bases
 from ..functional import add_deltas
 from ..storage import decode
 from ..tensor_files import TensorFolder, write_tensors
@@ -116,9 +117,11 @@ class AdapterFolder:
     def changes(self, base: Base) -> list[Change]:
         """What the adapter does to a base, weight by weight, checked from the headers alone.
 
+        A base with other weights than the one that the adapter was made over is warned of.
+
         Raises:
-            ValueError: if a tensor does not belong to a selected weight of this base, or does not have its shape; or
-                if one is missing.
+            ValueError: if a tensor does not belong to a selected weight of this base, or does not have its shape; if
+                one is missing; or if the base has other weights, and another name on the Hub.
         """
         ids = self._expert_ids(base)
         modules = base.modules
@@ -149,6 +152,9 @@ class AdapterFolder:
             problems += [f"{path} has no tensor for each of its weights" for path in sorted(adapted - complete)]
         if problems:
             raise ValueError(f"{self.folder} does not fit the base: {shortened(problems)}")
+        if self.config.base_fingerprint is not None:
+            current = base.record({path: own for path, own in ids.items() if path in base.experts})
+            compare_bases(self.config.base_fingerprint, current, (self.config.base_model_name_or_path, base.name))
         return changes
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..architectures import READABLE_DTYPES
 from ..containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts
+from ..fingerprint import EXPERTS, fingerprint
 from ..tensor_files import TensorFolder, block_shape, overwrite
 from ..weights import ExpertWeight, StackedWeight
 from .key_map import KeyMap, Source, mixed_weights
@@ -109,6 +110,14 @@ class Base:
             return pieces[0].reshape(len(expert_ids), *weight.shape(container.module))
         parts = len(weight.parts)
         return torch.stack([torch.cat(pieces[i : i + parts]) for i in range(0, len(pieces), parts)])
+
+    def record(self, selection: Mapping[str, list[int]]) -> dict[str, Any]:
+        """What a config keeps of the base, as `fingerprint.record_base` of a model."""
+        rows = {}
+        for path, ids in selection.items():
+            container = self.experts[path]
+            rows[path] = fingerprint([self.rows(container, weight, ids[:EXPERTS]) for weight in container.weights])
+        return {"num_experts": {path: self.experts[path].num_experts for path in selection}, "rows": rows}
 
     def sources(self, container: ExpertsContainer, parameter: str) -> list[Source]:
         """The checkpoint's tensors that make up a parameter, or one that it is tied to.
