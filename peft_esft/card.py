@@ -120,17 +120,29 @@ def _body(config: ESFTConfig, header: dict[str, TensorEntry], size: int, name: s
 
 
 def _facts(config: ESFTConfig, header: dict[str, TensorEntry], size: int, experts: int) -> list[tuple[str, str]]:
-    revision = config.revision or (config.base_fingerprint or {}).get("commit")
-    facts = [("revision", revision), ("task type", config.task_type), ("task", (config.selection or {}).get("task"))]
+    facts = [
+        ("revision", revision_of(config)),
+        ("task type", config.task_type),
+        ("task", (config.selection or {}).get("task")),
+    ]
     facts.append(("experts chosen by", describe_choice(config)))
     facts.append(("trained experts", f"{experts} in {len(config.target_experts or {})} layers" if experts else None))
     also = [name for name in ("train_shared_experts", "train_non_expert_modules") if getattr(config, name)]
     facts.append(("trained besides", ", ".join([*also, *(config.modules_to_save or [])]) or None))
-    stored = f"deltas of rank {config.rank}" if config.rank is not None else STORAGE[config.storage]
-    facts.append(("stored as", stored))
+    facts.append(("stored as", describe_storage(config)))
     tensors = sum(MARK in key for key in header)
     facts.append(("file", f"{size / 1e6:.2f} MB, {tensors} tensors"))
     return [(name, _code(value) if name == "revision" else str(value)) for name, value in facts if value is not None]
+
+
+def revision_of(config: ESFTConfig) -> str | None:
+    """The revision of the base: the one that was asked for, or the commit that was loaded."""
+    return config.revision or (config.base_fingerprint or {}).get("commit")
+
+
+def describe_storage(config: ESFTConfig) -> str:
+    """What the tensors are, in words."""
+    return STORAGE[config.storage] if config.rank is None else f"deltas of rank {config.rank}"
 
 
 def describe_choice(config: ESFTConfig) -> str | None:
