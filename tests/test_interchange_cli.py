@@ -133,7 +133,7 @@ def test_diff_of_bases_selections_and_whole_modules(tmp_path, capsys):
         config = config_for(base, init_weights=False, modules_to_save=["lm_head"], **settings)
         model = get_peft_model(base, config)
         with torch.no_grad():
-            for key, parameter in model.named_parameters():
+            for parameter in model.parameters():
                 if name == "c" and parameter.requires_grad:
                     parameter.mul_(-1)
         model.save_pretrained(tmp_path / name)

@@ -17,20 +17,9 @@ from transformers import SwitchTransformersForConditionalGeneration as Switch
 from peft_esft import ESFTConfig, find_experts
 from peft_esft.interchange import compact, export_official, merge_checkpoint
 
+from checkpoints import randomize, save_base_and_adapter, tensors_of
 from families import FAMILIES, tiny_model
 from oracle import config_for
-
-
-def randomize(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".esft_" in name:
-                parameter.normal_(std=0.05)
-
-
-def tensors_of(folder):
-    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
 
 
 def same_bits(left, right):
@@ -39,10 +28,7 @@ def same_bits(left, right):
 
 def prepare(build, folder, shard_size="20KB", **settings):
     """A base checkpoint and a random adapter for it; returns what merging in memory gives, as a checkpoint."""
-    build().save_pretrained(folder / "base", max_shard_size=shard_size)
-    model = get_peft_model(build(), config_for(build(), **settings))
-    randomize(model)
-    model.save_pretrained(folder / "adapter")
+    model = save_base_and_adapter(build, folder, shard_size, **settings)
     model.merge_and_unload().save_pretrained(folder / "expected")
     return tensors_of(folder / "expected")
 
