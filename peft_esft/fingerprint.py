@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,29 @@ def fingerprint(weights: list[Tensor]) -> str:
         digest.update(bytes(sample.contiguous().view(torch.uint8).flatten().tolist()))
     kind = "fp16" if weights[0].dtype == torch.float16 else "bf16"
     return f"{kind}:{digest.hexdigest()[:16]}"
+
+
+def check_num_experts(
+    records: Iterable[Mapping[str, Any] | None], paths: Iterable[str], containers: Mapping[str, ExpertsContainer]
+) -> None:
+    """Refuses a base that has another number of experts than the one that an adapter was made for.
+
+    Args:
+        records: what a config says of that one: its `selection` and `base_fingerprint`.
+        paths: the containers that are adapted.
+        containers: of the base at hand.
+
+    Raises:
+        ValueError: naming the first container.
+    """
+    known = [record.get("num_experts", {}) for record in records if record]
+    for path in paths:
+        for num_experts in (numbers[path] for numbers in known if path in numbers):
+            if containers[path].num_experts != num_experts:
+                raise ValueError(
+                    f"the experts of {path} were chosen among {num_experts}, but this model has "
+                    f"{containers[path].num_experts}: the selection was made for another model"
+                )
 
 
 def compare_bases(

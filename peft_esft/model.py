@@ -21,7 +21,7 @@ from .containers import (
     find_shared_experts,
     resolve_container,
 )
-from .fingerprint import compare_bases, record_base
+from .fingerprint import check_num_experts, compare_bases, record_base
 from .fused import FusedExperts
 from .layer import PREFIX, ESFTLayer, check_trainable
 from .listed import ListedExperts
@@ -97,7 +97,7 @@ class ESFTModel(BaseTuner):
                 "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
             )
         target_experts = resolve_target_experts(peft_config.target_experts or {}, containers)
-        _check_scored_model(peft_config.selection or {}, target_experts, containers)
+        check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, containers)
         selection = {**target_experts, **{path: [0] for path in whole}}
         # PEFT marks an excluded module by an object, which is true as a bool.
         chosen = {path: ids for path, ids in selection.items() if _match_options(peft_config, path) is True}
@@ -354,18 +354,6 @@ def resolve_target_experts(
             )
         resolved[path] = ids
     return resolved
-
-
-def _check_scored_model(
-    selection: dict[str, Any], target_experts: dict[str, list[int]], containers: dict[str, ExpertsContainer]
-) -> None:
-    """Refuses experts that were chosen in a model with another number of them."""
-    for path, num_experts in selection.get("num_experts", {}).items():
-        if path in target_experts and containers[path].num_experts != num_experts:
-            raise ValueError(
-                f"the experts of {path} were chosen among {num_experts}, but this model has "
-                f"{containers[path].num_experts}: the selection was made for another model"
-            )
 
 
 def _compare_base(

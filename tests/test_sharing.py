@@ -14,11 +14,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
 from peft_esft import ESFTConfig, score_experts
 from peft_esft.card import is_hub_name
-from peft_esft.interchange import compact
+from peft_esft.interchange import compact, merge_checkpoint
 
 from families import tiny_model
 from hub import Hub
@@ -338,14 +338,23 @@ def test_a_base_of_another_name_and_other_weights_is_refused(tmp_path):
 def test_other_expert_shapes_are_refused(tmp_path):
     wrapped().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="do not fit the model"):
-        PeftModel.from_pretrained(narrower(), str(tmp_path))
+        PeftModel.from_pretrained(altered(intermediate_size=16), str(tmp_path))
 
 
-def narrower():
-    from transformers import OlmoeForCausalLM
+def test_another_number_of_experts_is_refused(tmp_path):
+    wrapped(name="", selection=None).save_pretrained(tmp_path / "adapter")
+    larger = altered(num_experts=16)
+    with pytest.raises(ValueError, match=r"were chosen among 8, but this model has 16"):
+        PeftModel.from_pretrained(larger, str(tmp_path / "adapter"))
+    larger.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"were chosen among 8, but this model has 16"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
+
+def altered(**fields):
     config = tiny_model("olmoe").config
-    config.intermediate_size = 16
+    for name, value in fields.items():
+        setattr(config, name, value)
     return OlmoeForCausalLM(config)
 
 

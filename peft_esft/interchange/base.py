@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..architectures import READABLE_DTYPES
@@ -257,10 +258,17 @@ def _blocks(value: Tensor, num_blocks: int) -> Tensor:
 
 
 def empty_model(name: str | Path) -> Any:
-    """The model of a folder or Hub name on the meta device: its modules without their weights."""
+    """The model of a folder or Hub name on the meta device: its modules without their weights.
+
+    Raises:
+        ValueError: if its config is malformed.
+    """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except StrictDataclassError as error:
+        raise ValueError(f"the config of {name} is malformed: {error}") from error
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if architecture is not None:
