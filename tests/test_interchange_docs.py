@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from test_examples import ROOT
 
+from peft_esft.cli import main
 from peft_esft.interchange import export_official
 
 from families import tiny_model
@@ -34,6 +35,26 @@ def test_examples_run(page, tmp_path, monkeypatch):
         exec(compile(block, page, "exec"), namespace)
     expected = ("merged", "official_again") if page == "converting.md" else ("small", "smaller")
     assert all((tmp_path / name).is_dir() for name in expected)
+
+
+def test_commands_run(tmp_path, monkeypatch):
+    base = tiny_model("deepseek_v2", torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    for name in ("other", "first"):
+        model = get_peft_model(base, config_for(base, init_weights=False))
+        model.save_pretrained(name)
+        base = model.unload()
+    export_official("first", "base", "given")
+    (block,) = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "converting.md").read_text(), flags=re.DOTALL)
+    for line in block.splitlines():
+        program, *arguments = line.partition("#")[0].split()
+        assert program == "peft-esft"
+        if arguments[0] == "import":
+            # The folder that the page starts from; `export` makes one of the same name again.
+            arguments = [argument if argument != "official" else "given" for argument in arguments]
+        assert main(arguments) == 0
+    assert all((tmp_path / name).is_dir() for name in ("adapter", "official", "merged", "small"))
 
 
 def test_the_figures_of_the_page_are_those_of_the_benchmark():
