@@ -17,6 +17,7 @@ from transformers import SwitchTransformersForConditionalGeneration as Switch
 from peft_esft import ESFTConfig, find_experts
 from peft_esft.interchange import compact, export_official, merge_checkpoint
 
+import zoo
 from checkpoints import randomize, save_base_and_adapter, tensors_of
 from families import FAMILIES, tiny_model
 from oracle import config_for
@@ -69,6 +70,31 @@ def test_every_sort_of_adapter_is_merged(family, settings, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:train_non_expert_modules leaves")
+@pytest.mark.parametrize("experts", [[7, 0, 3], list(range(8))], ids=["some", "all"])
+@pytest.mark.parametrize("width", [24, 32], ids=["oblong", "square"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["as saved", "as published"])
+def test_both_layouts_of_qwen3_vl(transposed, width, experts, tmp_path):
+    """Its published checkpoints have the experts transposed, which transformers tells by the shape alone."""
+    config = zoo.build("qwen3_vl_moe").config
+    config.text_config.moe_intermediate_size = width
+    zoo.family("qwen3_vl_moe").model_class(config).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    if transposed:
+        transposed_on_disk(tmp_path / "base")
+    tensors = load_file(file)
+    # A square weight, down_proj here, is taken as it is in either layout.
+    model = zoo.family("qwen3_vl_moe").model_class.from_pretrained(tmp_path / "base")
+    selection = dict.fromkeys(find_experts(model), experts)
+    wrapped = get_peft_model(model, ESFTConfig(target_experts=selection, init_weights=False))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = wrapped.merge_and_unload().state_dict()
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(value, merged[key]) for key, value in expected.items())
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {key: value.shape for key, value in stored.items()} == {key: value.shape for key, value in tensors.items()}
+
+
 def test_tied_embeddings_are_written_once(tmp_path):
     check(tmp_path, prepare(lambda: tiny_model("olmoe", tied=True), tmp_path, train_non_expert_modules=True))
 
@@ -230,8 +256,8 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's /proc")
-def test_peak_memory_is_below_the_largest_shard_and_the_adapter(tmp_path):
+def large_olmoe():
+    """Experts apart in the checkpoint."""
     config = OlmoeConfig(
         vocab_size=64,
         hidden_size=512,
@@ -242,8 +268,30 @@ def test_peak_memory_is_below_the_largest_shard_and_the_adapter(tmp_path):
         num_experts_per_tok=2,
         pad_token_id=0,
     )
+    return OlmoeForCausalLM, config
+
+
+def large_qwen3_vl():
+    """All experts of a layer in one tensor, which takes most of a shard."""
+    config = zoo.build("qwen3_vl_moe").config
+    config.text_config.num_experts, config.text_config.moe_intermediate_size = 256, 1024
+    return zoo.family("qwen3_vl_moe").model_class, config
+
+
+def transposed_on_disk(folder):
+    """The layout in which that family is published."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's /proc")
+@pytest.mark.parametrize(("build", "change"), [(large_olmoe, None), (large_qwen3_vl, transposed_on_disk)])
+def test_peak_memory_is_below_the_largest_shard_and_the_adapter(build, change, tmp_path):
+    model_class, config = build()
     with torch.device("meta"):
-        model = OlmoeForCausalLM(config).to(torch.bfloat16)
+        model = model_class(config).to(torch.bfloat16)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -251,6 +299,8 @@ def test_peak_memory_is_below_the_largest_shard_and_the_adapter(tmp_path):
     model.save_pretrained(tmp_path / "base", max_shard_size="60MB")
     selection = {path: [3, 7] for path in find_experts(model)}
     get_peft_model(model, ESFTConfig(target_experts=selection, init_weights=False)).save_pretrained(tmp_path / "a")
+    if change is not None:
+        change(tmp_path / "base")
     shards = [path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors")]
     adapter = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     command = [sys.executable, "-c", PEAK, *(str(tmp_path / name) for name in ("base", "a", "merged"))]

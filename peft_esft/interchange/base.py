@@ -58,7 +58,9 @@ class Base:
             raise ValueError(f"{type(self.model).__name__} has no experts container of a known kind")
         self.shared = find_shared_experts(self.model)
         self.others = find_other_modules(self.model)[0]
-        self.keys = KeyMap(self.model, None if self._files is None else self._files.entries)
+        entries = None if self._files is None else self._files.entries
+        stored = None if entries is None else {key: entry.shape for key, entry in entries.items()}
+        self.keys = KeyMap(self.model, stored)
 
     @property
     def name(self) -> str | None:
@@ -221,6 +223,8 @@ class Base:
             for pattern in dict.fromkeys(source.pattern for source in sources):
                 parts[pattern] = [self.files.read(found[pattern, expert]) for expert in blocks]
             return self.keys.join(sources[0].parameter, parts)
+        if self._is_by_expert(sources, num_blocks):
+            return self._joined(sources, num_blocks, blocks)
         whole = self._whole(sources)
         return whole if num_blocks == 1 else _blocks(whole, num_blocks)[blocks]
 
@@ -228,6 +232,18 @@ class Base:
         return self.keys.join(
             sources[0].parameter, {source.pattern: [self.files.read(source.key)] for source in sources}
         )
+
+    def _joined(self, sources: list[Source], num_blocks: int, blocks: list[int]) -> Tensor:
+        """Some experts of a parameter, of tensors that hold all of them along their first dimension."""
+        return self.keys.join(
+            sources[0].parameter,
+            {source.pattern: [self.files.read_blocks(source.key, num_blocks, blocks)] for source in sources},
+        )
+
+    def _is_by_expert(self, sources: list[Source], num_blocks: int) -> bool:
+        """Whether the tensors hold all experts, and some of these can be converted without the others."""
+        apart = all(self.files.entries[source.key].shape[0] == num_blocks for source in sources)
+        return num_blocks > 1 and apart and self.keys.converts_by_expert(sources[0].parameter)
 
     def _write(self, sources: list[Source], num_blocks: int, blocks: list[int], values: Tensor, folder: Path) -> None:
         entries = {source.key: self.files.entries[source.key] for source in sources}
@@ -239,6 +255,13 @@ class Base:
             for block, row in zip(blocks, rows, strict=True):
                 overwrite(entries[key], folder / entries[key].file.name, row, num_blocks, block)
             return
+        keys = {(source.pattern, source.expert): source.key for source in sources}
+        if sources[0].expert is None and self._is_by_expert(sources, num_blocks):
+            for place, tensors in self.keys.split(sources[0].parameter, values).items():
+                entry = entries[keys[place]]
+                for block, tensor in zip(blocks, tensors, strict=True):
+                    overwrite(entry, folder / entry.file.name, tensor, num_blocks, block)
+            return
         if sources[0].expert is None:
             whole = self._whole(sources)
             if num_blocks == 1:
@@ -246,7 +269,6 @@ class Base:
             else:
                 _blocks(whole, num_blocks)[blocks] = values.reshape(len(blocks), *block_shape(whole.shape, num_blocks))
             values = whole
-        keys = {(source.pattern, source.expert): source.key for source in sources}
         for (pattern, position), tensor in self.keys.split(sources[0].parameter, values).items():
             key = keys[pattern, None if position is None else blocks[position]]
             overwrite(entries[key], folder / entries[key].file.name, tensor)
