@@ -93,10 +93,11 @@ def _body(config: ESFTConfig, header: dict[str, TensorEntry], size: int, name: s
     base = config.base_model_name_or_path or "an unnamed base"
     selection = config.target_experts or {}
     experts = sum(map(len, selection.values()))
+    trained = ["the experts below"] * bool(selection) + ["the modules named below"] * bool(_trained_besides(config))
     parts = [
         f"# ESFT adapter for {_code(base)}",
-        "Expert-Specialized Fine-Tuning ([arXiv 2407.01906](https://arxiv.org/abs/2407.01906)): only the experts "
-        "below were trained, everything else is the base's.",
+        "Expert-Specialized Fine-Tuning ([arXiv 2407.01906](https://arxiv.org/abs/2407.01906)): only "
+        f"{' and '.join(trained)} were trained, everything else is the base's.",
         _table(("", ""), [("base", _code(base)), *_facts(config, header, size, experts)]),
         "## Use",
         _usage(config, name),
@@ -127,8 +128,7 @@ def _facts(config: ESFTConfig, header: dict[str, TensorEntry], size: int, expert
     ]
     facts.append(("experts chosen by", describe_choice(config)))
     facts.append(("trained experts", f"{experts} in {len(config.target_experts or {})} layers" if experts else None))
-    also = [name for name in ("train_shared_experts", "train_non_expert_modules") if getattr(config, name)]
-    facts.append(("trained besides", ", ".join([*also, *(config.modules_to_save or [])]) or None))
+    facts.append(("trained besides", ", ".join(_trained_besides(config)) or None))
     facts.append(("stored as", describe_storage(config)))
     tensors = sum(MARK in key for key in header)
     facts.append(("file", f"{size / 1e6:.2f} MB, {tensors} tensors"))
@@ -138,6 +138,11 @@ def _facts(config: ESFTConfig, header: dict[str, TensorEntry], size: int, expert
 def revision_of(config: ESFTConfig) -> str | None:
     """The revision of the base: the one that was asked for, or the commit that was loaded."""
     return config.revision or (config.base_fingerprint or {}).get("commit")
+
+
+def _trained_besides(config: ESFTConfig) -> list[str]:
+    kinds = {"train_shared_experts": "shared experts", "train_non_expert_modules": "all modules that are no experts"}
+    return [*(kind for name, kind in kinds.items() if getattr(config, name)), *(config.modules_to_save or [])]
 
 
 def describe_storage(config: ESFTConfig) -> str:

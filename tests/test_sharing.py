@@ -67,6 +67,16 @@ def test_the_card_says_what_the_adapter_is(tmp_path):
     assert blue == [1, 5, 6]
 
 
+def test_the_card_names_what_is_trained_besides(tmp_path):
+    wrapped().save_pretrained(tmp_path / "experts")
+    wrapped(family="deepseek_v2", train_shared_experts=True, modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    text = (tmp_path / "experts" / "README.md").read_text()
+    assert "only the experts below were trained" in text and "trained besides" not in text
+    text = (tmp_path / "README.md").read_text()
+    assert "only the experts below and the modules named below were trained" in text
+    assert "| trained besides | shared experts, lm_head |" in text
+
+
 def test_the_card_names_the_commit_and_the_task(tmp_path):
     base = tiny_model("olmoe")
     base.config._commit_hash = "c0ffee"
