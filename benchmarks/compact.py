@@ -29,7 +29,7 @@ from peft_esft.interchange import compact
 from peft_esft.storage import FORMS
 
 from reporting import versions, write_results
-from tasks import FOLDER, batches, evaluate, general_loss, load_base, load_task
+from tasks import FOLDER, TASKS, batches, evaluate, general_loss, load_base, load_task
 
 
 def effective(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def measure(task: str, folder: Path) -> list[dict[str, object]]:
 def main() -> None:
     torch.manual_seed(0)
     rows = []
-    for task in sys.argv[1:] or ["sections", "verses"]:
+    for task in sys.argv[1:] or TASKS:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(task, Path(folder))
     setting = (

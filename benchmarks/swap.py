@@ -52,11 +52,9 @@ def with_adapters(base: OlmoeForCausalLM) -> PeftModel:
     """Two inference adapters, of different experts."""
     selection = selection_of(base, TRAINED)
     other = {path: [expert + 1 for expert in ids] for path, ids in selection.items()}
-    model = get_peft_model(base, ESFTConfig(target_experts=selection, inference_mode=True), adapter_name="a")
-    model.add_adapter("b", ESFTConfig(target_experts=other, inference_mode=True))
-    for name, parameter in model.named_parameters():
-        if ".esft_" in name:
-            torch.nn.init.normal_(parameter, std=0.02)
+    configs = [ESFTConfig(target_experts=t, inference_mode=True, init_weights=False) for t in (selection, other)]
+    model = get_peft_model(base, configs[0], adapter_name="a")
+    model.add_adapter("b", configs[1])
     return model
 
 

@@ -12,6 +12,7 @@ from .batches import text_batches  # noqa: E402
 from .config import ESFTConfig  # noqa: E402
 from .containers import ExpertsContainer, find_experts  # noqa: E402
 from .hotswap import hotswap_adapter  # noqa: E402
+from .hub import push_to_hub  # noqa: E402
 from .layer import ESFTLayer  # noqa: E402
 from .model import ESFTModel  # noqa: E402
 from .pool import AdapterPool, PoolStatistics  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "PoolStatistics",
     "find_experts",
     "hotswap_adapter",
+    "push_to_hub",
     "random_experts",
     "score_experts",
     "select_experts",

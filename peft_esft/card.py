@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CARD_NAME, PICTURE_NAME = "README.md", "experts.png"
 BEGIN, END = "<!-- peft_esft: written anew at every save -->", "<!-- /peft_esft -->"
 TAGS = ("esft", "peft", "mixture-of-experts")
+BASE_TAG = "base_model:adapter:"
+CHOICE = ("metric", "top_p", "top_k", "budget", "min_experts", "max_experts", "averaging", "num_tokens", "num_samples")
 UNFILLED = "[More Information Needed]"
 STORAGE = {
     "delta": "fp32 deltas, which can be trained further",
@@ -33,23 +35,28 @@ STORAGE = {
 CELL, TRAINED, FROZEN, GAP = 8, (31, 119, 180), (225, 225, 225), (255, 255, 255)
 
 
-def write_card(folder: Path, config: ESFTConfig) -> None:
+def write_card(folder: Path, config: ESFTConfig, name: str = "name or folder of this adapter") -> None:
     """Writes or updates `README.md` and `experts.png` beside an adapter's weights; nothing if there are none.
 
     A card that someone has filled in is kept: only the part between two comments is written anew. The form that PEFT
     leaves to be filled in is replaced.
+
+    Args:
+        folder: of the adapter.
+        config: its config.
+        name: by which it is to be loaded.
     """
     header = find_header(folder, pickled=True)
     if header is None:
         return
-    file = folder / CARD_NAME
+    file, size = folder / CARD_NAME, (folder / WEIGHTS_NAME).stat().st_size
     card = ModelCard.load(file) if file.exists() else ModelCard("---\n{}\n---\n")
     _fill_metadata(card.data, config)
-    body = f"{BEGIN}\n{_body(config, header, (folder / WEIGHTS_NAME).stat().st_size)}\n{END}"
+    body = f"{BEGIN}\n{_body(config, header, size, name)}\n{END}"
     card.text = _with_body(card.text, body)
     card.save(file)
     if config.target_experts:
-        (folder / PICTURE_NAME).write_bytes(_picture(config.target_experts, _num_experts(config)))
+        (folder / PICTURE_NAME).write_bytes(_picture(config.target_experts, num_experts_of(config)))
 
 
 def is_hub_name(name: str | None) -> bool:
@@ -63,11 +70,12 @@ def is_hub_name(name: str | None) -> bool:
 
 def _fill_metadata(data: Any, config: ESFTConfig) -> None:
     data["library_name"] = "peft"
-    data["tags"] = sorted({*(data.get("tags") or []), *TAGS})
+    tags = {*(data.get("tags") or []), *TAGS}
     if is_hub_name(config.base_model_name_or_path):
         data["base_model"] = config.base_model_name_or_path
         data["base_model_relation"] = "adapter"
-        data["tags"] = sorted({*data["tags"], f"base_model:adapter:{config.base_model_name_or_path}"})
+        tags = {tag for tag in tags if not tag.startswith(BASE_TAG)} | {f"{BASE_TAG}{config.base_model_name_or_path}"}
+    data["tags"] = sorted(tags)
     if config.task_type == "CAUSAL_LM" and not data.get("pipeline_tag"):
         data["pipeline_tag"] = "text-generation"
 
@@ -81,21 +89,22 @@ def _with_body(text: str, body: str) -> str:
     return f"{text.rstrip()}\n\n{body}\n"
 
 
-def _body(config: ESFTConfig, header: dict[str, TensorEntry], size: int) -> str:
+def _body(config: ESFTConfig, header: dict[str, TensorEntry], size: int, name: str) -> str:
     base = config.base_model_name_or_path or "an unnamed base"
     selection = config.target_experts or {}
     experts = sum(map(len, selection.values()))
+    trained = ["the experts below"] * bool(selection) + ["the modules named below"] * bool(_trained_besides(config))
     parts = [
         f"# ESFT adapter for {_code(base)}",
-        "Expert-Specialized Fine-Tuning ([arXiv 2407.01906](https://arxiv.org/abs/2407.01906)): only the experts "
-        "below were trained, everything else is the base's.",
+        "Expert-Specialized Fine-Tuning ([arXiv 2407.01906](https://arxiv.org/abs/2407.01906)): only "
+        f"{' and '.join(trained)} were trained, everything else is the base's.",
         _table(("", ""), [("base", _code(base)), *_facts(config, header, size, experts)]),
         "## Use",
-        _usage(config),
+        _usage(config, name),
         "## Trained experts",
     ]
     if selection:
-        total = _num_experts(config)
+        total = num_experts_of(config)
         rows = [
             (
                 _code(path),
@@ -112,31 +121,55 @@ def _body(config: ESFTConfig, header: dict[str, TensorEntry], size: int) -> str:
 
 
 def _facts(config: ESFTConfig, header: dict[str, TensorEntry], size: int, experts: int) -> list[tuple[str, str]]:
-    selection = dict(config.selection or {})
-    facts = [("revision", config.revision), ("task type", config.task_type), ("task", selection.pop("task", None))]
-    chosen = {name: value for name, value in selection.items() if name != "num_experts"}
-    facts.append(("experts chosen by", ", ".join(f"{name} {value}" for name, value in chosen.items()) or None))
+    facts = [
+        ("revision", revision_of(config)),
+        ("task type", config.task_type),
+        ("task", (config.selection or {}).get("task")),
+    ]
+    facts.append(("experts chosen by", describe_choice(config)))
     facts.append(("trained experts", f"{experts} in {len(config.target_experts or {})} layers" if experts else None))
-    also = [name for name in ("train_shared_experts", "train_non_expert_modules") if getattr(config, name)]
-    facts.append(("trained besides", ", ".join([*also, *(config.modules_to_save or [])]) or None))
-    stored = f"deltas of rank {config.rank}" if config.rank is not None else STORAGE[config.storage]
-    facts.append(("stored as", stored))
+    facts.append(("trained besides", ", ".join(_trained_besides(config)) or None))
+    facts.append(("stored as", describe_storage(config)))
     tensors = sum(MARK in key for key in header)
     facts.append(("file", f"{size / 1e6:.2f} MB, {tensors} tensors"))
     return [(name, _code(value) if name == "revision" else str(value)) for name, value in facts if value is not None]
 
 
-def _usage(config: ESFTConfig) -> str:
+def revision_of(config: ESFTConfig) -> str | None:
+    """The revision of the base: the one that was asked for, or the commit that was loaded."""
+    return config.revision or (config.base_fingerprint or {}).get("commit")
+
+
+def _trained_besides(config: ESFTConfig) -> list[str]:
+    kinds = {"train_shared_experts": "shared experts", "train_non_expert_modules": "all modules that are no experts"}
+    return [*(kind for name, kind in kinds.items() if getattr(config, name)), *(config.modules_to_save or [])]
+
+
+def describe_storage(config: ESFTConfig) -> str:
+    """What the tensors are, in words."""
+    return STORAGE[config.storage] if config.rank is None else f"deltas of rank {config.rank}"
+
+
+def describe_choice(config: ESFTConfig) -> str | None:
+    """How the experts were chosen, in words; None if the config does not say."""
+    selection = dict(config.selection or {})
+    # Files have their keys sorted; what decides comes first here.
+    names = [name for name in CHOICE if name in selection]
+    names += [name for name in selection if name not in (*CHOICE, "task", "num_experts")]
+    return ", ".join(f"{name} {selection[name]}" for name in names) or None
+
+
+def _usage(config: ESFTConfig, name: str) -> str:
     lines = ["import peft_esft  # pip install peft-esft; registers the adapter type with PEFT"]
     if config.task_type == "CAUSAL_LM":
         lines += [
             "from peft import AutoPeftModelForCausalLM",
-            'model = AutoPeftModelForCausalLM.from_pretrained("name or folder of this adapter")',
+            f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")',
         ]
     else:
         lines += [
             "from peft import PeftModel",
-            'model = PeftModel.from_pretrained(base, "name or folder of this adapter")',
+            f'model = PeftModel.from_pretrained(base, "{name}")',
         ]
     note = (
         "Without the import PEFT stops with `KeyError: 'ESFT'`. Engines that do not know this type of adapter read an "
@@ -154,7 +187,8 @@ def _code(text: Any) -> str:
     return f"`{str(text).replace('`', '').replace('|', '')}`"
 
 
-def _num_experts(config: ESFTConfig) -> dict[str, int]:
+def num_experts_of(config: ESFTConfig) -> dict[str, int]:
+    """How many experts there are to choose from, by container, as far as the config says."""
     for record in (config.base_fingerprint, config.selection):
         if record and isinstance(record.get("num_experts"), dict):
             return dict(record["num_experts"])

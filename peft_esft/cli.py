@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from .batches import text_batches
+from .card import describe_choice, describe_storage, num_experts_of, revision_of
 from .config import ESFTConfig
 from .containers import find_experts
 from .interchange.adapter import AdapterFolder, read_config
@@ -24,13 +25,7 @@ from .untrusted import WEIGHTS_NAME
 
 
 BAR_WIDTH = 32
-FORM_NAMES = {
-    "delta": "deltas",
-    "rows": "effective weights",
-    "int8": "deltas of 8 bits",
-    "int4": "deltas of 4 bits",
-    "int1": "deltas of 1 bit",
-}
+SHOWN = 16  # ids in a line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -154,8 +149,11 @@ def _select(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _inspect(options: argparse.Namespace) -> tuple[Any, str]:
-    if (Path(options.path) / "adapter_config.json").exists():
-        return _inspect_adapter(Path(options.path))
+    folder = Path(options.path)
+    if (folder / "adapter_config.json").exists():
+        return _inspect_adapter(folder)
+    if (folder / "expert_cfg.json").exists() and not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds files of the original code; make an adapter of them: peft-esft import")
     containers = find_experts(empty_model(options.path))
     if not containers:
         raise ValueError(f"{options.path} has no experts container of a known kind")
@@ -186,7 +184,8 @@ def _inspect_adapter(folder: Path) -> tuple[Any, str]:
     entries = AdapterFolder(folder).files.entries if weights.exists() else {}
     record = {
         "base": config.base_model_name_or_path,
-        "revision": config.revision,
+        "revision": revision_of(config),
+        "task": (config.selection or {}).get("task"),
         "task_type": config.task_type,
         "storage": config.storage,
         "rank": config.rank,
@@ -198,16 +197,23 @@ def _inspect_adapter(folder: Path) -> tuple[Any, str]:
         "tensors": {key: list(entry.shape) for key, entry in entries.items()},
         "bytes": sum(entry.num_bytes for entry in entries.values()),
     }
-    stored = f"rank {config.rank}" if config.rank is not None else FORM_NAMES[config.storage]
-    lines = [f"ESFT adapter for {config.base_model_name_or_path}, stored as {stored}", f"chosen by {config.selection}"]
+    revision = f", revision {record['revision']}" if record["revision"] else ""
+    lines = [
+        f"ESFT adapter for {config.base_model_name_or_path or 'an unnamed base'}{revision}",
+        f"experts chosen by: {describe_choice(config) or 'not recorded'}",
+    ]
+    lines += [f"task: {record['task']}"] if record["task"] else []
     also = [name for name in ("train_shared_experts", "train_non_expert_modules", "modules_to_save") if record[name]]
     if also:
         lines.append(f"besides the experts: {', '.join(f'{name}={record[name]}' for name in also)}")
-    known = (config.selection or {}).get("num_experts", {})
-    most = max(map(len, selection.values()), default=1)
-    lines.append(_bars({path: (len(ids), known.get(path, most)) for path, ids in selection.items()}))
+    known = num_experts_of(config)
+    most = max((max(ids) + 1 for ids in selection.values()), default=1)
+    chart = _bars({path: (len(ids), known.get(path, most)) for path, ids in selection.items()})
+    for line, (path, ids) in zip(chart.splitlines(), selection.items(), strict=True):
+        total = f" of {known[path]}" if path in known else ""
+        lines.append(f"{line}{total}: {', '.join(map(str, ids[:SHOWN]))}{', ...' * (len(ids) > SHOWN)}")
     if entries:
-        lines.append(f"{len(entries)} tensors, {weights.stat().st_size / 1e6:.2f} MB")
+        lines.append(f"{describe_storage(config)}: {len(entries)} tensors, {weights.stat().st_size / 1e6:.2f} MB")
     return record, "\n".join(lines)
 
 

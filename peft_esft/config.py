@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from .card import write_card
 from .selection import DEFAULT_TOP_P, Metric, select_experts
 from .storage import FORMS
-from .untrusted import Header, check_fields, find_header
+from .untrusted import Header, check_fields, find_header, find_hub_header
 
 
 if TYPE_CHECKING:
@@ -117,8 +118,9 @@ class ESFTConfig(PeftConfig):
         # What is adapted in the model at hand, by module path, once the adapter is attached. No field: of no meaning
         # in a file.
         self.adapted_paths: dict[str, list[int]] = {}
-        # The header of the weights that go with a config read from a folder, to be checked before anything is changed.
-        self.header: Header | None = None
+        # Of the weights that go with a config that was read, see `header`.
+        self._header: Header | None = None
+        self._find_header: Callable[[], Header | None] | None = None
         if self.target_experts is not None:
             self.target_experts = check_target_experts(self.target_experts)
         if isinstance(self.exclude_modules, set):
@@ -133,6 +135,16 @@ class ESFTConfig(PeftConfig):
             raise ValueError(f"storage {self.storage!r} is for full-rank adapters; with a rank it is 'delta'")
         if self.rank is None and (self.alpha is not None or self.use_rslora):
             raise ValueError("alpha and use_rslora scale deltas of low rank; without rank they would have no effect")
+
+    @property
+    def header(self) -> Header | None:
+        """The header of the weights that go with a config that was read, to be checked before anything is changed.
+
+        For a config from the Hub it is asked for when the adapter is attached: to read a config downloads no weights.
+        """
+        if self._find_header is not None:
+            self._header, self._find_header = self._find_header(), None
+        return self._header
 
     @property
     def scaling(self) -> float:
@@ -164,16 +176,24 @@ class ESFTConfig(PeftConfig):
             **kwargs: see `peft.PeftConfig.from_pretrained`. `use_safetensors=False` accepts pickled weights too.
 
         Raises:
-            ValueError: if a field is malformed, the weights' header is, or they are pickled and not asked for.
+            ValueError: if a field is malformed, the weights' header is, or they are pickled and not asked for. For a
+                Hub name, what concerns the weights is raised when the adapter is attached.
         """
-        header = find_header(
-            Path(os.path.join(pretrained_model_name_or_path, subfolder or "")),
-            pickled=kwargs.pop("use_safetensors", True) is False,
-        )
+        pickled = kwargs.pop("use_safetensors", True) is False
+        folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        header = find_header(folder, pickled=pickled)
         config: ESFTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if isinstance(config, ESFTConfig):
-            check_fields(config)
-            config.header = None if kwargs.get("ignore_mismatched_sizes") else header
+        if not isinstance(config, ESFTConfig):
+            return config
+        check_fields(config)
+        if kwargs.get("ignore_mismatched_sizes"):
+            return config
+        if (folder / CONFIG_NAME).is_file():
+            config._header = header
+        else:
+            download, _, _ = cls._split_kwargs(kwargs)
+            name = str(pretrained_model_name_or_path)
+            config._find_header = partial(find_hub_header, name, subfolder, pickled=pickled, **download)
         return config
 
     @classmethod
@@ -209,6 +229,7 @@ class ESFTConfig(PeftConfig):
         budget: float | None = None,
         min_experts: int = 1,
         max_experts: int | None = None,
+        task: str | None = None,
         **kwargs: Any,
     ) -> ESFTConfig:
         """Builds a config that trains the experts which a task uses most.
@@ -222,6 +243,7 @@ class ESFTConfig(PeftConfig):
             budget: share of the experts' parameters.
             min_experts: of each container.
             max_experts: of each container.
+            task: what the adapter is for, in words; kept for the model card.
             **kwargs: further fields of the config.
 
         Returns:
@@ -243,6 +265,7 @@ class ESFTConfig(PeftConfig):
             top_p = DEFAULT_TOP_P[metric]
         rule = {"top_p": top_p, "top_k": top_k, "budget": budget, "max_experts": max_experts}
         selection = {
+            **({} if task is None else {"task": task}),
             "metric": metric,
             **{name: value for name, value in rule.items() if value is not None},
             **({"min_experts": min_experts} if min_experts > 1 else {}),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .architectures import READABLE_DTYPES
+from .card import is_hub_name
 from .containers import ExpertsContainer
 
 
@@ -17,21 +19,23 @@ EXPERTS, VALUES = 4, 1024  # of each container and each weight of an expert
 
 
 def record_base(
-    containers: Mapping[str, ExpertsContainer], selection: Mapping[str, list[int]]
+    containers: Mapping[str, ExpertsContainer], selection: Mapping[str, list[int]], commit: str | None = None
 ) -> dict[str, Any] | None:
     """What a config keeps of its base.
 
     Args:
         containers: of the base model.
         selection: the experts that are adapted.
+        commit: of the base on the Hub, if it was loaded from there.
 
     Returns:
-        `num_experts` and `rows` (fingerprints) by path; None if the weights cannot be read here.
+        `num_experts` and `rows` (fingerprints) by path, and the commit; None if the weights cannot be read here.
     """
     rows = {path: fingerprint_container(containers[path], ids) for path, ids in selection.items()}
     if not rows or any(value is None for value in rows.values()):
         return None
-    return {"num_experts": {path: containers[path].num_experts for path in selection}, "rows": rows}
+    record: dict[str, Any] = {"num_experts": {path: containers[path].num_experts for path in selection}, "rows": rows}
+    return record if commit is None else {**record, "commit": commit}
 
 
 def fingerprint_container(container: ExpertsContainer, expert_ids: list[int]) -> str | None:
@@ -59,6 +63,57 @@ def fingerprint(weights: Sequence[Sequence[Tensor] | Tensor]) -> str:
             digest.update(bytes(sample.contiguous().view(torch.uint8).tolist()))
     kind = "fp16" if weights[0][0].dtype == torch.float16 else "bf16"
     return f"{kind}:{digest.hexdigest()[:16]}"
+
+
+def check_num_experts(
+    records: Iterable[Mapping[str, Any] | None], paths: Iterable[str], containers: Mapping[str, ExpertsContainer]
+) -> None:
+    """Refuses a base that has another number of experts than the one that an adapter was made for.
+
+    Args:
+        records: what a config says of that one: its `selection` and `base_fingerprint`.
+        paths: the containers that are adapted.
+        containers: of the base at hand.
+
+    Raises:
+        ValueError: naming the first container.
+    """
+    known = [record.get("num_experts", {}) for record in records if record]
+    for path in paths:
+        for num_experts in (numbers[path] for numbers in known if path in numbers):
+            if containers[path].num_experts != num_experts:
+                raise ValueError(
+                    f"the experts of {path} were chosen among {num_experts}, but this model has "
+                    f"{containers[path].num_experts}: the selection was made for another model"
+                )
+
+
+def compare_bases(
+    recorded: Mapping[str, Any],
+    current: Mapping[str, Any],
+    names: tuple[str | None, str | None],
+) -> None:
+    """Warns of a base whose rows are not those that the adapter was made over.
+
+    Args:
+        recorded: what the adapter's config keeps, see `record_base`.
+        current: the same of the base at hand.
+        names: of the adapter's base, and of the one at hand.
+
+    Raises:
+        ValueError: if both also have names on the Hub, which differ.
+    """
+    different = differing_paths(recorded, current)
+    if not different:
+        return
+    made_for, name = names
+    message = (
+        f"the adapter was made over a base with other weights, in {len(different)} of {len(recorded['rows'])} layers, "
+        f"{different[0]} among them: it was made for {made_for!r}, this is {name!r}"
+    )
+    if is_hub_name(made_for) and is_hub_name(name) and made_for != name:
+        raise ValueError(f"{message}. To use it here all the same, set base_fingerprint to None in its config")
+    warnings.warn(message, stacklevel=3)
 
 
 def differing_paths(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

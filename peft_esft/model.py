@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, set_
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .card import is_hub_name
 from .combination import CombinationType, MajoritySignMethod, check_combination
 from .config import ESFTConfig
 from .containers import (
@@ -24,7 +23,7 @@ from .containers import (
     find_shared_experts,
     resolve_container,
 )
-from .fingerprint import differing_paths, record_base
+from .fingerprint import check_num_experts, compare_bases, record_base
 from .fused import FusedExperts
 from .layer import PREFIX, ESFTLayer, check_trainable
 from .listed import ListedExperts
@@ -102,7 +101,7 @@ class ESFTModel(BaseTuner):
                 "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
             )
         target_experts = resolve_target_experts(peft_config.target_experts or {}, containers)
-        _check_scored_model(peft_config.selection or {}, target_experts, containers)
+        check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, containers)
         selection = {**target_experts, **{path: [0] for path in whole}}
         # PEFT marks an excluded module by an object, which is true as a bool.
         chosen = {path: ids for path, ids in selection.items() if _match_options(peft_config, path) is True}
@@ -435,18 +434,6 @@ def resolve_target_experts(
     return resolved
 
 
-def _check_scored_model(
-    selection: dict[str, Any], target_experts: dict[str, list[int]], containers: dict[str, ExpertsContainer]
-) -> None:
-    """Refuses experts that were chosen in a model with another number of them."""
-    for path, num_experts in selection.get("num_experts", {}).items():
-        if path in target_experts and containers[path].num_experts != num_experts:
-            raise ValueError(
-                f"the experts of {path} were chosen among {num_experts}, but this model has "
-                f"{containers[path].num_experts}: the selection was made for another model"
-            )
-
-
 def _compare_base(
     config: ESFTConfig, model: nn.Module, containers: dict[str, ExpertsContainer], target_experts: dict[str, list[int]]
 ) -> None:
@@ -455,22 +442,14 @@ def _compare_base(
     Raises:
         ValueError: if the rows differ and the config names another base.
     """
-    current = record_base(containers, target_experts)
-    if config.base_fingerprint is None:
-        if not config.inference_mode:
-            config.base_fingerprint = current
-        return
-    different = differing_paths(config.base_fingerprint, current or {})
-    if not different:
-        return
-    made_for, name = config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
-    message = (
-        f"the adapter was made over a base with other weights, in {len(different)} of {len(target_experts)} layers, "
-        f"{different[0]} among them: it was made for {made_for!r}, this is {name!r}"
-    )
-    if is_hub_name(made_for) and is_hub_name(name) and made_for != name:
-        raise ValueError(f"{message}. To use it here all the same, set base_fingerprint to None in its config")
-    warnings.warn(message, stacklevel=2)
+    # transformers leaves the commit that it loaded in this field of the model's config.
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    current = record_base(containers, target_experts, commit)
+    if config.base_fingerprint is not None:
+        names = (config.base_model_name_or_path, model.__dict__.get("name_or_path") or None)
+        compare_bases(config.base_fingerprint, current or {}, names)
+    elif not config.inference_mode:
+        config.base_fingerprint = current
 
 
 def _warn_of_slow_layouts(containers: Iterable[ExpertsContainer]) -> None:

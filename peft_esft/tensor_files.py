@@ -191,9 +191,9 @@ def overwrite(entry: TensorEntry, file: Path, tensor: Tensor, num_blocks: int = 
     Raises:
         ValueError: if it does not fit.
     """
-    size = entry.num_bytes // num_blocks
-    if tensor.dtype != entry.dtype or tensor.numel() * tensor.dtype.itemsize != size:
-        raise ValueError(f"{file}: {size:,} bytes of {entry.dtype} cannot hold {tensor.dtype} {list(tensor.shape)}")
+    size, shape = entry.num_bytes // num_blocks, block_shape(entry.shape, num_blocks)
+    if tensor.dtype != entry.dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{file}: {entry.dtype} {list(shape)} cannot hold {tensor.dtype} {list(tensor.shape)}")
     with file.open("r+b") as stream:
         stream.seek(entry.offset + block * size)
         stream.write(as_bytes(tensor))

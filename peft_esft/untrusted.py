@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 
 from .containers import ExpertsContainer
 from .storage import stored_layout
@@ -44,13 +46,48 @@ def find_header(folder: Path, *, pickled: bool = False) -> Header | None:
         raise ValueError(f"{config} has {config.stat().st_size:,} bytes, more than {MAX_CONFIG_BYTES:,}")
     if (folder / WEIGHTS_NAME).is_file():
         return read_header(folder / WEIGHTS_NAME)
-    pickled = pickled or os.environ.get(ALLOW_PICKLED) == "1"
-    if (folder / PICKLED_NAME).is_file() and not pickled:
-        raise ValueError(
-            f"{folder} has pickled weights ({PICKLED_NAME}) and no {WEIGHTS_NAME}. If you trust them, pass "
-            f"use_safetensors=False or set {ALLOW_PICKLED}=1"
-        )
+    if (folder / PICKLED_NAME).is_file() and not _is_allowed(pickled):
+        raise _pickled_weights(folder)
     return None
+
+
+def find_hub_header(name: str, subfolder: str | None, *, pickled: bool = False, **download: Any) -> Header | None:
+    """The header of an adapter's weights on the Hub, downloaded to where PEFT looks for them; None if there are none.
+
+    Args:
+        name: of the repository.
+        subfolder: in it.
+        pickled: accept pickled weights, which have no header.
+        **download: see `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        ValueError: if the weights are malformed, or pickled without being asked for.
+    """
+    try:
+        return read_header(Path(hf_hub_download(name, WEIGHTS_NAME, subfolder=subfolder, **download)))
+    except EntryNotFoundError:
+        file = f"{subfolder}/{PICKLED_NAME}" if subfolder else PICKLED_NAME
+        if not _is_allowed(pickled) and _is_on_hub(name, file, download):
+            raise _pickled_weights(name) from None
+        return None
+
+
+def _is_allowed(pickled: bool) -> bool:
+    return pickled or os.environ.get(ALLOW_PICKLED) == "1"
+
+
+def _is_on_hub(name: str, file: str, download: Mapping[str, Any]) -> bool:
+    place = {key: download[key] for key in ("revision", "repo_type") if key in download}
+    if isinstance(try_to_load_from_cache(name, file, cache_dir=download.get("cache_dir"), **place), str):
+        return True
+    return not constants.HF_HUB_OFFLINE and file_exists(name, file, token=download.get("token"), **place)
+
+
+def _pickled_weights(where: object) -> ValueError:
+    return ValueError(
+        f"{where} has pickled weights ({PICKLED_NAME}) and no {WEIGHTS_NAME}. If you trust them, pass "
+        f"use_safetensors=False or set {ALLOW_PICKLED}=1"
+    )
 
 
 def check_fields(config: ESFTConfig) -> None:
@@ -102,7 +139,9 @@ def _is_selection(value: Any) -> bool:
 
 def _is_fingerprint(value: Any) -> bool:
     rows = value.get("rows", {}) if isinstance(value, dict) else None
-    return isinstance(rows, dict) and all(map(_is_string, rows.values())) and _is_selection(value)
+    if not isinstance(rows, dict) or not all(map(_is_string, rows.values())):
+        return False
+    return _is_selection(value) and _is_string(value.get("commit", ""))
 
 
 def _is_pattern(value: Any) -> bool:

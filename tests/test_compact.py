@@ -16,21 +16,14 @@ from peft_esft import ESFTConfig, ESFTLayer
 from peft_esft.interchange import compact
 from peft_esft.storage import FORMS, decode, encode, stored_layout
 
+from checkpoints import save_base_and_adapter
 from families import tiny_model
 from listed import listed_model
-from oracle import config_for, random_tokens, select_in_all, task_loss
+from oracle import random_tokens, select_in_all, task_loss
 
 
 TOKENS = random_tokens()
 SMALL = FORMS[1:]
-
-
-def randomize(model, std=0.02):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".esft_" in name:
-                parameter.normal_(std=std)
 
 
 def logits(model, **inputs):
@@ -47,21 +40,12 @@ def effective(model, name="default"):
     }
 
 
-def prepare(build, folder, **settings):
-    """A base and an adapter on disk; returns the effective rows of the adapter."""
-    build().save_pretrained(folder / "base")
-    model = get_peft_model(build(), config_for(build(), **settings))
-    randomize(model)
-    model.base_model.model.name_or_path = str(folder / "base")
-    model.save_pretrained(folder / "adapter")
-    return effective(model)
-
-
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """A bf16 base, an adapter, and its compact forms."""
     folder = tmp_path_factory.mktemp("compact")
-    rows = prepare(lambda: tiny_model("olmoe", torch.bfloat16), folder, task_type="CAUSAL_LM")
+    model = save_base_and_adapter(lambda: tiny_model("olmoe", torch.bfloat16), folder, task_type="CAUSAL_LM")
+    rows = effective(model)
     for form in SMALL:
         compact(folder / "adapter", folder / form, form=form)
     return folder, rows
@@ -190,7 +174,7 @@ def test_every_kind_of_container(family, form, tmp_path):
         return listed_model(torch.bfloat16) if family == "listed" else tiny_model(family, torch.bfloat16)
 
     settings = {"train_shared_experts": True} if family == "deepseek_v2" else {}
-    rows = prepare(build, tmp_path, **settings)
+    rows = effective(save_base_and_adapter(build, tmp_path, **settings))
     base = build() if family == "listed" else tmp_path / "base"
     compact(tmp_path / "adapter", tmp_path / form, form=form, base=base)
     model = PeftModel.from_pretrained(build(), str(tmp_path / form))
@@ -246,7 +230,7 @@ def test_a_small_adapter_passes_gradients_to_the_input(adapter):
 
 
 def test_modules_to_save_stay(tmp_path):
-    prepare(lambda: tiny_model("olmoe", torch.bfloat16), tmp_path, modules_to_save=["lm_head"])
+    save_base_and_adapter(lambda: tiny_model("olmoe", torch.bfloat16), tmp_path, modules_to_save=["lm_head"])
     for form in SMALL:
         compact(tmp_path / "adapter", tmp_path / form, form=form)
         before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", form))
@@ -261,7 +245,7 @@ def test_what_cannot_be_made_smaller_is_refused(adapter, tmp_path):
     with pytest.raises(ValueError, match="stored with int8"):
         compact(folder / "int8", tmp_path / "x", form="int4")
     (tmp_path / "ranked").mkdir()
-    prepare(lambda: tiny_model("olmoe"), tmp_path / "ranked", rank=2)
+    save_base_and_adapter(lambda: tiny_model("olmoe"), tmp_path / "ranked", rank=2)
     with pytest.raises(ValueError, match="stored with rank 2"):
         compact(tmp_path / "ranked" / "adapter", tmp_path / "x", form="int4")
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")

@@ -80,8 +80,18 @@ def test_inspect_an_adapter(folders, tmp_path, capsys):
     assert main(["inspect", str(folders / "a")]) == 0
     text = capsys.readouterr().out
     # 3 of 8 experts are 12 of 32 characters.
-    assert f"model.layers.1.mlp.experts  {'#' * 12}{' ' * 20}  3" in text
-    assert "stored as deltas" in text and "2 tensors, 0.03 MB" in text
+    bar = f"model.layers.1.mlp.experts  {'#' * 12}{' ' * 20}  3 of 8: 5, 1, 6"
+    assert bar in text
+    assert "experts chosen by: metric token\n" in text
+    assert "fp32 deltas, which can be trained further: 2 tensors, 0.03 MB" in text
+    # An imported adapter knows the number of experts from its base alone.
+    run(capsys, "export", folders / "a", "--base", folders / "base", "--out", tmp_path / "official")
+    run(capsys, "import", tmp_path / "official", "--base", folders / "base", "--out", tmp_path / "back")
+    assert main(["inspect", str(tmp_path / "back")]) == 0
+    text = capsys.readouterr().out
+    assert bar in text and "experts chosen by: not recorded" in text
+    assert main(["inspect", str(tmp_path / "official")]) == 1
+    assert "make an adapter of them: peft-esft import" in capsys.readouterr().err
 
 
 def test_diff(folders, tmp_path, capsys):
@@ -97,7 +107,9 @@ def test_diff(folders, tmp_path, capsys):
     assert row["weights"]["distance"] == pytest.approx(float((first - second).norm() / first.norm()))
     assert row["weights"]["cosine"] == pytest.approx(float(first @ second / first.norm() / second.norm()), abs=1e-9)
     assert main(["diff", str(folders / "a"), str(folders / "b")]) == 0
-    assert "only first [5, 6], only second [2], both [1]" in capsys.readouterr().out
+    # The bases are the same, though the fingerprints, of other experts' rows, are not.
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("model.layers.1.mlp.experts: only first [5, 6], only second [2], both [1] (distance ")
     same = diff_adapters(folders / "a", folders / "a")
     assert same["settings"] == {}
     assert same["containers"]["model.layers.1.mlp.experts"]["weights"]["distance"] == 0
@@ -107,6 +119,41 @@ def test_diff(folders, tmp_path, capsys):
     assert 0 < small["containers"]["model.layers.1.mlp.experts"]["weights"]["distance"] < 0.01
     run(capsys, "compact", folders / "a", "--out", tmp_path / "rows")
     assert diff_adapters(folders / "a", tmp_path / "rows")["containers"].popitem()[1]["weights"] is None
+
+
+def test_diff_of_bases_selections_and_whole_modules(tmp_path, capsys):
+    for name, scale, settings in (
+        ("a", 1.0, {"train_shared_experts": True, "selection": {"metric": "token", "num_tokens": 5}}),
+        ("b", 1.01, {"selection": {"metric": "gate", "num_tokens": 5}}),
+        ("c", 1.0, {"train_shared_experts": True}),
+    ):
+        base = tiny_model("deepseek_v2")
+        with torch.no_grad():
+            base.model.layers[1].mlp.experts.down_proj.mul_(scale)
+        config = config_for(base, init_weights=False, modules_to_save=["lm_head"], **settings)
+        model = get_peft_model(base, config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if name == "c" and parameter.requires_grad:
+                    parameter.mul_(-1)
+        model.save_pretrained(tmp_path / name)
+    record = diff_adapters(tmp_path / "a", tmp_path / "b")
+    assert record["settings"] == {
+        "selection.metric": ["token", "gate"],
+        "train_shared_experts": [True, False],
+    }
+    assert record["other_base"] == ["model.layers.1.mlp.experts"]
+    shared = "model.layers.1.mlp.shared_experts"
+    assert record["containers"][shared]["first"] == [0] and not record["containers"][shared]["both"]
+    assert not any(record["modules_to_save"].values())
+    record = diff_adapters(tmp_path / "a", tmp_path / "c")
+    assert record["other_base"] == []
+    assert record["containers"][shared]["both"] == [0] and record["containers"][shared]["weights"]["distance"] == 2
+    assert record["modules_to_save"]["different"] == ["base_model.model.lm_head.weight"]
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert "made over bases of other weights, in 1 layers" in capsys.readouterr().out
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 0
+    assert "base_model.model.lm_head.weight: different" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -13,20 +13,13 @@ from peft_esft import ESFTConfig, find_experts, score_experts
 from peft_esft.containers import find_other_modules, find_shared_experts
 from peft_esft.substituted import call_with
 
+from checkpoints import randomize
 from families import tiny_model
 from listed import listed_model
 from oracle import DenseOracle, config_for, deltas_of, random_tokens, select_in_all, task_loss
 
 
 TOKENS = random_tokens()
-
-
-def randomize(model, std=0.05):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".esft_" in name:
-                parameter.normal_(std=std)
 
 
 def logits(model):

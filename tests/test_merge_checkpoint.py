@@ -15,22 +15,12 @@ from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, Sw
 from transformers import SwitchTransformersForConditionalGeneration as Switch
 
 from peft_esft import ESFTConfig, find_experts
-from peft_esft.interchange import compact, merge_checkpoint
+from peft_esft.interchange import compact, export_official, merge_checkpoint
 
+import zoo
+from checkpoints import randomize, save_base_and_adapter, tensors_of
 from families import FAMILIES, tiny_model
 from oracle import config_for
-
-
-def randomize(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".esft_" in name:
-                parameter.normal_(std=0.05)
-
-
-def tensors_of(folder):
-    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
 
 
 def same_bits(left, right):
@@ -39,10 +29,7 @@ def same_bits(left, right):
 
 def prepare(build, folder, shard_size="20KB", **settings):
     """A base checkpoint and a random adapter for it; returns what merging in memory gives, as a checkpoint."""
-    build().save_pretrained(folder / "base", max_shard_size=shard_size)
-    model = get_peft_model(build(), config_for(build(), **settings))
-    randomize(model)
-    model.save_pretrained(folder / "adapter")
+    model = save_base_and_adapter(build, folder, shard_size, **settings)
     model.merge_and_unload().save_pretrained(folder / "expected")
     return tensors_of(folder / "expected")
 
@@ -83,6 +70,31 @@ def test_every_sort_of_adapter_is_merged(family, settings, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:train_non_expert_modules leaves")
+@pytest.mark.parametrize("experts", [[7, 0, 3], list(range(8))], ids=["some", "all"])
+@pytest.mark.parametrize("width", [24, 32], ids=["oblong", "square"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["as saved", "as published"])
+def test_both_layouts_of_qwen3_vl(transposed, width, experts, tmp_path):
+    """Its published checkpoints have the experts transposed, which transformers tells by the shape alone."""
+    config = zoo.build("qwen3_vl_moe").config
+    config.text_config.moe_intermediate_size = width
+    zoo.family("qwen3_vl_moe").model_class(config).save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    if transposed:
+        transposed_on_disk(tmp_path / "base")
+    tensors = load_file(file)
+    # A square weight, down_proj here, is taken as it is in either layout.
+    model = zoo.family("qwen3_vl_moe").model_class.from_pretrained(tmp_path / "base")
+    selection = dict.fromkeys(find_experts(model), experts)
+    wrapped = get_peft_model(model, ESFTConfig(target_experts=selection, init_weights=False))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    expected = wrapped.merge_and_unload().state_dict()
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged").state_dict()
+    assert all(torch.equal(value, merged[key]) for key, value in expected.items())
+    stored = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {key: value.shape for key, value in stored.items()} == {key: value.shape for key, value in tensors.items()}
+
+
 def test_tied_embeddings_are_written_once(tmp_path):
     check(tmp_path, prepare(lambda: tiny_model("olmoe", tied=True), tmp_path, train_non_expert_modules=True))
 
@@ -186,6 +198,32 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(change, message, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "expected"]
 
 
+def test_another_base_of_the_same_shape_is_noticed(tmp_path):
+    prepare(lambda: tiny_model("deepseek_v2"), tmp_path)
+    other = tiny_model("deepseek_v2")
+    with torch.no_grad():
+        other.model.layers[1].mlp.experts.down_proj.mul_(1.01)
+    other.save_pretrained(tmp_path / "other")
+    for number, use in enumerate((merge, export_official, publish_rows)):
+        use(tmp_path / "adapter", tmp_path / "base", tmp_path / f"fits-{number}")
+        with pytest.warns(UserWarning, match=r"over a base with other weights, in 1 of 1 layers"):
+            use(tmp_path / "adapter", tmp_path / "other", tmp_path / f"other-{number}")
+    other.name_or_path = "someone/other"
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "someone/base"
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="it was made for 'someone/base', this is 'someone/other'"):
+        export_official(tmp_path / "adapter", other, tmp_path / "refused")
+
+
+def merge(adapter, base, out):
+    merge_checkpoint(base, adapter, out)
+
+
+def publish_rows(adapter, base, out):
+    compact(adapter, out, form="rows", base=base)
+
+
 def test_quantised_bases_are_refused(tmp_path):
     prepare(lambda: tiny_model("olmoe"), tmp_path, shard_size="10MB")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
@@ -218,8 +256,8 @@ print(memory("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's /proc")
-def test_peak_memory_is_below_the_largest_shard_and_the_adapter(tmp_path):
+def large_olmoe():
+    """Experts apart in the checkpoint."""
     config = OlmoeConfig(
         vocab_size=64,
         hidden_size=512,
@@ -230,8 +268,30 @@ def test_peak_memory_is_below_the_largest_shard_and_the_adapter(tmp_path):
         num_experts_per_tok=2,
         pad_token_id=0,
     )
+    return OlmoeForCausalLM, config
+
+
+def large_qwen3_vl():
+    """All experts of a layer in one tensor, which takes most of a shard."""
+    config = zoo.build("qwen3_vl_moe").config
+    config.text_config.num_experts, config.text_config.moe_intermediate_size = 256, 1024
+    return zoo.family("qwen3_vl_moe").model_class, config
+
+
+def transposed_on_disk(folder):
+    """The layout in which that family is published."""
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors = {k: v.transpose(1, 2).contiguous() if ".experts." in k else v for k, v in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures by Linux's /proc")
+@pytest.mark.parametrize(("build", "change"), [(large_olmoe, None), (large_qwen3_vl, transposed_on_disk)])
+def test_peak_memory_is_below_the_largest_shard_and_the_adapter(build, change, tmp_path):
+    model_class, config = build()
     with torch.device("meta"):
-        model = OlmoeForCausalLM(config).to(torch.bfloat16)
+        model = model_class(config).to(torch.bfloat16)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -239,6 +299,8 @@ def test_peak_memory_is_below_the_largest_shard_and_the_adapter(tmp_path):
     model.save_pretrained(tmp_path / "base", max_shard_size="60MB")
     selection = {path: [3, 7] for path in find_experts(model)}
     get_peft_model(model, ESFTConfig(target_experts=selection, init_weights=False)).save_pretrained(tmp_path / "a")
+    if change is not None:
+        change(tmp_path / "base")
     shards = [path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors")]
     adapter = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     command = [sys.executable, "-c", PEAK, *(str(tmp_path / name) for name in ("base", "a", "merged"))]

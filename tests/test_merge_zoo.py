@@ -5,20 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
 
 from peft_esft import ESFTConfig, find_experts
 from peft_esft.interchange import merge_checkpoint
+
+from checkpoints import tensors_of
 
 
 zoo = pytest.importorskip("zoo")
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 MIXED = {"ernie4_5_vl_moe"}
-
-
-def tensors_of(folder):
-    return {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
 
 
 @pytest.mark.parametrize("model_type", zoo.model_types())

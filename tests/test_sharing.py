@@ -14,15 +14,15 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoeForCausalLM
 
-from peft_esft import ESFTConfig
+from peft_esft import ESFTConfig, score_experts
 from peft_esft.card import is_hub_name
-from peft_esft.interchange import compact
+from peft_esft.interchange import compact, merge_checkpoint
 
 from families import tiny_model
 from hub import Hub
-from oracle import config_for
+from oracle import config_for, random_tokens
 
 
 SELECTION = {"metric": "token", "top_p": 0.2, "averaging": "sample", "num_tokens": 1234, "num_samples": 5}
@@ -65,6 +65,32 @@ def test_the_card_says_what_the_adapter_is(tmp_path):
     line = data[1 : 1 + 3 * width]
     blue = [expert for expert in range(8) if line[24 * expert : 24 * expert + 3] == bytes((31, 119, 180))]
     assert blue == [1, 5, 6]
+
+
+def test_the_card_names_what_is_trained_besides(tmp_path):
+    wrapped().save_pretrained(tmp_path / "experts")
+    wrapped(family="deepseek_v2", train_shared_experts=True, modules_to_save=["lm_head"]).save_pretrained(tmp_path)
+    text = (tmp_path / "experts" / "README.md").read_text()
+    assert "only the experts below were trained" in text and "trained besides" not in text
+    text = (tmp_path / "README.md").read_text()
+    assert "only the experts below and the modules named below were trained" in text
+    assert "| trained besides | shared experts, lm_head |" in text
+
+
+def test_the_card_names_the_commit_and_the_task(tmp_path):
+    base = tiny_model("olmoe")
+    base.config._commit_hash = "c0ffee"
+    scores = recorded_scores(base)
+    model = get_peft_model(base, ESFTConfig.from_scores(scores, task="legal questions"))
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| revision | `c0ffee` |" in text and "| task | legal questions |" in text
+    assert "| experts chosen by | metric token, top_p 0.2, averaging sample, num_tokens 24, num_samples 2 |" in text
+    PeftModel.from_pretrained(tiny_model("olmoe"), str(tmp_path))
+
+
+def recorded_scores(model):
+    return score_experts(model, [{"input_ids": random_tokens()}], progress=False)
 
 
 def test_the_three_lines_of_the_card_load_the_adapter(tmp_path):
@@ -117,18 +143,15 @@ def test_hub_names(name, is_one):
 PUSH = """
 import sys
 sys.path.insert(0, "tests")
+import pytest
 import torch
-import peft_esft
-from huggingface_hub import HfApi
 from peft import PeftModel
+from peft_esft import push_to_hub
 from test_sharing import wrapped
 from families import tiny_model
 model = wrapped()
-model.save_pretrained(FOLDER)
-# `model.push_to_hub` writes an empty form over the card, see docs/sharing.md.
-api = HfApi(token="hf_x")
-api.create_repo("someone/law")
-api.upload_folder(repo_id="someone/law", folder_path=FOLDER)
+commit = push_to_hub(model, "someone/law", token="hf_x", private=True)
+assert commit.oid
 again = PeftModel.from_pretrained(tiny_model("olmoe"), "someone/law", token="hf_x")
 tokens = torch.arange(3, 9)[None]
 with torch.no_grad():
@@ -136,33 +159,151 @@ with torch.no_grad():
 config = again.peft_config["default"]
 assert config.selection["top_p"] == 0.2 and config.base_model_name_or_path == "someone/base"
 """
+PUSH_AGAIN = """
+import sys
+sys.path.insert(0, "tests")
+import pytest
+import peft_esft
+from peft import PeftModel
+from peft_esft import push_to_hub
+from test_sharing import wrapped
+from families import tiny_model
+push_to_hub(wrapped(), "someone/law", token="hf_x")
+# Loaded under a name, which PEFT would save in a subfolder, over a base from a folder.
+model = PeftModel.from_pretrained(tiny_model("olmoe"), "someone/law", adapter_name="mine")
+model.load_adapter("someone/law", adapter_name="other")
+model.base_model.model.name_or_path = model.base_model.model.config._name_or_path = "/home/me/base"
+with pytest.raises(ValueError, match="name the one to upload"):
+    push_to_hub(model, "someone/mine")
+with pytest.raises(ValueError, match="there is no adapter 'default'"):
+    push_to_hub(model, "someone/mine", "default")
+push_to_hub(model, "someone/mine", "mine", token="hf_x")
+model.peft_config["other"].base_model_name_or_path = None
+with pytest.raises(ValueError, match="'/home/me/base', which is no name of a model on the Hub"):
+    push_to_hub(model, "someone/other", "other", token="hf_x")
+"""
+STRANGERS = """
+import os, sys
+sys.path.insert(0, "tests")
+import pytest, torch
+import peft_esft
+from huggingface_hub import HfApi
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from peft_esft import ESFTConfig, ESFTLayer
+from test_sharing import wrapped
+from families import tiny_model
+api = HfApi(token="hf_x")
+file = f"{FOLDER}/adapter_model.safetensors"
+def publish(name):
+    api.create_repo(name)
+    for place in (None, "sub"):
+        api.upload_folder(repo_id=name, folder_path=FOLDER, path_in_repo=place)
+wrapped().save_pretrained(FOLDER)
+publish("someone/good")
+good = load_file(file)
+save_file({key: value[..., :-1].contiguous() for key, value in good.items()}, file)
+publish("someone/narrow")
+torch.save(good, f"{FOLDER}/adapter_model.bin")
+os.remove(file)
+publish("someone/pickled")
+base = tiny_model("olmoe")
+for where in ({"token": "hf_x"}, {"token": "hf_x", "subfolder": "sub"}):
+    for name, message in (("narrow", "do not fit the model"), ("pickled", "use_safetensors=False")):
+        config = ESFTConfig.from_pretrained(f"someone/{name}", **where)
+        assert config.target_experts
+        with pytest.raises(ValueError, match=message):
+            PeftModel.from_pretrained(base, f"someone/{name}", **where)
+        assert not any(isinstance(module, ESFTLayer) for module in base.modules())
+model = PeftModel.from_pretrained(base, "someone/good", **where)
+for name, message in (("narrow", "do not fit the model"), ("pickled", "use_safetensors=False")):
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(f"someone/{name}", adapter_name="second", **where)
+    assert list(model.peft_config) == ["default"]
+for place in (None, "sub"):
+    PeftModel.from_pretrained(tiny_model("olmoe"), "someone/pickled", subfolder=place, use_safetensors=False)
+PeftModel.from_pretrained(tiny_model("olmoe"), "someone/good")
+"""
+OFFLINE = """
+import sys
+sys.path.insert(0, "tests")
+import pytest
+import peft_esft
+from peft import PeftModel
+from families import tiny_model
+PeftModel.from_pretrained(tiny_model("olmoe"), "someone/good")
+for name, message in (("narrow", "do not fit the model"), ("pickled", "use_safetensors=False")):
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(tiny_model("olmoe"), f"someone/{name}")
+"""
 
 
-def test_pushing_to_the_hub_and_loading_from_it(tmp_path):
-    hub = Hub()
-    threading.Thread(target=hub.serve_forever, daemon=True).start()
-    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
-    settings |= {"HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    try:
-        result = subprocess.run(
-            [sys.executable, "-c", f"FOLDER = {str(tmp_path / 'law')!r}\n{PUSH}"],
-            env={**os.environ, **settings},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-    finally:
-        hub.shutdown()
-        hub.server_close()
+@pytest.fixture
+def hub():
+    server = Hub()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def run_with_hub(hub, code, folder, **settings):
+    """Runs code in a process of its own, since huggingface_hub reads its settings once."""
+    settings = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder), **settings}
+    settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    settings |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    result = subprocess.run(
+        [sys.executable, "-c", f"FOLDER = {str(folder / 'law')!r}\n{code}"],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def card_on(hub, name):
+    return ModelCard(hub.repositories[name]["README.md"].decode())
+
+
+def test_pushing_to_the_hub_and_loading_from_it(hub, tmp_path):
+    run_with_hub(hub, PUSH, tmp_path)
     files = hub.repositories["someone/law"]
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "experts.png"} <= set(files)
-    card = ModelCard(files["README.md"].decode())
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "experts.png"}
+    card = card_on(hub, "someone/law")
     assert card.data["base_model"] == "someone/base" and card.data["library_name"] == "peft"
     assert "import peft_esft" in card.text and "More Information Needed" not in card.text
+    assert 'AutoPeftModelForCausalLM.from_pretrained("someone/law")' in card.text
     assert hub.validated and all("library_name: peft" in content for content in hub.validated)
     assert len(hub.uploads) == 2
+
+
+FORM = "---\nlibrary_name: transformers\ntags: []\n---\n# Model card\n\n[More Information Needed]\n"
+WRITTEN = "---\nlicense: mit\ntags: [law]\n---\n# Law\n\nMade with care.\n"
+
+
+@pytest.mark.parametrize("before", [FORM, WRITTEN], ids=["form", "written"])
+def test_pushing_keeps_what_people_wrote_and_replaces_a_form(before, hub, tmp_path):
+    hub.repositories["someone/law"] = {"README.md": before.encode()}
+    run_with_hub(hub, PUSH_AGAIN, tmp_path)
+    card = card_on(hub, "someone/law")
+    assert card.data["library_name"] == "peft" and "## Trained experts" in card.text
+    assert "More Information Needed" not in card.text
+    if before == WRITTEN:
+        assert card.data["license"] == "mit" and "law" in card.data["tags"] and "Made with care." in card.text
+    mine = card_on(hub, "someone/mine")
+    assert set(hub.repositories["someone/mine"]) == set(hub.repositories["someone/law"])
+    assert mine.data["base_model"] == "someone/base" and "base_model:adapter:someone/base" in mine.data["tags"]
+    assert not any("/home" in content for content in hub.validated)
+    assert "someone/other" not in hub.repositories
+
+
+def test_what_lies_on_the_hub_is_checked_before_the_model_changes(hub, tmp_path):
+    run_with_hub(hub, STRANGERS, tmp_path)
+    reads = [path for _, path in hub.requests if "/someone/pickled/resolve/" in path and path.endswith(".bin")]
+    assert reads
+    run_with_hub(hub, OFFLINE, tmp_path, HF_HUB_OFFLINE="1")
 
 
 def changed(model):
@@ -207,14 +348,23 @@ def test_a_base_of_another_name_and_other_weights_is_refused(tmp_path):
 def test_other_expert_shapes_are_refused(tmp_path):
     wrapped().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="do not fit the model"):
-        PeftModel.from_pretrained(narrower(), str(tmp_path))
+        PeftModel.from_pretrained(altered(intermediate_size=16), str(tmp_path))
 
 
-def narrower():
-    from transformers import OlmoeForCausalLM
+def test_another_number_of_experts_is_refused(tmp_path):
+    wrapped(name="", selection=None).save_pretrained(tmp_path / "adapter")
+    larger = altered(num_experts=16)
+    with pytest.raises(ValueError, match=r"were chosen among 8, but this model has 16"):
+        PeftModel.from_pretrained(larger, str(tmp_path / "adapter"))
+    larger.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"were chosen among 8, but this model has 16"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
 
+
+def altered(**fields):
     config = tiny_model("olmoe").config
-    config.intermediate_size = 16
+    for name, value in fields.items():
+        setattr(config, name, value)
     return OlmoeForCausalLM(config)
 
 

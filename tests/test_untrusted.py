@@ -249,6 +249,24 @@ def test_pickled_weights_load_when_asked_for(adapter, tmp_path, monkeypatch):
         AdapterFolder(folder)
 
 
+@pytest.mark.parametrize("fields", [{"storage": "int4"}, {"rank": 4}, {"storage": "rows"}], ids=str)
+def test_a_config_that_belies_its_tensors_is_refused_without_a_base(fields, adapter, tmp_path, capsys):
+    folder = copied(adapter, tmp_path / "x")
+    rewrite_config(folder, **fields)
+    for arguments in (["inspect", folder], ["diff", folder, adapter], ["diff", adapter, folder]):
+        assert main([str(argument) for argument in arguments]) == 1
+        assert "there are no tensors such as" in capsys.readouterr().err
+
+
+def test_a_malformed_config_of_a_base_is_refused(adapter, tmp_path, capsys):
+    tiny_model("olmoe").save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hidden_size": "x"}))
+    capsys.readouterr()
+    assert main(["merge", str(tmp_path / "base"), str(adapter), str(tmp_path / "out")]) == 1
+    assert "is malformed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_the_command_line_refuses_too(adapter, tmp_path, capsys):
     for change in (break_length, break_into_pickle, break_type):
         folder = copied(adapter, tmp_path / change.__name__)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer, resolve_container
+from ..fingerprint import check_num_experts, compare_bases
 from ..functional import add_deltas
-from ..storage import decode
+from ..storage import SUFFIXES, decode
 from ..tensor_files import TensorFolder, write_tensors
 from ..untrusted import KEY_PREFIX, MARK, WEIGHTS_NAME, check_fields, expected_layout, fits
 from ..weights import ExpertWeight
@@ -112,13 +113,20 @@ class AdapterFolder:
                 )
             )
         self.files = TensorFolder([self.folder / WEIGHTS_NAME])
+        suffixes = ("_A", "_B") if self.config.rank is not None else SUFFIXES[self.config.storage]
+        strange = [key for key in self.files.entries if MARK in key and _suffix(key) not in suffixes]
+        if strange:
+            kind = f"rank {self.config.rank}" if self.config.rank is not None else f"storage {self.config.storage!r}"
+            raise ValueError(f"{self.folder}: with {kind} there are no tensors such as {shortened(strange)}")
 
     def changes(self, base: Base) -> list[Change]:
         """What the adapter does to a base, weight by weight, checked from the headers alone.
 
+        A base with other weights than the one that the adapter was made over is warned of.
+
         Raises:
-            ValueError: if a tensor does not belong to a selected weight of this base, or does not have its shape; or
-                if one is missing.
+            ValueError: if a tensor does not belong to a selected weight of this base, or does not have its shape; if
+                one is missing; or if the base has other weights, and another name on the Hub.
         """
         ids = self._expert_ids(base)
         modules = base.modules
@@ -149,6 +157,9 @@ class AdapterFolder:
             problems += [f"{path} has no tensor for each of its weights" for path in sorted(adapted - complete)]
         if problems:
             raise ValueError(f"{self.folder} does not fit the base: {shortened(problems)}")
+        if self.config.base_fingerprint is not None:
+            current = base.record({path: own for path, own in ids.items() if path in base.experts})
+            compare_bases(self.config.base_fingerprint, current, (self.config.base_model_name_or_path, base.name))
         return changes
 
     @property
@@ -170,6 +181,7 @@ class AdapterFolder:
                     f"{path} has {base.experts[path].num_experts} experts, there are none of id {outside}"
                 )
             selection[path] = ids
+        check_num_experts((self.config.selection, self.config.base_fingerprint), selection, base.experts)
         if self.config.train_shared_experts:
             selection |= {path: [0] for path in base.shared}
         if self.config.train_non_expert_modules:
@@ -221,7 +233,11 @@ def write_adapter(
 def _weight_and_suffix(leaf: str, names: Sequence[str]) -> tuple[str | None, str]:
     if leaf in names:
         return leaf, ""
-    for suffix in ("_A", "_B", "_rows", "_codes", "_scales"):
-        if leaf.endswith(suffix) and leaf.removesuffix(suffix) in names:
-            return leaf.removesuffix(suffix), suffix
-    return None, ""
+    suffix = _suffix(leaf)
+    name = leaf.removesuffix(suffix)
+    return (name, suffix) if name in names else (None, "")
+
+
+def _suffix(key: str) -> str:
+    """What follows the name of a weight; empty for a delta."""
+    return next((suffix for suffix in ("_A", "_B", "_rows", "_codes", "_scales") if key.endswith(suffix)), "")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..architectures import READABLE_DTYPES
 from ..containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts
+from ..fingerprint import EXPERTS, fingerprint
 from ..tensor_files import TensorFolder, block_shape, overwrite
 from ..weights import ExpertWeight, StackedWeight
 from .key_map import KeyMap, Source, mixed_weights
@@ -56,7 +58,9 @@ class Base:
             raise ValueError(f"{type(self.model).__name__} has no experts container of a known kind")
         self.shared = find_shared_experts(self.model)
         self.others = find_other_modules(self.model)[0]
-        self.keys = KeyMap(self.model, None if self._files is None else self._files.entries)
+        entries = None if self._files is None else self._files.entries
+        stored = None if entries is None else {key: entry.shape for key, entry in entries.items()}
+        self.keys = KeyMap(self.model, stored)
 
     @property
     def name(self) -> str | None:
@@ -109,6 +113,14 @@ class Base:
             return pieces[0].reshape(len(expert_ids), *weight.shape(container.module))
         parts = len(weight.parts)
         return torch.stack([torch.cat(pieces[i : i + parts]) for i in range(0, len(pieces), parts)])
+
+    def record(self, selection: Mapping[str, list[int]]) -> dict[str, Any]:
+        """What a config keeps of the base, as `fingerprint.record_base` of a model."""
+        rows = {}
+        for path, ids in selection.items():
+            container = self.experts[path]
+            rows[path] = fingerprint([self.rows(container, weight, ids[:EXPERTS]) for weight in container.weights])
+        return {"num_experts": {path: self.experts[path].num_experts for path in selection}, "rows": rows}
 
     def sources(self, container: ExpertsContainer, parameter: str) -> list[Source]:
         """The checkpoint's tensors that make up a parameter, or one that it is tied to.
@@ -211,6 +223,8 @@ class Base:
             for pattern in dict.fromkeys(source.pattern for source in sources):
                 parts[pattern] = [self.files.read(found[pattern, expert]) for expert in blocks]
             return self.keys.join(sources[0].parameter, parts)
+        if self._is_by_expert(sources, num_blocks):
+            return self._joined(sources, num_blocks, blocks)
         whole = self._whole(sources)
         return whole if num_blocks == 1 else _blocks(whole, num_blocks)[blocks]
 
@@ -218,6 +232,18 @@ class Base:
         return self.keys.join(
             sources[0].parameter, {source.pattern: [self.files.read(source.key)] for source in sources}
         )
+
+    def _joined(self, sources: list[Source], num_blocks: int, blocks: list[int]) -> Tensor:
+        """Some experts of a parameter, of tensors that hold all of them along their first dimension."""
+        return self.keys.join(
+            sources[0].parameter,
+            {source.pattern: [self.files.read_blocks(source.key, num_blocks, blocks)] for source in sources},
+        )
+
+    def _is_by_expert(self, sources: list[Source], num_blocks: int) -> bool:
+        """Whether the tensors hold all experts, and some of these can be converted without the others."""
+        apart = all(self.files.entries[source.key].shape[0] == num_blocks for source in sources)
+        return num_blocks > 1 and apart and self.keys.converts_by_expert(sources[0].parameter)
 
     def _write(self, sources: list[Source], num_blocks: int, blocks: list[int], values: Tensor, folder: Path) -> None:
         entries = {source.key: self.files.entries[source.key] for source in sources}
@@ -229,6 +255,13 @@ class Base:
             for block, row in zip(blocks, rows, strict=True):
                 overwrite(entries[key], folder / entries[key].file.name, row, num_blocks, block)
             return
+        keys = {(source.pattern, source.expert): source.key for source in sources}
+        if sources[0].expert is None and self._is_by_expert(sources, num_blocks):
+            for place, tensors in self.keys.split(sources[0].parameter, values).items():
+                entry = entries[keys[place]]
+                for block, tensor in zip(blocks, tensors, strict=True):
+                    overwrite(entry, folder / entry.file.name, tensor, num_blocks, block)
+            return
         if sources[0].expert is None:
             whole = self._whole(sources)
             if num_blocks == 1:
@@ -236,7 +269,6 @@ class Base:
             else:
                 _blocks(whole, num_blocks)[blocks] = values.reshape(len(blocks), *block_shape(whole.shape, num_blocks))
             values = whole
-        keys = {(source.pattern, source.expert): source.key for source in sources}
         for (pattern, position), tensor in self.keys.split(sources[0].parameter, values).items():
             key = keys[pattern, None if position is None else blocks[position]]
             overwrite(entries[key], folder / entries[key].file.name, tensor)
@@ -248,10 +280,17 @@ def _blocks(value: Tensor, num_blocks: int) -> Tensor:
 
 
 def empty_model(name: str | Path) -> Any:
-    """The model of a folder or Hub name on the meta device: its modules without their weights."""
+    """The model of a folder or Hub name on the meta device: its modules without their weights.
+
+    Raises:
+        ValueError: if its config is malformed.
+    """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name)
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except StrictDataclassError as error:
+        raise ValueError(f"the config of {name} is malformed: {error}") from error
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if architecture is not None:

@@ -6,8 +6,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ..config import ESFTConfig
+from ..fingerprint import EXPERTS, differing_paths
 from ..storage import decode
 from ..untrusted import KEY_PREFIX, MARK
 from .adapter import AdapterFolder
@@ -21,24 +24,21 @@ def diff_adapters(first_dir: str | Path, second_dir: str | Path) -> dict[str, An
         second_dir: folder of another.
 
     Returns:
-        `settings`: the fields of the configs that differ, as pairs. `containers`: for each container the experts that
-        `first` alone trains, `second` alone, and `both`; and, over the latter's weights, `norms` of the two deltas,
-        the `distance` of one from the other as a share of the first, and their `cosine`; None where one of the two
-        stores something else than deltas.
+        `settings`: the fields of the configs that differ, as pairs, those of `selection` one by one. `other_base`: the
+        layers in which the two bases have other weights, as far as the adapters tell. `containers`: for each container
+        the experts that `first` alone trains, `second` alone, and `both`; and, over the latter's weights, `norms` of
+        the two deltas, the `distance` of one from the other as a share of the first, and their `cosine`; None where
+        one of the two stores something else than deltas. A module that is trained whole counts as one expert, 0.
+        `modules_to_save`: the tensors of these that `first` alone has, `second` alone, and that are `different`.
     """
     adapters = (AdapterFolder(first_dir), AdapterFolder(second_dir))
-    configs = [adapter.config for adapter in adapters]
-    fields = [config.to_dict() for config in configs]
-    skipped = {"target_experts", "inference_mode"}
-    settings = {
-        name: [fields[0][name], fields[1][name]]
-        for name in sorted(fields[0])
-        if name not in skipped and fields[0][name] != fields[1][name]
-    }
-    selections = [config.target_experts or {} for config in configs]
+    fields = [_settings(adapter.config) for adapter in adapters]
+    names = sorted({*fields[0], *fields[1]})
+    pairs = {name: [fields[0].get(name), fields[1].get(name)] for name in names}
+    changes = [_changes(adapter) for adapter in adapters]
     containers: dict[str, Any] = {}
-    for path in dict.fromkeys([*selections[0], *selections[1]]):
-        ids = [selection.get(path, []) for selection in selections]
+    for path in dict.fromkeys([*changes[0], *changes[1]]):
+        ids = [own.get(path, []) for own in changes]
         both = [expert for expert in ids[0] if expert in ids[1]]
         containers[path] = {
             "first": [expert for expert in ids[0] if expert not in both],
@@ -46,19 +46,65 @@ def diff_adapters(first_dir: str | Path, second_dir: str | Path) -> dict[str, An
             "both": both,
             "weights": _compare(adapters, path, ids, both) if both else None,
         }
-    return {"settings": settings, "containers": containers}
+    return {
+        "settings": {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
+        "other_base": _other_base(adapters[0].config, adapters[1].config),
+        "containers": containers,
+        "modules_to_save": _compare_whole(*adapters),
+    }
 
 
 def format_diff(record: dict[str, Any]) -> str:
     """The same as text, a line for each container."""
     lines = [f"{name}: {first!r} -> {second!r}" for name, (first, second) in record["settings"].items()]
+    if record["other_base"]:
+        lines.append(f"made over bases of other weights, in {len(record['other_base'])} layers")
     for path, row in record["containers"].items():
-        line = f"{path}: only first {row['first']}, only second {row['second']}, both {row['both']}"
-        if row["weights"] is not None:
-            weights = row["weights"]
+        sides = {"only first": row["first"], "only second": row["second"], "both": row["both"]}
+        line = f"{path}: {', '.join(f'{side} {ids}' for side, ids in sides.items() if ids)}"
+        weights = row["weights"]
+        if weights is not None:
             line += f" (distance {weights['distance']:.3f} of the first's norm, cosine {weights['cosine']:.3f})"
         lines.append(line)
-    return "\n".join(lines) or "no difference"
+    whole = record["modules_to_save"]
+    lines += [
+        f"{key}: {'different' if kind == 'different' else f'only {kind}'}" for kind in whole for key in whole[kind]
+    ]
+    return "\n".join(lines)
+
+
+def _settings(config: ESFTConfig) -> dict[str, Any]:
+    """What a config says besides the experts and the base's weights."""
+    fields = config.to_dict()
+    selection = {**(fields["selection"] or {}), "num_experts": None}
+    for name in ("target_experts", "inference_mode", "selection", "base_fingerprint"):
+        del fields[name]
+    return fields | {f"selection.{name}": value for name, value in selection.items()}
+
+
+def _other_base(first: ESFTConfig, second: ESFTConfig) -> list[str]:
+    """Where the fingerprints of the same rows differ."""
+    ids = [config.target_experts or {} for config in (first, second)]
+    same = {path for path in ids[0] if ids[0][path][:EXPERTS] == ids[1].get(path, [])[:EXPERTS]}
+    different = differing_paths(first.base_fingerprint or {}, second.base_fingerprint or {})
+    return [path for path in different if path in same]
+
+
+def _changes(adapter: AdapterFolder) -> dict[str, list[int]]:
+    """The experts that an adapter changes, by container; modules that are trained whole as expert 0."""
+    selection = dict(adapter.config.target_experts or {})
+    paths = [key.removeprefix(KEY_PREFIX).rpartition(MARK)[0] for key in adapter.files.entries if MARK in key]
+    return selection | {path: [0] for path in paths if path not in selection}
+
+
+def _compare_whole(first: AdapterFolder, second: AdapterFolder) -> dict[str, list[str]]:
+    keys = [adapter.other_tensors() for adapter in (first, second)]
+    both = [key for key in keys[0] if key in keys[1]]
+    return {
+        "first": [key for key in keys[0] if key not in both],
+        "second": [key for key in keys[1] if key not in both],
+        "different": [key for key in both if not torch.equal(first.files.read(key), second.files.read(key))],
+    }
 
 
 def _compare(

@@ -7,7 +7,7 @@ say how keys and layouts correspond; its converters do the arithmetic in both di
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    Interleave,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
@@ -48,7 +51,7 @@ class KeyMap:
 
     Args:
         model: a transformers model; may be on the meta device, is not changed.
-        keys: the checkpoint's keys; None means those that transformers would save the model under.
+        stored: the shapes of the checkpoint's tensors by key; None means those that transformers would save.
 
     Attributes:
         sources: the tensors that make up each parameter, by parameter name.
@@ -56,8 +59,9 @@ class KeyMap:
         mixed: parameters that the checkpoint stores in the same tensors as another one.
     """
 
-    def __init__(self, model: Any, keys: Iterable[str] | None = None) -> None:
+    def __init__(self, model: Any, stored: Mapping[str, tuple[int, ...]] | None = None) -> None:
         self.model = model
+        self._stored = stored
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         transforms = get_model_conversion_mapping(model)
         self._renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
@@ -66,7 +70,7 @@ class KeyMap:
         self.sources: dict[str, list[Source]] = {}
         self.unknown: list[str] = []
         self.mixed: set[str] = set()
-        for key in sorted(self.saved_keys() if keys is None else keys, key=dot_natural_key):
+        for key in sorted(self.saved_keys() if stored is None else stored, key=dot_natural_key):
             source = self.source(key)
             if source is None:
                 self.unknown.append(key)
@@ -92,7 +96,22 @@ class KeyMap:
             if match is None:
                 return None
             expert = int(match["expert"])
+        if pattern is not None and _transposition(self._by_pattern[pattern]) and self._is_as_in_the_model(key, name):
+            pattern = None
         return Source(key, name, pattern, expert)
+
+    def _is_as_in_the_model(self, key: str, name: str) -> bool:
+        return self._stored is None or self._stored.get(key, self.shapes[name]) == self.shapes[name]
+
+    def converts_by_expert(self, parameter: str) -> bool:
+        """Whether tensors of all experts, `[E, ...]`, are converted expert by expert, so that some can be alone."""
+        patterns = {source.pattern for source in self.sources[parameter]}
+        operations = [op for pattern in patterns if pattern for op in self._by_pattern[pattern].operations]
+        return all(
+            (isinstance(op, Concatenate | Interleave) and op.dim > 0)
+            or (isinstance(op, Transpose) and min(op.dim0, op.dim1) > 0)
+            for op in operations
+        )
 
     def saved_keys(self) -> list[str]:
         """The keys under which transformers saves the model."""
@@ -118,6 +137,8 @@ class KeyMap:
             return parts[None][0]
         converter = deepcopy(self._by_pattern[next(pattern for pattern in parts if pattern is not None)])
         self._check_simple(parameter, converter)
+        if transposition := _transposition(converter):
+            transposition.check_dims = False
         collected: Any = converter.collected_tensors
         for pattern, tensors in parts.items():
             collected[pattern] += tensors
@@ -133,6 +154,8 @@ class KeyMap:
             return {(None, None): value}
         for source in sources:
             self._check_simple(parameter, self._by_pattern[source.pattern or ""])
+        if transposition := _transposition(self._by_pattern[sources[0].pattern or ""]):
+            return {(sources[0].pattern, None): value.transpose(transposition.dim0, transposition.dim1).contiguous()}
         parts: dict[tuple[str | None, int | None], Tensor] = {}
         for key, tensor in revert_weight_conversion(self.model, {parameter: value}).items():
             found = self.source(key)
@@ -156,6 +179,18 @@ class KeyMap:
     def _check_simple(self, parameter: str, converter: WeightConverter) -> None:
         if len(converter.target_patterns) > 1:
             raise mixed_weights(parameter)
+
+
+def _transposition(converter: WeightConverter) -> Transpose | None:
+    """The step of a converter that transformers takes only if a tensor has not the parameter's shape already.
+
+    Here that is decided once, by the shape of the whole tensor in the checkpoint. transformers' own code would decide
+    by the shape of the few experts at hand, or by that of the parameter when it saves.
+    """
+    (operation, *others) = converter.operations
+    if others or not isinstance(operation, Transpose) or not operation.check_dims:
+        return None
+    return operation
 
 
 def mixed_weights(parameter: str) -> NotImplementedError:

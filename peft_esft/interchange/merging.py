@@ -19,8 +19,7 @@ def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str
 
     The base's files are copied, and the changed experts written over their old bytes: keys, dtypes, shards and index
     are the base's own, which is what other engines read. In memory there is one weight of the adapter's experts of one
-    layer at a time; only a checkpoint that keeps all experts in one tensor and in another layout than the model
-    needs that tensor.
+    layer at a time, also where the checkpoint keeps all experts in one tensor.
 
     Args:
         base_dir: folder of the base model.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer
-from ..fingerprint import EXPERTS, fingerprint
 from ..functional import add_deltas
 from ..storage import stored_layout
 from ..tensor_files import TensorFolder, sorted_tensor_files, write_tensors
@@ -97,7 +96,7 @@ def import_official(
     with new_folder(out_dir) as folder:
         chosen = _exact_form(reader, targets, form)
         config.storage = chosen
-        config.base_fingerprint = _record_base(resolved, config.target_experts or {})
+        config.base_fingerprint = resolved.record(config.target_experts or {})
         _warn_of_wider_files(reader, targets, resolved)
         layout: TensorLayout = {}
         for target in targets:
@@ -159,14 +158,6 @@ def _config(cfg: dict[str, Any], base: Base) -> ESFTConfig:
         task_type=task_type_of(base.model),
         inference_mode=True,
     )
-
-
-def _record_base(base: Base, selection: dict[str, list[int]]) -> dict[str, Any]:
-    rows = {}
-    for path, ids in selection.items():
-        container = base.experts[path]
-        rows[path] = fingerprint([base.rows(container, weight, ids[:EXPERTS]) for weight in container.weights])
-    return {"num_experts": {path: base.experts[path].num_experts for path in selection}, "rows": rows}
 
 
 def _resolve_keys(files: TensorFolder, base: Base) -> dict[tuple[str, str | None, int | None], str]:
