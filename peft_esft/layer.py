@@ -366,11 +366,13 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             in_training: return None if the adapters are being trained.
         """
         is_trained = any(self.is_trained(name) for name in key)
-        if in_training and is_trained and torch.is_grad_enabled():
+        # Not even without gradients, as in an evaluation between steps: fused optimizers, FSDP and ZeRO write into
+        # deltas without raising their version.
+        if in_training and is_trained:
             self.bank.remove(key)
             return None
         sources = self._sources(key)
-        state = self._state(sources)
+        state = None if is_trained else self._state(sources)
         known = self.bank.residents.get(key)
         if known is None or known.state != state or state is None:
             known = self._make_resident(key, state, sources)
