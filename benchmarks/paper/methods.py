@@ -1,4 +1,4 @@
-"""The ways to train that are compared. Each makes the model to train of a copy of the base; `requires_grad` says what."""
+"""The ways to train that are compared: each makes, of a copy of the base, the model to train."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from peft_esft.analysis import select_groups
 
 
 RANK = 8
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERT_WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -56,7 +57,7 @@ def full(model: PreTrainedModel, choice: Choice) -> nn.Module:
 
 def lora_all(model: PreTrainedModel, choice: Choice) -> nn.Module:
     """LoRA on attention, routers and experts: every matrix of the layers."""
-    return _lora(model, target_modules="all-linear", target_parameters=[*EXPERT_WEIGHTS, "mlp.gate.weight"])
+    return _lora(model, target_modules=ATTENTION, target_parameters=[*EXPERT_WEIGHTS, "mlp.gate.weight"])
 
 
 def lora_experts(model: PreTrainedModel, choice: Choice) -> nn.Module:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from store import Store
 
 
-GRID = (3e-4, 1e-3, 3e-3, 1e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CORE = ("full", "esft_token", "random", "lora_all")
 FURTHER = ("lora_experts", "esft_gate", "hot_lora")
 ABLATION = ("esft_non_expert", "non_expert")

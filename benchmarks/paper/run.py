@@ -1,9 +1,9 @@
 """Compares ESFT with other ways to train, on the embedded model, in the form of the paper's experiments.
 
-    python benchmarks/paper/run.py [--limit N] [--out FILE]
+    python benchmarks/paper/run.py [--limit N]
 
 Runs what has no result yet; each run's result is written when it ends, so the command can be stopped at any time and
-started again. Then the tables and figures are written anew.
+started again. At the end the tables and figures are written anew, which `publish.py` does at any time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from transformers.utils import logging
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent / "examples" / "tiny_moe")]
 
+import publish  # noqa: E402
+import timing  # noqa: E402
 from plan import Protocol, Run, plan  # noqa: E402
 from reporting import RESULTS  # noqa: E402
 from store import Store  # noqa: E402
@@ -63,13 +65,16 @@ def describe(run: Run) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS / "paper" / "runs.jsonl")
     parser.add_argument("--limit", type=int, help="stop after so many new runs")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    carry_out(Protocol(), Sizes(), Store(arguments.out), arguments.limit)
+    folder = RESULTS / "paper"
+    carry_out(Protocol(), Sizes(), Store(folder / "runs.jsonl"), arguments.limit)
+    if not (folder / "timing.json").exists():
+        timing.write(folder / "timing.json")
+    publish.main()
 
 
 if __name__ == "__main__":

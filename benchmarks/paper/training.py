@@ -25,7 +25,6 @@ from store import Record
 
 
 ACTIVE_EXPERTS = 8  # for each token of the coarse models: an eighth of 64, which all group sizes divide
-SCORED_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Sizes:
         own: examples of the eval split that measure the trained task.
         other: the same for a task that was not trained.
         windows: of general text for each domain.
+        scored: tokens that experts are chosen by.
     """
 
     batch: dict[str, int] = field(default_factory=lambda: {"verses": 16, "french": 8, "signatures": 16, "sections": 8})
@@ -51,6 +51,7 @@ class Sizes:
         default_factory=lambda: {"verses": 100, "french": 30, "signatures": 60, "sections": 60}
     )
     windows: int = 24
+    scored: int = 32_768
 
 
 class Workbench:
@@ -140,7 +141,7 @@ class Workbench:
         examples, _ = self.split(task)
         with self.coarse(self.base, group_size):
             return score_experts(
-                self.base, tasks.batches(examples, self.tokenizer), max_tokens=SCORED_TOKENS, progress=False
+                self.base, tasks.batches(examples, self.tokenizer), max_tokens=self.sizes.scored, progress=False
             )
 
     def _groups(self, size: int) -> dict[str, list[list[int]]]:
