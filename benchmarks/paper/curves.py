@@ -37,7 +37,7 @@ def trade_off(results: Results, task: str) -> Plot:
     base = results.base(task)
     return Plot(
         name=f"findings_trade_off_{task}",
-        title=f"{task}: what each method learns and what it costs elsewhere, along the learning rates",
+        title=f"{task}: what is learnt and what it costs elsewhere",
         caption="Each line is a method, each mark a learning rate of the grid (seed 0), the filled one that of the "
         "least validation loss. Better is up and left. The cross is the base.",
         header=("method", "lr", "general_loss", MEASURE[METRIC[task]], "chosen"),
@@ -89,7 +89,7 @@ def granularity(results: Results, task: str) -> Plot | None:
         return None
     return Plot(
         name=f"findings_granularity_{task}",
-        title=f"{task}: gain of ESFT and of full fine-tuning when experts come in groups",
+        title=f"{task}: gains when experts come in groups",
         caption=f"Gain in {MEASURE[METRIC[task]]} over the same coarse model before training; bars are the standard "
         "deviation over the seeds, where there are several.",
         header=("method", "group_size", "gain", "spread"),
@@ -109,8 +109,8 @@ def top_p(results: Results, task: str) -> Plot | None:
         return None
     return Plot(
         name=f"findings_top_p_{task}",
-        title=f"{task}: ESFT-Token with more and fewer experts, on the task and on general text",
-        caption="p from 0.05 to 0.7, all at the learning rate that was chosen at p = 0.2. The broken lines are full "
+        title=f"{task}: more and fewer experts, on the task and elsewhere",
+        caption="p from 0.1 to 0.7, all at the learning rate that was chosen at p = 0.2. The broken lines are full "
         "fine-tuning.",
         header=("p", "metric", "metric_spread", "general_loss", "general_loss_spread"),
         rows=[(p, own.mean, own.spread, general.mean, general.spread) for p, own, general in points],

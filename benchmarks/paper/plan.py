@@ -12,8 +12,9 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CORE = ("full", "esft_token", "random", "lora_all")
 FURTHER = ("lora_experts", "esft_gate", "hot_lora")
 ABLATION = ("esft_non_expert", "non_expert")
-TOP_PS = (0.05, 0.1, 0.4, 0.7)  # beside 0.2
+TOP_PS = (0.1, 0.4, 0.7)  # beside 0.2
 GROUP_SIZES = (1, 2, 4, 8)
+LONGER = 3  # times the steps: does more training change the picture?
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,22 @@ def plan(protocol: Protocol, store: Store) -> Iterator[Run]:
     """The runs in order. Learning rates that earlier runs decide are looked up when they are reached."""
     first = protocol.tasks[: protocol.repeated]
     later = protocol.tasks[protocol.repeated :]
-    for methods in (CORE, FURTHER):
-        for task in first:
-            yield Run(task, "base")
-            yield from _grid(protocol, store, task, methods)
-        for task in first:
-            yield from _seeds(protocol, store, task, methods)
     for task in first:
-        yield from _granularity(protocol, store, task, seed=0)
+        yield Run(task, "base")
+        yield from _grid(protocol, store, task, CORE)
     for task in first:
-        yield from _top_p(protocol, store, task, seed=0)
+        yield from _seeds(protocol, store, task, CORE)
+    for task in first:
+        yield from _grid(protocol, store, task, FURTHER)
+    for part in (_granularity, _top_p):
+        for task in first:
+            yield from part(protocol, store, task, seed=0)
+    for task in first:
         yield from _grid(protocol, store, task, ABLATION)
+    for task in first:
+        yield from _longer(protocol, store, task)
+    for task in first:
+        yield from _seeds(protocol, store, task, FURTHER)
     for task in later:
         yield Run(task, "base")
         yield from _grid(protocol, store, task, CORE)
@@ -140,3 +146,8 @@ def _granularity(protocol: Protocol, store: Store, task: str, seed: int) -> Iter
         for method in ("full", "esft_token"):
             lr = chosen_lr(store, task, method, protocol.steps)
             yield Run(task, method, lr, seed, protocol.steps, group_size=size)
+
+
+def _longer(protocol: Protocol, store: Store, task: str) -> Iterator[Run]:
+    for method in ("full", "esft_token"):
+        yield Run(task, method, chosen_lr(store, task, method, protocol.steps), 0, LONGER * protocol.steps)

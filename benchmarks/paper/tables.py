@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 import tasks
-from plan import ABLATION, CORE, FURTHER, GRID, GROUP_SIZES, TOP_PS
+from plan import ABLATION, CORE, FURTHER, GRID, GROUP_SIZES, LONGER, TOP_PS
 from results import METRIC, Results, domain_loss, general_loss, general_right, metric, task_loss, value
 from store import Record
 
@@ -39,6 +39,7 @@ def all_tables(results: Results, timing: Timing) -> dict[str, str]:
         found[f"trained_{task}"] = what_is_trained(results, task)
         found[f"top_p_{task}"] = top_p(results, task)
         found[f"granularity_{task}"] = granularity(results, task)
+        found[f"longer_{task}"] = longer(results, task)
     if found:
         found["summary"] = summary(results)
     return {name: text for name, text in found.items() if text}
@@ -187,6 +188,19 @@ def granularity(results: Results, task: str) -> str:
         )  # fmt: skip
     header = ["group size", "method", *_quality_header(task), "experts a layer", "of full's gain", "seeds"]
     return markdown(header, rows) if rows else ""
+
+
+def longer(results: Results, task: str) -> str:
+    """The same seed and learning rate with more steps."""
+    rows = []
+    for method in ("full", "esft_token"):
+        for steps in (results.steps, LONGER * results.steps):
+            records = results.store.select(
+                task=task, method=method, seed=0, lr=results.lr(task, method), steps=steps, top_p=None, group_size=None
+            )
+            if records:
+                rows.append([NAMES[method], str(steps), *_quality(records)])
+    return markdown(["method", "steps", *_quality_header(task)], rows) if len(rows) > 2 else ""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

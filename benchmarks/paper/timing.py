@@ -28,7 +28,7 @@ from reporting import RESULTS, set_clock, time_in_turns  # noqa: E402
 from training import Sizes, Workbench  # noqa: E402
 
 
-ROUNDS = 9
+ROUNDS = 5
 
 
 def measure(bench: Workbench, task: str, rounds: int) -> dict[str, float]:
