@@ -10,11 +10,10 @@ from peft_esft.analysis.drawing import MARKERS, Plot, Style, heat_map, write_in_
 
 from plan import GROUP_SIZES, TOP_PS
 from results import METRIC, Results, Value, domain_loss, general_loss, metric, value
-from tables import MEASURE, NAMES, ORDER
+from tables import MEASURE, ORDER, SHORT
 
 
 Point = tuple[float, float]
-PER_CENT = 100
 
 
 def all_plots(results: Results) -> list[Plot]:
@@ -71,7 +70,7 @@ def forgotten(results: Results, task: str) -> Plot:
             for method, row in zip(methods, added, strict=True)
             for domain, cell in zip(names, row, strict=True)
         ],
-        draw=partial(_draw_forgotten, added=added, methods=[NAMES[name] for name in methods], domains=names),
+        draw=partial(_draw_forgotten, added=added, methods=[SHORT[name] for name in methods], domains=names),
         height=3.2,
     )
 
@@ -125,7 +124,7 @@ def _draw_trade_off(axes: Any, style: Style, curves: Any, base: Point, label: st
         line = "-" if place < len(style.series) else ":"
         axes.plot(
             [x for x, *_ in runs], [y for _, y, *_ in runs], line, marker=marker, color=colour,
-            markerfacecolor=style.ground if style.ground != "none" else "white", linewidth=1.2, label=NAMES[method],
+            markerfacecolor=style.ground if style.ground != "none" else "white", linewidth=1.2, label=SHORT[method],
         )  # fmt: skip
         for x, y, _, mark in runs:
             if mark:
@@ -138,7 +137,7 @@ def _draw_trade_off(axes: Any, style: Style, curves: Any, base: Point, label: st
 def _draw_forgotten(axes: Any, style: Style, added: Any, methods: list[str], domains: list[str]) -> None:
     top = max(max(row) for row in added)
     image = heat_map(axes, style, added, label="nats per token", top=top)
-    write_in_cells(axes, image, added, [[f"{cell:+.2f}" for cell in row] for row in added])
+    write_in_cells(axes, image, added, [[f"{cell:.1f}" for cell in row] for row in added])
     axes.set_xticks(range(len(domains)), domains, rotation=30, ha="right")
     axes.set_yticks(range(len(methods)), methods, fontsize=8)
 
@@ -148,7 +147,7 @@ def _draw_points(axes: Any, style: Style, curves: dict[str, list[tuple[int, Valu
         axes.errorbar(
             [size for size, _ in points], [gain.mean for _, gain in points],
             yerr=[gain.spread or 0 for _, gain in points], marker=MARKERS[place], color=style.series[place],
-            capsize=3, label=NAMES[method].removesuffix(", p 0.2"),
+            capsize=3, label=SHORT[method].removesuffix(", p 0.2"),
         )  # fmt: skip
     sizes = sorted({size for points in curves.values() for size, _ in points})
     axes.set_xscale("log", base=2)

@@ -76,6 +76,7 @@ def plan(protocol: Protocol, store: Store) -> Iterator[Run]:
     for task in first:
         yield from _grid(protocol, store, task, ABLATION)
     for task in first:
+        yield from _gentler(protocol, task)
         yield from _longer(protocol, store, task)
     for task in first:
         yield from _seeds(protocol, store, task, FURTHER)
@@ -146,6 +147,13 @@ def _granularity(protocol: Protocol, store: Store, task: str, seed: int) -> Iter
         for method in ("full", "esft_token"):
             lr = chosen_lr(store, task, method, protocol.steps)
             yield Run(task, method, lr, seed, protocol.steps, group_size=size)
+
+
+def _gentler(protocol: Protocol, task: str) -> Iterator[Run]:
+    """The low end of the grid, where little is forgotten, for the two methods that the paper is about."""
+    for method in ("full", "esft_token"):
+        for lr in protocol.grid[:2]:
+            yield Run(task, method, lr, 0, protocol.steps)
 
 
 def _longer(protocol: Protocol, store: Store, task: str) -> Iterator[Run]:

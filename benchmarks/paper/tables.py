@@ -23,6 +23,15 @@ NAMES = {
     "esft_non_expert": "ESFT-Token + all non-expert modules",
     "non_expert": "non-expert modules only",
 }
+SHORT = {
+    "full": "full fine-tuning",
+    "lora_all": "LoRA, everything",
+    "lora_experts": "LoRA, all experts",
+    "esft_token": "ESFT-Token",
+    "esft_gate": "ESFT-Gate",
+    "hot_lora": "LoRA, ESFT's experts",
+    "random": "random experts",
+}
 ORDER = [name for name in NAMES if name in {*CORE, *FURTHER}]
 MEASURE = {"exact": "exact answers, %", "tokens": "right next tokens, %"}
 Timing = dict[str, dict[str, float]]
