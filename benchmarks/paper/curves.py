@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from peft_esft.analysis.drawing import MARKERS, Plot, Style, heat_map, write_in_cells
 
-from plan import GROUP_SIZES, TOP_PS
+from plan import GROUP_SIZES
 from results import METRIC, Results, Value, domain_loss, general_loss, metric, value
 from tables import MEASURE, ORDER, SHORT
 
 
 Point = tuple[float, float]
+WIDEST = 3.0  # general loss above the base that is drawn
 
 
 def all_plots(results: Results) -> list[Plot]:
@@ -21,7 +21,8 @@ def all_plots(results: Results) -> list[Plot]:
     plots = []
     for task in results.tasks():
         plots += [trade_off(results, task), forgotten(results, task)]
-        plots += [plot for plot in (granularity(results, task), top_p(results, task)) if plot is not None]
+        coarse = granularity(results, task)
+        plots += [] if coarse is None else [coarse]
     return plots
 
 
@@ -97,40 +98,19 @@ def granularity(results: Results, task: str) -> Plot | None:
     )
 
 
-def top_p(results: Results, task: str) -> Plot | None:
-    """Task and general text against the share of choices that is trained."""
-    points: list[tuple[float, Value, Value]] = []
-    for p in sorted((*TOP_PS, 0.2)):
-        runs = results.finals(task, "esft_token", top_p=None if p == 0.2 else p)
-        if runs:
-            points.append((p, value(runs, metric), value(runs, general_loss)))
-    if len(points) < 2:
-        return None
-    return Plot(
-        name=f"findings_top_p_{task}",
-        title=f"{task}: more and fewer experts, on the task and elsewhere",
-        caption="p from 0.1 to 0.7, all at the learning rate that was chosen at p = 0.2. The broken lines are full "
-        "fine-tuning.",
-        header=("p", "metric", "metric_spread", "general_loss", "general_loss_spread"),
-        rows=[(p, own.mean, own.spread, general.mean, general.spread) for p, own, general in points],
-        draw=partial(_draw_top_p, points=points, full=results.finals(task, "full"), label=MEASURE[METRIC[task]]),
-    )
-
-
 def _draw_trade_off(axes: Any, style: Style, curves: Any, base: Point, label: str) -> None:
     axes.plot(*base, "x", color=style.ink, markersize=8, label="base")
-    for place, (method, runs) in enumerate(curves.items()):
-        colour, marker = style.series[place % len(style.series)], MARKERS[place % len(MARKERS)]
-        line = "-" if place < len(style.series) else ":"
+    looks = zip((*style.series, style.muted), (*MARKERS, "X"), curves.items(), strict=False)
+    for colour, marker, (method, runs) in looks:
         axes.plot(
-            [x for x, *_ in runs], [y for _, y, *_ in runs], line, marker=marker, color=colour,
+            [x for x, *_ in runs], [y for _, y, *_ in runs], marker=marker, color=colour,
             markerfacecolor=style.ground if style.ground != "none" else "white", linewidth=1.2, label=SHORT[method],
         )  # fmt: skip
         for x, y, _, mark in runs:
             if mark:
                 axes.plot([x], [y], marker=marker, color=colour, markersize=8)
     axes.set(xlabel="general loss, nats per token", ylabel=label)
-    axes.set_xlim(None, min(axes.get_xlim()[1], base[0] + 6))
+    axes.set_xlim(None, min(axes.get_xlim()[1], base[0] + WIDEST))
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
@@ -155,19 +135,3 @@ def _draw_points(axes: Any, style: Style, curves: dict[str, list[tuple[int, Valu
     axes.minorticks_off()
     axes.set(xlabel=x, ylabel=y, ylim=(0, None))
     axes.legend()
-
-
-def _draw_top_p(axes: Any, style: Style, points: list[tuple[float, Value, Value]], full: Any, label: str) -> None:
-    measures: list[tuple[int, Callable[[Any], float], str]] = [(1, metric, label), (2, general_loss, "general loss")]
-    second = axes.twinx()
-    second.grid(False)
-    second.spines["right"].set_visible(True)
-    for (column, measure, name), where, colour in zip(measures, (axes, second), style.series, strict=False):
-        values = [point[column] for point in points]
-        where.errorbar(
-            [point[0] for point in points], [found.mean for found in values],
-            yerr=[found.spread or 0 for found in values], marker=MARKERS[column - 1], color=colour, capsize=3,
-        )  # fmt: skip
-        where.axhline(value(full, measure).mean, color=colour, linestyle="--", linewidth=1)
-        where.set_ylabel(name, color=colour)
-    axes.set(xlabel="p: share of the choices that falls on trained experts")

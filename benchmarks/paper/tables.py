@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import tasks
@@ -93,12 +93,13 @@ def summary(results: Results) -> str:
 def shares_of_full(results: Results, task: str, method: str) -> tuple[float, float, float]:
     """What a method gains in metric and in loss and adds to the general loss, over the same of full fine-tuning."""
     base, full, own = results.base(task), results.finals(task, "full"), results.finals(task, method)
+    gained, learnt, added = (_share(base, full, own, measure) for measure in (metric, task_loss, general_loss))
+    return gained, learnt, added
 
-    def share(measure) -> float:
-        before = measure(base)
-        return (value(own, measure).mean - before) / (value(full, measure).mean - before)
 
-    return share(metric), share(task_loss), share(general_loss)
+def _share(base: Record, full: Sequence[Record], own: Sequence[Record], measure: Callable[[Record], float]) -> float:
+    """What one method changes over what full fine-tuning changes."""
+    return (value(own, measure).mean - measure(base)) / (value(full, measure).mean - measure(base))
 
 
 def grid(results: Results, task: str) -> str:
@@ -186,16 +187,16 @@ def granularity(results: Results, task: str) -> str:
         if not all(runs.values()):
             continue
         base = results.base(task, size)
-        full, esft = (value(records, metric).mean - metric(base) for records in runs.values())
-        rows.append([f"{size}", "base", *_quality([base]), "", "", ""])
-        rows.append(["", "full fine-tuning", *_quality(runs["full"]), "", "", str(len(runs["full"]))])
-        rows.append(
-            [
-                "", "ESFT-Token", *_quality(runs["esft_token"]), _experts(runs["esft_token"][0]),
-                f"{100 * esft / full:.0f} %", str(len(runs["esft_token"])),
-            ]
-        )  # fmt: skip
-    header = ["group size", "method", *_quality_header(task), "experts a layer", "of full's gain", "seeds"]
+        gained, added = (_share(base, runs["full"], runs["esft_token"], measure) for measure in (metric, general_loss))
+        rows.append([f"{size}", "base", *_quality([base]), "", "", "", ""])
+        rows.append(["", "full fine-tuning", *_quality(runs["full"]), "", "", "", str(len(runs["full"]))])
+        shares = [f"{100 * share:.0f} %" for share in (gained, added)]
+        esft = runs["esft_token"]
+        rows.append(["", "ESFT-Token", *_quality(esft), _experts(esft[0]), *shares, str(len(esft))])
+    header = [
+        "group size", "method", *_quality_header(task), "experts a layer", "of full's gain",
+        "of full's general loss added", "seeds",
+    ]  # fmt: skip
     return markdown(header, rows) if rows else ""
 
 
