@@ -202,7 +202,14 @@ def test_tables_say_what_was_measured(tmp_path):
     assert rows[3][1:4] == ["55.0 ± 7.1", "1.000 ± 0.000", "7.500 ± 0.707"]
     assert rows[4][1:] == ["40.0", "1.000", "4.000", "40.0", "3.5", "10", "0.00", "0.55", "0.001", "1"]
     assert "**0.700 · 40.0 · 4.00**" in found["grid_verses"]
-    assert "summary" not in found or "random" not in found["summary"]
+    # Without all of the methods nothing is compared with full fine-tuning.
+    assert found["summary"] == found["granularity_verses"] == ""
+    page = "<!-- table summary -->\nold\n<!-- end -->\n<!-- table main_verses -->\n<!-- end -->\n"
+    filled = publish.fill(page, found)
+    assert publish.MISSING in filled and "old" not in filled and found["main_verses"] in filled
+    assert publish.fill(filled, found) == filled
+    with pytest.raises(KeyError, match="nonsense"):
+        publish.fill("<!-- table nonsense -->\n<!-- end -->", found)
 
 
 def test_the_page_shows_the_committed_results():

@@ -25,6 +25,7 @@ from tables import all_tables  # noqa: E402
 
 
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+MISSING = "*Not run yet.*"
 
 
 def fill(page: str, tables: Mapping[str, str]) -> str:
@@ -33,7 +34,7 @@ def fill(page: str, tables: Mapping[str, str]) -> str:
     Raises:
         KeyError: if the page asks for a table that there is not.
     """
-    return BLOCK.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", page)
+    return BLOCK.sub(lambda found: f"{found[1]}{tables[found[2]] or MISSING}\n{found[3]}", page)
 
 
 def load(folder: Path) -> tuple[Results, dict[str, dict[str, float]]]:
@@ -50,7 +51,7 @@ def publish(folder: Path, page: Path, figures: Path) -> None:
 
     results, timing = load(folder)
     tables = all_tables(results, timing)
-    text = "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items())
+    text = "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items() if table)
     (folder / "tables.md").write_text(f"# Tables of the paper's comparison\n\n{text}\n")
     page.write_text(fill(page.read_text(), tables))
     for plot in all_plots(results):

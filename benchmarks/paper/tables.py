@@ -38,7 +38,7 @@ Timing = dict[str, dict[str, float]]
 
 
 def all_tables(results: Results, timing: Timing) -> dict[str, str]:
-    """Every table that there are results for, by name."""
+    """Every table of the tasks that there are results for, by name; empty where its runs are missing."""
     found = {}
     for task in results.tasks():
         found[f"main_{task}"] = main(results, task, timing)
@@ -49,9 +49,7 @@ def all_tables(results: Results, timing: Timing) -> dict[str, str]:
         found[f"top_p_{task}"] = top_p(results, task)
         found[f"granularity_{task}"] = granularity(results, task)
         found[f"longer_{task}"] = longer(results, task)
-    if found:
-        found["summary"] = summary(results)
-    return {name: text for name, text in found.items() if text}
+    return {**found, "summary": summary(results)}
 
 
 def main(results: Results, task: str, timing: Timing) -> str:
