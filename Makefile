@@ -4,7 +4,7 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow contract lint types docs bench clean
+.PHONY: demo test test-slow contract lint types docs bench paper clean
 
 demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
 	$(RUN) examples/demo.py
@@ -39,6 +39,9 @@ bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/roofline.py
 	$(RUN) benchmarks/merging.py
 	$(RUN) benchmarks/compact.py
+
+paper: $(VENV)/.installed ## the paper's comparison on the embedded model: some hours, may be stopped and started again
+	$(RUN) benchmarks/paper/run.py
 
 clean:
 	rm -rf $(VENV) site demo_output .peft_tests

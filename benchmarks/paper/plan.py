@@ -1,0 +1,161 @@
+"""Which runs the comparison consists of, in order: what matters most comes first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from store import Store
+
+
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+CORE = ("full", "esft_token", "random", "lora_all")
+FURTHER = ("lora_experts", "esft_gate", "hot_lora")
+ABLATION = ("esft_non_expert", "non_expert")
+TOP_PS = (0.1, 0.4, 0.7)  # beside 0.2
+GROUP_SIZES = (1, 2, 4, 8)
+LONGER = 3  # times the steps: does more training change the picture?
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; equal runs give equal results.
+
+    Attributes:
+        task: what is trained on.
+        method: a key of `methods.METHODS`.
+        lr: constant learning rate.
+        seed: order of the data, start of LoRA, choice of random experts.
+        steps: of the optimizer.
+        top_p: of the selection; None means the paper's.
+        group_size: experts that a group of the simulated coarse model has; None trains the model as it is.
+    """
+
+    task: str
+    method: str
+    lr: float = 0.0
+    seed: int = 0
+    steps: int = 0
+    top_p: float | None = None
+    group_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The sizes of the comparison.
+
+    Attributes:
+        tasks: in order; the first `repeated` ones get all seeds and the further experiments.
+        repeated: see above.
+        steps: of every run.
+        grid: learning rates that every method is tried with, on seed 0.
+        seeds: number of seeds at the chosen learning rate.
+    """
+
+    tasks: tuple[str, ...] = ("verses", "french", "signatures", "sections")
+    repeated: int = 2
+    steps: int = 100
+    grid: tuple[float, ...] = GRID
+    seeds: int = 3
+
+
+def plan(protocol: Protocol, store: Store) -> Iterator[Run]:
+    """The runs in order. Learning rates that earlier runs decide are looked up when they are reached."""
+    first = protocol.tasks[: protocol.repeated]
+    later = protocol.tasks[protocol.repeated :]
+    for task in first:
+        yield Run(task, "base")
+        yield from _grid(protocol, store, task, CORE)
+    for task in first:
+        yield from _seeds(protocol, store, task, CORE)
+    for task in first:
+        yield from _grid(protocol, store, task, FURTHER)
+    for part in (_granularity, _top_p):
+        for task in first:
+            yield from part(protocol, store, task, seed=0)
+    for task in first:
+        yield from _grid(protocol, store, task, ABLATION)
+    for task in first:
+        yield from _gentler(protocol, task)
+        yield from _longer(protocol, store, task)
+    for task in first:
+        yield from _seeds(protocol, store, task, FURTHER)
+    for task in later:
+        yield Run(task, "base")
+        yield from _grid(protocol, store, task, CORE)
+    for task in first:
+        for seed in range(1, protocol.seeds):
+            yield from _granularity(protocol, store, task, seed)
+            yield from _top_p(protocol, store, task, seed)
+        yield from _seeds(protocol, store, task, ABLATION)
+    for task in later:
+        yield from _seeds(protocol, store, task, CORE)
+        yield from _grid(protocol, store, task, FURTHER)
+        yield from _seeds(protocol, store, task, FURTHER)
+
+
+def chosen_lr(store: Store, task: str, method: str, steps: int) -> float:
+    """The learning rate of the least validation loss of the grid's runs.
+
+    Raises:
+        ValueError: if there are no such runs.
+    """
+    losses = {
+        record["lr"]: loss
+        for record in store.select(task=task, method=method, seed=0, steps=steps, top_p=None, group_size=None)
+        if (loss := record["validation"]["loss"]) is not None
+    }
+    if not losses:
+        raise ValueError(f"no run of {method} on {task} in {store.path} has a validation loss; run the grid first")
+    return min(losses, key=lambda lr: losses[lr])
+
+
+def _grid(protocol: Protocol, store: Store, task: str, methods: tuple[str, ...]) -> Iterator[Run]:
+    """From the middle of the grid towards the side where the validation loss falls, as long as it does."""
+    grid = protocol.grid
+    for method in methods:
+        low = (len(grid) - 1) // 2
+        high = min(low + 1, len(grid) - 1)
+        while True:
+            for lr in grid[low : high + 1]:
+                yield Run(task, method, lr, 0, protocol.steps)
+            best = grid.index(chosen_lr(store, task, method, protocol.steps))
+            if best <= low and low > 0:
+                low -= 1
+            elif best >= high and high < len(grid) - 1:
+                high += 1
+            else:
+                break
+
+
+def _seeds(protocol: Protocol, store: Store, task: str, methods: tuple[str, ...]) -> Iterator[Run]:
+    for seed in range(1, protocol.seeds):
+        for method in methods:
+            yield Run(task, method, chosen_lr(store, task, method, protocol.steps), seed, protocol.steps)
+
+
+def _top_p(protocol: Protocol, store: Store, task: str, seed: int) -> Iterator[Run]:
+    lr = chosen_lr(store, task, "esft_token", protocol.steps)
+    for top_p in TOP_PS:
+        yield Run(task, "esft_token", lr, seed, protocol.steps, top_p=top_p)
+
+
+def _granularity(protocol: Protocol, store: Store, task: str, seed: int) -> Iterator[Run]:
+    for size in GROUP_SIZES:
+        if seed == 0:
+            yield Run(task, "base", group_size=size)
+        for method in ("full", "esft_token"):
+            lr = chosen_lr(store, task, method, protocol.steps)
+            yield Run(task, method, lr, seed, protocol.steps, group_size=size)
+
+
+def _gentler(protocol: Protocol, task: str) -> Iterator[Run]:
+    """The low end of the grid, where little is forgotten, for the two methods that the paper is about."""
+    for method in ("full", "esft_token"):
+        for lr in protocol.grid[:2]:
+            yield Run(task, method, lr, 0, protocol.steps)
+
+
+def _longer(protocol: Protocol, store: Store, task: str) -> Iterator[Run]:
+    for method in ("full", "esft_token"):
+        yield Run(task, method, chosen_lr(store, task, method, protocol.steps), 0, LONGER * protocol.steps)

@@ -1,0 +1,69 @@
+"""Training time of the methods over full fine-tuning's: single steps in turns, in one process, in CPU time.
+
+python benchmarks/paper/timing.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent / "examples" / "tiny_moe")]
+
+import tasks  # noqa: E402
+from methods import METHODS, Choice  # noqa: E402
+from plan import ABLATION, CORE, FURTHER  # noqa: E402
+from reporting import RESULTS, set_clock, time_in_turns  # noqa: E402
+from training import Sizes, Workbench  # noqa: E402
+
+
+ROUNDS = 5
+
+
+def measure(bench: Workbench, task: str, rounds: int) -> dict[str, float]:
+    """The fastest step of each method over that of full fine-tuning."""
+    batch = next(bench.batches(task, seed=0))
+    calls = {}
+    for method in (*CORE, *FURTHER, *ABLATION):
+        calls[method] = _step(METHODS[method](copy.deepcopy(bench.base), Choice(bench.scores(task, None))), batch)
+    fastest = time_in_turns(calls, rounds).minima()
+    return {method: round(seconds / fastest["full"], 3) for method, seconds in fastest.items()}
+
+
+def _step(model: nn.Module, batch: tasks.Batch) -> Callable[[], None]:
+    """Forward, backward and AdamW step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
+    model.train()
+
+    def call() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def write(path: Path, bench: Workbench | None = None) -> None:
+    """Measures all tasks and writes the ratios."""
+    set_clock(argparse.Namespace(busy=True))
+    bench = bench or Workbench(Sizes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({task: measure(bench, task, ROUNDS) for task in tasks.TASKS}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    write(RESULTS / "paper" / "timing.json")

@@ -1,0 +1,221 @@
+"""The comparison on the embedded model: it resumes, trains what it says, and its tables say what was measured."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+
+# A step or two reach few experts.
+pytestmark = pytest.mark.filterwarnings("ignore:.*received no token in training")
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks" / "paper"), str(ROOT / "benchmarks"), str(ROOT / "examples" / "tiny_moe")]
+
+import publish  # noqa: E402
+import run as runner  # noqa: E402
+import tasks  # noqa: E402
+from methods import METHODS, Choice  # noqa: E402
+from plan import GRID, Protocol, Run, chosen_lr, plan  # noqa: E402
+from results import Results  # noqa: E402
+from store import Store  # noqa: E402
+from tables import all_tables  # noqa: E402
+from training import Sizes, Workbench  # noqa: E402
+
+
+def few(number: int) -> dict[str, int]:
+    return dict.fromkeys(tasks.TASKS, number)
+
+
+TINY = Sizes(batch=few(2), validation=few(3), own=few(3), other=few(2), windows=1, scored=512)
+EXPERT = 3 * 64 * 192  # weights of one expert of the embedded model
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Workbench(TINY)
+
+
+def record(run: Run, *, validation=1.0, own=0.5, loss=1.0, general=3.0, experts=None, trained=10) -> dict:
+    measured = {"loss": loss, "exact": own, "tokens": own}
+    return {
+        **asdict(run),
+        "validation": {"loss": validation, "exact": own, "tokens": own},
+        "tasks": dict.fromkeys(tasks.TASKS, measured),
+        "general": {
+            "scripture": {"loss": 9.0, "exact": 0.0, "tokens": 0.1},
+            "german": {"loss": general, "exact": 0.0, "tokens": 0.4},
+        },
+        "cpu_seconds": 1.0,
+        "trained_parameters": trained,
+        "saved_bytes": 4 * trained,
+        "experts": experts,
+    }
+
+
+def finish(protocol: Protocol, store: Store, best: float = 1e-3) -> list[Run]:
+    """Carries out a plan with made-up results whose validation loss is least at `best`."""
+    done = []
+    for planned in plan(protocol, store):
+        if not store.select(**asdict(planned)):
+            store.append(record(planned, validation=1 + abs(GRID.index(best) - GRID.index(planned.lr or best))))
+            done.append(planned)
+    return done
+
+
+def test_a_second_start_skips_what_is_done(tmp_path, bench, monkeypatch):
+    monkeypatch.setattr(runner, "Workbench", lambda sizes: bench)
+    path = tmp_path / "deep" / "runs.jsonl"
+    protocol = Protocol(tasks=("verses",), repeated=0, steps=1, grid=(1e-3,), seeds=1)
+    assert runner.carry_out(protocol, TINY, Store(path), limit=2) == 2
+    with path.open("a") as file:  # killed while it wrote
+        file.write('{"task": "verses", "meth')
+    before = path.read_text().splitlines()[:2]
+    assert runner.carry_out(protocol, TINY, Store(path), limit=1) == 1
+    lines = path.read_text().splitlines()
+    assert lines[:2] == before and len(lines) == 3
+    assert [json.loads(line)["method"] for line in lines] == ["base", "full", "esft_token"]
+
+
+def test_equal_runs_have_equal_results(bench):
+    one, other = (bench.execute(Run("verses", "random", 1e-3, seed=1, steps=1)) for _ in range(2))
+    del one["cpu_seconds"], other["cpu_seconds"]
+    assert one == other
+    assert one["tasks"] != bench.execute(Run("verses", "random", 1e-3, seed=2, steps=1))["tasks"]
+
+
+@pytest.mark.parametrize("best", GRID)
+def test_the_grid_is_tried_until_the_neighbours_of_the_best_are_known(tmp_path, best):
+    protocol = Protocol(tasks=("verses",), repeated=1)
+    store = Store(tmp_path / "runs.jsonl")
+    runs = finish(protocol, store, best)
+    assert chosen_lr(store, "verses", "full", protocol.steps) == best
+    tried = sorted({found.lr for found in runs if found.method == "full" and found.seed == 0})
+    place = GRID.index(best)
+    assert set(GRID[max(0, place - 1) : place + 2]) <= set(tried)
+    assert {found.lr for found in runs if found.seed > 0} == {best}
+    assert len(set(runs)) == len(runs)
+    assert not finish(protocol, Store(store.path), best)
+
+
+def test_validation_examples_are_neither_trained_nor_measured_on(bench):
+    for task in tasks.TASKS:
+        training, validation = bench.split(task)
+        assert len(validation) == 3 and len(training) == 1597
+        assert not set(validation) & {*training, *tasks.load_task(task, "eval")}
+    (batch,) = islice(bench.batches("verses", seed=0), 1)
+    assert batch["input_ids"].shape[0] == 2
+
+
+def changed(bench, method: str, choice: Choice) -> tuple[torch.nn.Module, set[str]]:
+    """A model after one step, and the trained parameters that moved."""
+    model = METHODS[method](copy.deepcopy(bench.base), choice)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    (batch,) = islice(bench.batches("verses", seed=0), 1)
+    model(**batch).loss.backward()
+    optimizer.step()
+    return model, {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
+
+
+def test_methods_train_what_they_say(bench):
+    choice = Choice(bench.scores("verses", None), seed=1)
+    chosen = choice.select("token")
+    trained = sum(map(len, chosen.values()))
+    matrices = 4 * 4 * 192 * 192  # attention
+    rest = 4096 * 192 + matrices + 4 * 64 * 192 + 4 * 4 * 192 + 192  # embeddings, routers, norms
+    lora = 8 * 64 * ((192 + 128) + (64 + 192))  # both matrices of all experts of a layer
+    expected = {
+        "full": rest + 4 * 64 * EXPERT,
+        "esft_token": trained * EXPERT,
+        "random": trained * EXPERT,
+        "esft_gate": sum(map(len, choice.select("gate").values())) * EXPERT,
+        "hot_lora": trained * 8 * ((192 + 128) + (64 + 192)),
+        "lora_experts": 4 * lora,
+        "lora_all": 4 * lora + 4 * 4 * 8 * (192 + 192) + 4 * 8 * (64 + 192),
+        "esft_non_expert": rest + trained * EXPERT,
+        "non_expert": rest,
+    }
+    for method, number in expected.items():
+        model, moved = changed(bench, method, choice)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == number, method
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert moved and moved <= trainable, method
+    assert set(METHODS) == {"base", *expected}
+
+
+def test_random_experts_are_others_of_the_same_number(bench):
+    scores = bench.scores("verses", None)
+    chosen = Choice(scores).select("token")
+    drawn = []
+    for seed in (0, 1):
+        model = METHODS["random"](copy.deepcopy(bench.base), Choice(scores, seed=seed))
+        drawn.append(model.peft_config["default"].target_experts)
+        assert {path: len(ids) for path, ids in drawn[-1].items()} == {path: len(ids) for path, ids in chosen.items()}
+        assert drawn[-1] != chosen
+    assert drawn[0] != drawn[1]
+
+
+def test_coarse_models_train_whole_groups_and_keep_the_share_of_active_experts(bench):
+    found = bench.execute(Run("verses", "esft_token", 1e-3, steps=1, group_size=8))
+    assert all(count % 8 == 0 for count in found["experts"].values())
+    assert found["trained_parameters"] == sum(found["experts"].values()) * EXPERT
+    groups = bench.groups(4)
+    choice = Choice(bench.scores("verses", 4), groups=groups)
+    for path, ids in choice.select("token").items():
+        assert all(set(group) <= set(ids) or not set(group) & set(ids) for group in groups[path])
+    seen = []
+    router = bench.base.model.layers[0].mlp.gate
+    for size in (1, 8):
+        with bench.coarse(bench.base, size):
+            handle = router.register_forward_hook(lambda module, args, result: seen.append(result[2].shape[1]))
+            bench.base(torch.tensor([[5, 6, 7]]))
+            handle.remove()
+    assert seen == [8, 8]
+
+
+def test_tables_say_what_was_measured(tmp_path):
+    store = Store(tmp_path / "runs.jsonl")
+    steps = Protocol().steps
+    store.append(record(Run("verses", "base"), own=0.0, loss=5.0, general=3.0))
+    for lr, loss in zip((3e-4, 1e-3, 3e-3), (0.9, 0.7, 0.8), strict=True):
+        for method, general, own, experts in (("full", 7.0, 0.5, None), ("esft_token", 4.0, 0.4, {"a": 3, "b": 4})):
+            run = Run("verses", method, lr, 0, steps)
+            store.append(record(run, validation=loss, own=own, general=general, experts=experts))
+    store.append(record(Run("verses", "full", 1e-3, 1, steps), own=0.6, general=8.0))
+    # Tried at one learning rate only: nothing is known yet of which is best.
+    store.append(record(Run("verses", "random", 1e-3, 0, steps)))
+    results = Results(Store(store.path), steps)
+    assert results.lr("verses", "full") == 1e-3 and results.lr("verses", "random") is None
+    found = all_tables(results, {"verses": {"full": 1.0, "esft_token": 0.55}})
+    rows = [line.strip("| ").split(" | ") for line in found["main_verses"].splitlines()]
+    assert [row[0] for row in rows[2:]] == ["base", "full fine-tuning", "ESFT-Token, p 0.2"]
+    # General text without the task's own domain, scripture; mean and standard deviation of two seeds.
+    assert rows[3][1:4] == ["55.0 ± 7.1", "1.000 ± 0.000", "7.500 ± 0.707"]
+    assert rows[4][1:] == ["40.0", "1.000", "4.000", "40.0", "3.5", "10", "0.00", "0.55", "0.001", "1"]
+    assert "**0.700 · 40.0 · 4.00**" in found["grid_verses"]
+    # Without all of the methods nothing is compared with full fine-tuning.
+    assert found["summary"] == found["granularity_verses"] == ""
+    page = "<!-- table summary -->\nold\n<!-- end -->\n<!-- table main_verses -->\n<!-- end -->\n"
+    filled = publish.fill(page, found)
+    assert publish.MISSING in filled and "old" not in filled and found["main_verses"] in filled
+    assert publish.fill(filled, found) == filled
+    with pytest.raises(KeyError, match="nonsense"):
+        publish.fill("<!-- table nonsense -->\n<!-- end -->", found)
+
+
+def test_the_page_shows_the_committed_results():
+    results, timing = publish.load(ROOT / "benchmarks" / "results" / "paper")
+    page = (ROOT / "docs" / "findings.md").read_text()
+    assert publish.BLOCK.search(page)
+    assert publish.fill(page, all_tables(results, timing)) == page
+    for figure in publish.re.findall(r"\(figures/(findings_\w+)\.svg\)", page):
+        assert (ROOT / "docs" / "figures" / f"{figure}.svg").exists()
