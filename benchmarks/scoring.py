@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -25,22 +26,22 @@ BATCHES = [(1, 256), (4, 256), (8, 512)]
 ROUNDS = 41
 
 
-def build_model() -> OlmoeForCausalLM:
+def build_model(**changes: Any) -> OlmoeForCausalLM:
+    """The benchmarks' model, from the same random weights each time; `changes` are to the fields of its config."""
     torch.manual_seed(0)
-    config = OlmoeConfig(
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        vocab_size=4096,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    return OlmoeForCausalLM(config).eval()
+    fields = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_experts": EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "vocab_size": 4096,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
+    return OlmoeForCausalLM(OlmoeConfig(**fields | changes)).eval()
 
 
 @torch.inference_mode()

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeForCausalLM
 
 from peft_esft import AdapterPool, ESFTConfig, find_experts
 
 from reporting import versions, write_results
+from scoring import build_model
 
 
 ADAPTERS = [f"task{number}" for number in range(12)]
@@ -35,8 +36,7 @@ TOLERANCE = 1e-4
 
 
 def build_base() -> OlmoeForCausalLM:
-    torch.manual_seed(0)
-    config = OlmoeConfig(
+    return build_model(
         hidden_size=64,
         intermediate_size=32,
         num_hidden_layers=LAYERS,
@@ -44,11 +44,8 @@ def build_base() -> OlmoeForCausalLM:
         num_experts=EXPERTS,
         num_experts_per_tok=4,
         vocab_size=256,
-        pad_token_id=0,
-        bos_token_id=None,
         eos_token_id=None,
     )
-    return OlmoeForCausalLM(config).eval()
 
 
 def write_adapters(folder: Path) -> None:

@@ -10,7 +10,6 @@ merged adapters three), or to reading the file into tensors, in turns in one pro
 from __future__ import annotations
 
 import argparse
-import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeForCausalLM
 
 from peft_esft import ESFTConfig
 from peft_esft.layer import ESFTLayer
@@ -33,19 +32,9 @@ TRAINED = 8  # of 64 experts in each layer
 
 def deep_model() -> OlmoeForCausalLM:
     """26 layers, as DeepSeek-V2-Lite has with experts; small ones, since a switch moves no weight."""
-    config = OlmoeConfig(
-        hidden_size=64,
-        intermediate_size=32,
-        num_hidden_layers=26,
-        num_attention_heads=4,
-        num_experts=64,
-        num_experts_per_tok=6,
-        vocab_size=256,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
+    return build_model(
+        hidden_size=64, intermediate_size=32, num_hidden_layers=26, num_attention_heads=4, vocab_size=256
     )
-    return OlmoeForCausalLM(config).eval()
 
 
 def with_adapters(base: OlmoeForCausalLM) -> PeftModel:
@@ -115,9 +104,7 @@ def measure_merging(rounds: int) -> list[dict[str, object]]:
 
 def wide_model() -> OlmoeForCausalLM:
     """Experts of 6.3 MB."""
-    config = copy.deepcopy(build_model().config)
-    config.hidden_size, config.intermediate_size = 1024, 512
-    return OlmoeForCausalLM(config).eval()
+    return build_model(hidden_size=1024, intermediate_size=512)
 
 
 def measure_loading(base: OlmoeForCausalLM, rounds: int) -> dict[str, object]:

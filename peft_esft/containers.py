@@ -124,6 +124,13 @@ class ExpertsContainer:
         """Number of weights of one expert."""
         return sum(torch.Size(shape).numel() for shape in self.weight_shapes.values())
 
+    @property
+    def nbytes_per_expert(self) -> int:
+        """Bytes of the weights of one expert."""
+        dtypes = [weight.parameters(self.module)[0].dtype for weight in self.weights]
+        shapes = self.weight_shapes.values()
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+
     def parameters(self) -> list[nn.Parameter]:
         """All parameters that hold weights of the experts."""
         return [parameter for weight in self.weights for parameter in weight.parameters(self.module)]

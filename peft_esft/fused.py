@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .functional import ExpertBody, ExpertWeights, default_gate, expert_slots, split_experts_forward
 from .layer import AdapterCall, ESFTLayer
 from .mixed_batch import AdapterBatch
-from .resident import Resident
 from .weights import StackedWeight
 
 
@@ -66,14 +65,9 @@ class FusedExperts(ESFTLayer):
             adapter_of_token=batch.adapter_of_row(hidden_states.shape[0], hidden_states.device),
         )
 
-    def _slots(self, expert_ids: list[int], device: torch.device) -> Tensor:
-        slots = expert_slots([(expert_ids, 0)], self.num_experts, len(expert_ids), self.num_identity_experts)
-        return slots.to(device)
-
-    def _mixed_slots(self, residents: list[Resident | None]) -> Tensor:
-        selections = [((), 0) if own is None else (own.expert_ids, own.place.start) for own in residents]
-        slots = expert_slots(selections, self.num_experts, self.bank.capacity, self.num_identity_experts)
-        return slots.to(self._base_parameter(self.weight_names[0]).device)
+    def _slots(self, selections: Sequence[tuple[Sequence[int], int]], num_rows: int) -> Tensor:
+        slots = expert_slots(selections, self.num_experts, num_rows, self.num_identity_experts)
+        return slots.to(self._table_device())
 
     def _stacked_weights(self) -> list[tuple[str, StackedWeight]]:
         """The weights by name; those of fused experts are all stacked."""

@@ -187,11 +187,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """What a forward pass with some adapters has to know, of which each has experts in this layer."""
         if key not in self._calls:
             ids = self.union_of_experts(key)
-            device = self._base_parameter(self.weight_names[0]).device
-            index = torch.tensor(ids, device="cpu" if device.type == "meta" else device)
-            self._calls[key] = AdapterCall(
-                key, tuple(ids), index, self._slots(ids, index.device), self._plain_deltas(key)
-            )
+            index = expert_index(ids, self._table_device())
+            slots = self._slots([(ids, 0)], len(ids))
+            self._calls[key] = AdapterCall(key, tuple(ids), index, slots, self._plain_deltas(key))
         return self._calls[key]
 
     def forget_calls(self) -> None:
@@ -199,8 +197,13 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self._calls, self._plan, self._spare_rows = {}, None, {}
         self.prepare()
 
-    def _slots(self, expert_ids: list[int], device: torch.device) -> Tensor | None:
+    def _slots(self, selections: Sequence[tuple[Sequence[int], int]], num_rows: int) -> Tensor | None:
+        """`functional.expert_slots` of this layer, if its forward needs any."""
         return None
+
+    def _table_device(self) -> torch.device:
+        device = self._base_parameter(self.weight_names[0]).device
+        return torch.device("cpu") if device.type == "meta" else device
 
     def _apply(self, *args: Any, **kwargs: Any) -> ESFTLayer:
         super()._apply(*args, **kwargs)
@@ -222,7 +225,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def replace_adapter(self, adapter_name: str, incoming: str, is_trained: bool) -> None:
         """Gives an adapter the experts and weights of another one, which ends; either may have none in this layer."""
-        for tensors in (getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)):
+        for tensors in self._all_tensors():
             old = tensors.pop(adapter_name) if adapter_name in tensors else None
             new = tensors.pop(incoming) if incoming in tensors else None
             if new is None:
@@ -247,7 +250,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         """Holds an adapter's effective rows in place of its deltas, which end: the form "rows" of `storage.py`."""
         resident = self.resident((adapter_name,), in_training=False)
         assert resident is not None  # since not in training
-        for tensors in (getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)):
+        for tensors in self._all_tensors():
             if adapter_name in tensors:
                 del tensors[adapter_name]
         for name, rows in resident.rows.items():
@@ -570,13 +573,10 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             residents = [self.bank.residents.get((name,)) for name in adapters]
             known = self._plan
             if known is None or known.adapters != adapters or known.residents != residents:
-                self._plan = known = MixedPlan(
-                    list(adapters), residents, self.bank.tensors, self._mixed_slots(residents)
-                )
+                selections = [((), 0) if own is None else (own.expert_ids, own.place.start) for own in residents]
+                slots = self._slots(selections, self.bank.capacity)
+                self._plan = known = MixedPlan(list(adapters), residents, self.bank.tensors, slots)
         return known
-
-    def _mixed_slots(self, residents: list[Resident | None]) -> Tensor | None:
-        return None
 
     def check_mixes(self) -> None:
         """Refuses `adapter_names` where a layer's output does not show whose its rows are.
@@ -647,12 +647,16 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def _adapter_tensors(self, weight_name: str, adapter_name: str) -> list[Tensor]:
         """All tensors that an adapter's change of a weight depends on."""
         if self.storage[adapter_name] == "delta":
-            return [*self._delta_parameters(weight_name, adapter_name)]
+            return list(self._delta_parameters(weight_name, adapter_name))
         stored = (self._tensors(name) for name in self._stored_names[weight_name])
         return [tensors[adapter_name] for tensors in stored if adapter_name in tensors]
 
     def _parameter_dicts(self, weight_name: str) -> list[nn.ParameterDict]:
         return [self._tensors(name) for name in self._delta_names[weight_name]]
+
+    def _all_tensors(self) -> list[Any]:
+        """All dicts of tensors by adapter name."""
+        return [self._tensors(name) for name in (*self.adapter_layer_names, *self.other_param_names)]
 
     def _tensors(self, name: str) -> Any:
         """A dict of tensors by adapter name, without the detours of a module's attributes."""

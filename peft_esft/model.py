@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -286,20 +285,17 @@ class ESFTModel(BaseTuner):
         for layer in layers:
             layer.freeze_adapter(adapter_name)
         config = self.peft_config[adapter_name]
-        config.storage, config.rank, config.inference_mode = "rows", None, True
+        config.storage, config.inference_mode = "rows", True
+        # Of no meaning to rows, and refused beside them when the config is read.
+        config.rank, config.alpha, config.use_rslora = None, None, False
 
     def rows_nbytes(self, peft_config: ESFTConfig) -> int:
         """Bytes of the effective rows of an adapter over this model, which need not have it."""
         containers = find_experts(self.model)
         selection = resolve_target_experts(peft_config.target_experts or {}, containers)
         whole = self._modules_trained_whole(peft_config)
-        nbytes = 0
-        for path, ids in {**selection, **{path: [0] for path in whole}}.items():
-            container = (containers | whole)[path]
-            for weight in container.weights:
-                itemsize = weight.parameters(container.module)[0].element_size()
-                nbytes += len(ids) * torch.Size(weight.shape(container.module)).numel() * itemsize
-        return nbytes
+        of_experts = sum(len(ids) * containers[path].nbytes_per_expert for path, ids in selection.items())
+        return of_experts + sum(container.nbytes_per_expert for container in whole.values())
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained.

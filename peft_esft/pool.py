@@ -168,7 +168,7 @@ class AdapterPool:
             return PoolStatistics(
                 resident=tuple(self._resident),
                 device_bytes=self._held(),
-                host_bytes=sum(own.result().nbytes for own in self._host.values() if _is_ready(own)),
+                host_bytes=self._host_nbytes(),
                 hits=self._hits,
                 misses=self._misses,
                 reads=self._reads,
@@ -292,6 +292,8 @@ class AdapterPool:
         if not isinstance(config, ESFTConfig):
             raise ValueError(f"{path} holds an adapter of type {config.peft_type}, not ESFT")
         config.inference_mode = True
+        # Looked up here, once: what is loaded is a copy of this config, and on the Hub the header is a request.
+        _ = config.header
         weights = load_peft_weights(path, device="cpu", **kwargs)
         # A file that is only mapped into memory would be read when it is loaded.
         keep = torch.Tensor.pin_memory if torch.cuda.is_available() else torch.Tensor.clone
@@ -301,12 +303,13 @@ class AdapterPool:
         """Forgets the host copies that were not used for longest, but for the last one."""
         if self.host_bytes is None:
             return
-        held = {name: own.result().nbytes for name, own in self._host.items() if _is_ready(own)}
-        for name in list(held)[:-1] if len(held) == len(self._host) else list(held):
-            if sum(held.values()) <= self.host_bytes:
-                return
-            held.pop(name)
-            self._host.pop(name)
+        *older, _ = self._host
+        for name in older:
+            if self._host_nbytes() > self.host_bytes and _is_ready(self._host[name]):
+                del self._host[name]
+
+    def _host_nbytes(self) -> int:
+        return sum(own.result().nbytes for own in self._host.values() if _is_ready(own))
 
 
 def _is_ready(own: Future[_HostCopy]) -> bool:

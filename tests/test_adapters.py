@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import warnings
 
@@ -524,6 +525,35 @@ def test_effective_rows_of_a_frozen_adapter_are_computed_once(monkeypatch):
     model.to(torch.bfloat16)
     logits(model)
     assert len(computed) == 8
+
+
+def test_effective_rows_follow_an_optimizer_that_leaves_versions_alone():
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base)).eval()
+    deltas = list(deltas_of(model).values())
+    optimizer = torch.optim.AdamW(deltas, lr=0.1, fused=True)
+    outputs = []
+    for _ in range(3):
+        loss = task_loss(model(input_ids=TOKENS)[0])
+        outputs.append(logits(model))  # between a training step's forward pass and its end
+        loss.backward()
+        optimizer.step()
+    outputs.append(logits(model))
+    assert all(not torch.allclose(first, second) for first, second in itertools.pairwise(outputs))
+    merged = logits(copy.deepcopy(model).merge_and_unload())
+    torch.testing.assert_close(outputs[-1], merged)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 2, "alpha": 8}, {"rank": 2, "use_rslora": True}])
+def test_a_frozen_adapter_answers_and_is_saved_as_before(options, tmp_path):
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base, init_weights=False, **options)).eval()
+    expected = logits(model)
+    model.base_model.freeze_adapter("default")
+    assert not deltas_of(model)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path)), expected)
 
 
 def test_rows_made_in_inference_mode_serve_a_later_backward():

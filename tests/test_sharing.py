@@ -237,6 +237,28 @@ for name, message in (("narrow", "do not fit the model"), ("pickled", "use_safet
         PeftModel.from_pretrained(tiny_model("olmoe"), f"someone/{name}")
 """
 
+POOLED = """
+import sys
+sys.path.insert(0, "tests")
+import peft_esft
+from huggingface_hub import HfApi
+from peft_esft import AdapterPool
+from test_sharing import wrapped
+model = wrapped()
+model.save_pretrained(FOLDER)
+api = HfApi(token="hf_x")
+pool = AdapterPool(model, device_bytes=model.base_model.rows_nbytes(model.peft_config["default"]))
+for name in ("law", "code"):
+    api.create_repo(f"someone/{name}")
+    api.upload_folder(repo_id=f"someone/{name}", folder_path=FOLDER)
+    pool.add(name, f"someone/{name}")
+pool.get("law")
+pool.get("code")
+api.create_repo("someone/loaded-once")
+pool.get("law")
+assert pool.statistics().evictions == 2
+"""
+
 
 @pytest.fixture
 def hub():
@@ -261,6 +283,14 @@ def run_with_hub(hub, code, folder, **settings):
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_pool_asks_the_hub_once_for_each_adapter(hub, tmp_path):
+    run_with_hub(hub, POOLED, tmp_path)
+    # The last repository is made when both adapters were loaded; then one of them is loaded again.
+    last = max(number for number, (_, path) in enumerate(hub.requests) if path == "/api/repos/create")
+    assert "someone/loaded-once" in hub.repositories
+    assert hub.requests[last + 1 :] == []
 
 
 def card_on(hub, name):
