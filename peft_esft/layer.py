@@ -240,9 +240,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
         # A compiled graph cannot look at addresses, and tensors made in inference mode have no version.
         is_opaque = torch.compiler.is_compiling() or any(source.is_inference() for source in sources)
-        if is_opaque or (torch.is_grad_enabled() and any(delta.requires_grad for delta in deltas)):
+        # Not even without gradients, as in an evaluation between steps: fused optimizers, FSDP and ZeRO write into
+        # deltas without raising their version.
+        if is_opaque or any(delta.requires_grad for delta in deltas):
+            self._rows.pop((weight_name, each), None)
             return self._compute(weight_name, adapter_names, each=each)
-        # Every in-place change raises a tensor's version, every replacement its address (or the parameter's identity).
+        # Any other in-place change raises a tensor's version, a replacement its address (or the parameter's identity).
         state = (tuple(adapter_names), [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources])
         known = self._rows.get((weight_name, each))
         if known is None or known[0] != state:

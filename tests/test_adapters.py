@@ -526,6 +526,29 @@ def test_effective_rows_of_a_frozen_adapter_are_computed_once(monkeypatch):
     assert len(computed) == 8
 
 
+def test_effective_rows_follow_an_optimizer_that_leaves_versions_alone():
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base)).eval()
+    deltas = list(deltas_of(model).values())
+    optimizer = torch.optim.AdamW(deltas, lr=0.1, fused=True)
+    outputs = []
+    for frozen in (False, True, True):
+        # An evaluation between steps, then training that is interrupted by freezing.
+        outputs.append(logits(model))
+        model.requires_grad_(False)
+        outputs += [logits(model)] if frozen else []
+        for delta in deltas:
+            delta.requires_grad_()
+        task_loss(model(input_ids=TOKENS)[0]).backward()
+        optimizer.step()
+    outputs.append(logits(model))
+    merged = logits(copy.deepcopy(model).merge_and_unload())
+    torch.testing.assert_close(outputs[-1], merged)
+    distinct = [output for output in outputs if not torch.allclose(output, outputs[0])]
+    assert torch.equal(outputs[1], outputs[2])
+    assert len(distinct) == len(outputs) - 1
+
+
 def test_rows_made_in_inference_mode_serve_a_later_backward():
     model = frozen_adapter()
     with torch.inference_mode():
