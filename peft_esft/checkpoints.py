@@ -6,45 +6,85 @@ import json
 import os
 import re
 import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
 from .interchange.adapter import AdapterFolder
+from .layer import PREFIX
 
 
 PREVIOUS_SUFFIX = ".previous"
 _PARTIAL_SUFFIX = ".partial"
+_ADAPTER_MARKS = (f".{PREFIX}", ".modules_to_save.")
+"""What PEFT puts into the names of an adapter's weights."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-    """Saves an adapter so that whoever looks finds the old one or the new one, never a part of one.
+    """Saves adapters so that whoever looks finds the old ones or the new ones, never a part of them.
 
     PEFT's `save_pretrained` writes file by file into the folder: killed between weights and config, it leaves neither
     the old adapter nor the new one. Here all files go to a folder beside it, which is then renamed. A folder that
     exists is moved to `FOLDER.previous` just before and deleted just after: a process killed exactly between leaves
     the old adapter there.
 
+    Where `torch.distributed` is initialised, call it on every process: sharded weights are gathered tensor by tensor
+    on the host of the first process, which writes the file. The base is not gathered.
+
     Args:
-        model: a `PeftModel`.
+        model: a `PeftModel`, as it is or prepared by DDP or FSDP2.
         folder: is created, or replaced if it holds an adapter.
-        **kwargs: see `peft.PeftModel.save_pretrained`. Call it on every process where the engine does so; only the one
-            with `is_main_process=True`, the default, touches the disk.
+        **kwargs: see `peft.PeftModel.save_pretrained`.
 
     Raises:
         ValueError: if the folder exists and holds something else than an adapter.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     target = Path(folder)
-    if not kwargs.get("is_main_process", True):
-        with tempfile.TemporaryDirectory() as unused:  # PEFT makes the folder on every process
-            model.save_pretrained(unused, **kwargs)
-        return
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    is_writer = processes == 1 or dist.get_rank() == 0
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        kwargs["state_dict"] = adapter_weights(model, keep=is_writer)
+    if is_writer:
+        _replace(target, lambda partial: model.save_pretrained(partial, **kwargs))
+    if processes > 1:
+        dist.barrier()
+
+
+def adapter_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The weights of all adapters on the host, gathered from the processes that hold parts; the base's stay put.
+
+    Args:
+        model: a `PeftModel`; every process calls this at the same time.
+        keep: False on processes that take part in the gathering but have no use for the result.
+
+    Returns:
+        Tensors by their name in `model.state_dict()`, as `save_pretrained(state_dict=...)` takes them; empty unless
+        `keep`.
+    """
+    gathered = {}
+    for key, tensor in model.state_dict().items():
+        if any(mark in key for mark in _ADAPTER_MARKS):
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if keep:
+                gathered[key] = whole.cpu()
+    return gathered
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    """Puts a new folder in the place of a folder that holds an adapter, or of nothing."""
     if target.exists() and not _holds_adapter(target):
         raise ValueError(f"{target} exists and holds no adapter, so it is not replaced; name another folder")
     partial, previous = (target.with_name(target.name + suffix) for suffix in (_PARTIAL_SUFFIX, PREVIOUS_SUFFIX))
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, **kwargs)
+    write(partial)
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
     if target.exists():

@@ -360,9 +360,14 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def untrained_experts(self, adapter_name: str) -> list[int]:
-        """Experts whose deltas are all zero: no token reached them in training; all of them before training."""
+        """Experts whose deltas are all zero: no token reached them in training; all of them before training.
+
+        None where deltas are distributed.
+        """
         ids = self.expert_ids.get(adapter_name, [])
-        if self.storage.get(adapter_name, "delta") != "delta":
+        deltas = [d for name in self.weight_names for d in self._delta_parameters(name, adapter_name)]
+        # Of a distributed tensor one process sees a part only.
+        if self.storage.get(adapter_name, "delta") != "delta" or any(isinstance(delta, DTensor) for delta in deltas):
             return []
         moved = torch.zeros(len(ids), dtype=torch.bool)
         for name in self.weight_names:

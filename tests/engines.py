@@ -1,0 +1,210 @@
+"""What the processes of the multi-process tests run. Each worker writes what it found to a file of its rank."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from peft_esft import find_experts
+
+from families import tiny_model
+from oracle import SELECTION, config_for, deltas_of, random_tokens
+
+
+PROCESSES = 2
+STEPS = 3
+FAMILY = "olmoe"
+
+Worker = Callable[[int, Path], Any]
+
+
+def run(worker: Worker, folder: Path) -> list[Any]:
+    """Runs a function of rank and folder in two processes joined by gloo; what each returns, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_start, (worker, folder, port), nprocs=PROCESSES)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+
+
+def _start(rank: int, worker: Worker, folder: Path, port: int) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(PROCESSES),
+    }
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    torch.save(worker(rank, folder), folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def base_model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return tiny_model(FAMILY, dtype)
+
+
+def adapted(base: nn.Module, checkpointing: bool = False) -> nn.Module:
+    base = copy.deepcopy(base)
+    if checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return get_peft_model(base, config_for(base, task_type="CAUSAL_LM"))
+
+
+def joint_batches() -> list[Tensor]:
+    """The batches of one process; each of two takes half of the rows.
+
+    Rows of the second half repeat one token, so that most experts get none there.
+    """
+    batches = [random_tokens(4, 12, seed=seed) for seed in range(STEPS)]
+    for step, batch in enumerate(batches):
+        batch[2:] = 5 + step
+    return batches
+
+
+def own_rows(batch: Tensor) -> Tensor:
+    rows = len(batch) // PROCESSES
+    return batch[dist.get_rank() * rows : (dist.get_rank() + 1) * rows]
+
+
+def train(model: nn.Module, batches: list[Tensor], optimizer: torch.optim.Optimizer | None = None) -> Any:
+    """Steps of SGD with momentum: unlike Adam's, they are proportional to the gradients, errors included."""
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0, momentum=0.9) if optimizer is None else optimizer
+    for batch in batches:
+        model(input_ids=batch, labels=batch, use_cache=False)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def whole_deltas(model: nn.Module) -> dict[tuple[str, str], Tensor]:
+    return {key: whole(delta) for key, delta in deltas_of(model).items()}
+
+
+def base_of(model: nn.Module) -> dict[str, Tensor]:
+    """The base's weights by their names in the base."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): whole(parameter)
+        for name, parameter in model.named_parameters()
+        if ".esft_" not in name
+    }
+
+
+def tokens_of_selected_experts(base: nn.Module, rows: Tensor) -> list[int]:
+    """How many (token, expert) pairs of a batch each selected expert of each container has."""
+    counts: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        counts.extend(int((args[1] == expert).sum()) for expert in SELECTION)
+
+    handles = [c.module.register_forward_pre_hook(count) for c in find_experts(base).values()]
+    with torch.no_grad():
+        base(input_ids=rows, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """FSDP2 by hand, as torch's documentation has it: each decoder layer, then the rest."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def ddp(rank: int, folder: Path) -> Any:
+    from torch.nn.parallel import DistributedDataParallel
+
+    from peft_esft.checkpoints import save_adapter
+
+    found = {"tokens": tokens_of_selected_experts(base_model(), own_rows(joint_batches()[0]))}
+    for checkpointing in (False, True):
+        model = DistributedDataParallel(adapted(base_model(), checkpointing))
+        train(model, [own_rows(batch) for batch in joint_batches()])
+        found[f"deltas, checkpointing {checkpointing}"] = whole_deltas(model.module)
+    found["base"] = base_of(model.module)
+    save_adapter(model, folder / "adapter")
+    return found
+
+
+def fsdp2(rank: int, folder: Path) -> Any:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.tensor import DTensor
+
+    from peft_esft.checkpoints import save_adapter
+
+    batches = [own_rows(batch) for batch in joint_batches()]
+    found: dict[str, Any] = {}
+    for checkpointing in (False, True):
+        model = shard(adapted(base_model(), checkpointing))
+        optimizer = train(model, batches)
+        found[f"deltas, checkpointing {checkpointing}"] = whole_deltas(model)
+    found["base"] = base_of(model)
+    found["held"] = {name: parameter.to_local().numel() for name, parameter in model.named_parameters()}
+    gathered: list[tuple[int, ...]] = []
+    original = DTensor.full_tensor
+    DTensor.full_tensor = lambda tensor, *args, **kwargs: (  # type: ignore[method-assign]
+        gathered.append(tuple(tensor.shape)) or original(tensor, *args, **kwargs)
+    )
+    save_adapter(model, folder / "adapter")
+    DTensor.full_tensor = original  # type: ignore[method-assign]
+    found["gathered for the adapter"] = gathered
+
+    full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    found["full checkpoint"] = full
+    trained = StateDictOptions(ignore_frozen_params=True)
+    state = {
+        "model": get_model_state_dict(model, options=trained),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    dcp.save(state, checkpoint_id=folder / "sharded")
+    train(model, batches, optimizer)
+    found["deltas after six steps"] = whole_deltas(model)
+    # A fresh model takes up training where the checkpoint left it.
+    model = shard(adapted(base_model()))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0, momentum=0.9)
+    state = {
+        "model": get_model_state_dict(model, options=trained),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+    }
+    dcp.load(state, checkpoint_id=folder / "sharded")
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    train(model, batches, optimizer)
+    found["deltas after resuming"] = whole_deltas(model)
+    # Half-precision bases have deltas in fp32.
+    model = shard(adapted(base_model(torch.bfloat16)))
+    train(model, batches)
+    found["deltas on a bf16 base"] = whole_deltas(model)
+    return found

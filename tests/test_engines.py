@@ -1,0 +1,92 @@
+"""Two processes joined by gloo compute what one does on the joint batch, and save what one saves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel
+
+import engines
+from engines import adapted, base_model, base_of, joint_batches, train, whole_deltas
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+def largest_difference(found, expected):
+    assert found.keys() == expected.keys()
+    return max(float((found[key].float() - expected[key].float()).abs().max()) for key in expected)
+
+
+def report(record_property, engine, **differences):
+    for name, value in differences.items():
+        record_property(f"{engine}: {name}", value)
+        print(f"{engine}: {name}: {value:.2g}")
+
+
+@pytest.fixture(scope="module")
+def single():
+    """One process: the deltas after three and after six steps on the joint batches."""
+    model = adapted(base_model())
+    optimizer = train(model, joint_batches())
+    three = whole_deltas(model)
+    assert min(float(delta.abs().max()) for delta in three.values()) > 1e-3
+    train(model, joint_batches(), optimizer)
+    return three, whole_deltas(model)
+
+
+def check_adapter(folder, expected):
+    loaded = PeftModel.from_pretrained(base_model(), folder)
+    found = whole_deltas(loaded)
+    assert largest_difference(found, expected) == 0
+
+
+def test_ddp(tmp_path, single, record_property):
+    results = engines.run(engines.ddp, tmp_path)
+    assert any(
+        first > 0 and second == 0 for first, second in zip(results[0]["tokens"], results[1]["tokens"], strict=True)
+    )
+    for found in results:
+        for checkpointing in (False, True):
+            deltas = found[f"deltas, checkpointing {checkpointing}"]
+            difference = largest_difference(deltas, single[0])
+            report(record_property, "DDP", **{f"checkpointing {checkpointing}": difference})
+            assert difference < 1e-6
+        assert largest_difference(found["base"], base_of(adapted(base_model()))) == 0
+    check_adapter(tmp_path / "adapter", results[0]["deltas, checkpointing True"])
+
+
+def test_fsdp2(tmp_path, single, record_property):
+    results = engines.run(engines.fsdp2, tmp_path)
+    reference = adapted(base_model())
+    for found in results:
+        for checkpointing in (False, True):
+            difference = largest_difference(found[f"deltas, checkpointing {checkpointing}"], single[0])
+            report(record_property, "FSDP2", **{f"checkpointing {checkpointing}": difference})
+            assert difference < 1e-6
+        assert largest_difference(found["base"], base_of(reference)) == 0
+        assert largest_difference(found["deltas after six steps"], single[1]) < 1e-5
+        assert largest_difference(found["deltas after resuming"], found["deltas after six steps"]) == 0
+        # Only deltas are gathered to save an adapter.
+        assert sorted(found["gathered for the adapter"]) == sorted(tuple(d.shape) for d in single[0].values())
+    for name, parameter in reference.named_parameters():
+        held = [found["held"][name] for found in results]
+        assert sum(held) == parameter.numel()
+        assert max(held) <= parameter.numel() * 2 / 3  # base and deltas: three rows on two processes
+    check_adapter(tmp_path / "adapter", results[0]["deltas, checkpointing True"])
+
+    reference.load_state_dict(results[0]["full checkpoint"])
+    assert largest_difference(whole_deltas(reference), results[0]["deltas, checkpointing True"]) == 0
+    # The sharded checkpoint loads in one process.
+    state = {"model": {n: p.detach().zero_() for n, p in adapted(base_model()).named_parameters() if ".esft_" in n}}
+    dcp.load(state, checkpoint_id=tmp_path / "sharded")
+    reference.load_state_dict(state["model"], strict=False)
+    assert largest_difference(whole_deltas(reference), results[0]["deltas, checkpointing True"]) == 0
+
+    half = adapted(base_model(torch.bfloat16))
+    train(half, joint_batches())
+    difference = largest_difference(results[0]["deltas on a bf16 base"], whole_deltas(half))
+    report(record_property, "FSDP2", **{"bf16 base": difference})
+    assert all(delta.dtype == torch.float32 for delta in results[0]["deltas on a bf16 base"].values())
+    assert difference < 0.05 * max(float(delta.abs().max()) for delta in whole_deltas(half).values())
