@@ -126,6 +126,14 @@ def tokens_of_selected_experts(base: nn.Module, rows: Tensor) -> list[int]:
     return counts
 
 
+def scores_of(model: nn.Module, share: Callable[[Tensor], Tensor]) -> Any:
+    """What scoring finds, each process having its part of the samples."""
+    from peft_esft import score_experts
+
+    batches = [{"input_ids": share(batch)} for batch in joint_batches()]
+    return score_experts(model, batches, progress=False)
+
+
 def shard(model: nn.Module) -> nn.Module:
     """FSDP2 by hand, as torch's documentation has it: each decoder layer, then the rest."""
     from torch.distributed.fsdp import fully_shard
@@ -147,6 +155,7 @@ def ddp(rank: int, folder: Path) -> Any:
         train(model, [own_rows(batch) for batch in joint_batches()])
         found[f"deltas, checkpointing {checkpointing}"] = whole_deltas(model.module)
     found["base"] = base_of(model.module)
+    found["scores"] = scores_of(model.module, own_rows)
     save_adapter(model, folder / "adapter")
     return found
 
@@ -172,6 +181,7 @@ def fsdp2(rank: int, folder: Path) -> Any:
         found[f"deltas, checkpointing {checkpointing}"] = whole_deltas(model)
     found["base"] = base_of(model)
     found["held"] = {name: parameter.to_local().numel() for name, parameter in model.named_parameters()}
+    found["scores"] = scores_of(model, own_rows)
     gathered: list[tuple[int, ...]] = []
     original = DTensor.full_tensor
     DTensor.full_tensor = lambda tensor, *args, **kwargs: (  # type: ignore[method-assign]
@@ -207,4 +217,84 @@ def fsdp2(rank: int, folder: Path) -> Any:
     model = shard(adapted(base_model(torch.bfloat16)))
     train(model, batches)
     found["deltas on a bf16 base"] = whole_deltas(model)
+    return found
+
+
+def trainer_settings(folder: Path, batch_size: int, **settings: Any) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "learning_rate": 0.1,
+        "optim": "adamw_torch",
+        "adam_epsilon": 1e-2,  # steps are then about proportional to the gradients, errors included
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **settings,
+    }
+
+
+def make_trainer(folder: Path, batch_size: int, **settings: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": row, "labels": row} for row in random_tokens(24, 12, seed=3)]
+    arguments = TrainingArguments(**trainer_settings(folder, batch_size, **settings))
+    if "ACCELERATE_USE_FSDP" in os.environ:
+        choose_fsdp_on_cpu()
+    return Trainer(adapted(base_model()), arguments, train_dataset=rows, eval_dataset=rows[:8])
+
+
+def run_trainer(folder: Path, batch_size: int, **settings: Any) -> dict[str, Any]:
+    """Trains, and trains again from the checkpoint in the middle."""
+    trainer = make_trainer(folder / "run", batch_size, **settings)
+    trainer.train()
+    found: dict[str, Any] = {"deltas": whole_deltas(trainer.model)}
+    found["losses"] = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    resumed = make_trainer(folder / "resumed", batch_size, **settings)
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-2"))
+    found["deltas after resuming"] = whole_deltas(resumed.model)
+    found["trainer"] = trainer
+    return found
+
+
+def trainer_ddp(rank: int, folder: Path) -> Any:
+    found = run_trainer(folder, 2)
+    del found["trainer"]
+    return found
+
+
+def choose_fsdp_on_cpu() -> None:
+    """Has accelerate choose its FSDP2 code, as it does on a GPU: the CPU is not on its list of devices for it."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def trainer_fsdp2(rank: int, folder: Path) -> Any:
+    """`Trainer` through accelerate's FSDP2 code."""
+    from accelerate.state import AcceleratorState
+
+    from peft_esft.checkpoints import save_adapter
+
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    }
+    found = {}
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        os.environ["FSDP_STATE_DICT_TYPE"] = kind
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found[kind] = run_trainer(folder / kind, 2)
+        trainer = found[kind].pop("trainer")
+        save_adapter(trainer.model, folder / kind / "adapter")
+        found[kind]["sharded"] = all(hasattr(p, "placements") for p in trainer.model.parameters())
     return found

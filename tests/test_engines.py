@@ -36,13 +36,30 @@ def single():
     return three, whole_deltas(model)
 
 
+@pytest.fixture(scope="module")
+def single_scores():
+    model = adapted(base_model())
+    train(model, joint_batches())
+    return engines.scores_of(model, lambda batch: batch)
+
+
+def check_scores(found, expected):
+    assert found.num_tokens == expected.num_tokens
+    for path, container in expected.containers.items():
+        assert found.containers[path].selected_pairs == container.selected_pairs
+        torch.testing.assert_close(
+            torch.tensor(found.containers[path].gate_weight_sum), torch.tensor(container.gate_weight_sum)
+        )
+        torch.testing.assert_close(found.token()[path], expected.token()[path])
+
+
 def check_adapter(folder, expected):
     loaded = PeftModel.from_pretrained(base_model(), folder)
     found = whole_deltas(loaded)
     assert largest_difference(found, expected) == 0
 
 
-def test_ddp(tmp_path, single, record_property):
+def test_ddp(tmp_path, single, single_scores, record_property):
     results = engines.run(engines.ddp, tmp_path)
     assert any(
         first > 0 and second == 0 for first, second in zip(results[0]["tokens"], results[1]["tokens"], strict=True)
@@ -54,10 +71,11 @@ def test_ddp(tmp_path, single, record_property):
             report(record_property, "DDP", **{f"checkpointing {checkpointing}": difference})
             assert difference < 1e-6
         assert largest_difference(found["base"], base_of(adapted(base_model()))) == 0
+        check_scores(found["scores"], single_scores)
     check_adapter(tmp_path / "adapter", results[0]["deltas, checkpointing True"])
 
 
-def test_fsdp2(tmp_path, single, record_property):
+def test_fsdp2(tmp_path, single, single_scores, record_property):
     results = engines.run(engines.fsdp2, tmp_path)
     reference = adapted(base_model())
     for found in results:
@@ -66,6 +84,7 @@ def test_fsdp2(tmp_path, single, record_property):
             report(record_property, "FSDP2", **{f"checkpointing {checkpointing}": difference})
             assert difference < 1e-6
         assert largest_difference(found["base"], base_of(reference)) == 0
+        check_scores(found["scores"], single_scores)
         assert largest_difference(found["deltas after six steps"], single[1]) < 1e-5
         assert largest_difference(found["deltas after resuming"], found["deltas after six steps"]) == 0
         # Only deltas are gathered to save an adapter.
@@ -90,3 +109,33 @@ def test_fsdp2(tmp_path, single, record_property):
     report(record_property, "FSDP2", **{"bf16 base": difference})
     assert all(delta.dtype == torch.float32 for delta in results[0]["deltas on a bf16 base"].values())
     assert difference < 0.05 * max(float(delta.abs().max()) for delta in whole_deltas(half).values())
+
+
+@pytest.fixture(scope="module")
+def single_trainer(tmp_path_factory):
+    return engines.run_trainer(tmp_path_factory.mktemp("single"), 4)
+
+
+def check_trainer(name, found, single_trainer, record_property):
+    difference = largest_difference(found["deltas"], single_trainer["deltas"])
+    report(record_property, name, training=difference)
+    assert difference < 1e-6 < float(max(delta.abs().max() for delta in single_trainer["deltas"].values()))
+    assert largest_difference(found["deltas after resuming"], found["deltas"]) == 0
+    assert found["losses"] == pytest.approx(single_trainer["losses"], abs=1e-5)
+    assert len(set(found["losses"])) > 1
+
+
+def test_trainer_with_ddp(tmp_path, single_trainer, record_property):
+    for found in engines.run(engines.trainer_ddp, tmp_path):
+        check_trainer("Trainer, DDP", found, single_trainer, record_property)
+    check_adapter(tmp_path / "run" / "checkpoint-4", found["deltas"])
+
+
+def test_trainer_with_fsdp2(tmp_path, single_trainer, record_property):
+    for results in engines.run(engines.trainer_fsdp2, tmp_path):
+        for kind, found in results.items():
+            assert found["sharded"]
+            check_trainer(f"Trainer, FSDP2, {kind}", found, single_trainer, record_property)
+            check_adapter(tmp_path / kind / "adapter", found["deltas"])
+    check_adapter(tmp_path / "FULL_STATE_DICT" / "run" / "checkpoint-4", found["deltas"])
+    assert not list(tmp_path.rglob("model*.safetensors"))
