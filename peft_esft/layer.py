@@ -533,7 +533,7 @@ def check_trainable(container: ExpertsContainer) -> None:
     """Refuses containers whose weights cannot be read as plain rows.
 
     Raises:
-        NotImplementedError: for quantised, distributed or partly shared weights, and under expert parallelism.
+        NotImplementedError: for quantised, distributed or partly shared weights.
     """
     if container.refusal is not None:
         raise NotImplementedError(f"{container.path} ({type(container.module).__name__}): {container.refusal}")
@@ -541,8 +541,9 @@ def check_trainable(container: ExpertsContainer) -> None:
         for parameter in weight.parameters(container.module):
             if isinstance(parameter, DTensor):
                 raise NotImplementedError(
-                    f"{container.path}.{weight.name} is a distributed tensor. Attach the adapter before the model is "
-                    "sharded; tensor and expert parallelism are not supported yet."
+                    f"{container.path}.{weight.name} is a distributed tensor. Attach the adapter before FSDP shards "
+                    "the model. Of tensor parallelism only plans that leave experts whole are supported: expert "
+                    "parallelism, DistributedConfig(ep_size=...)."
                 )
             if parameter.dtype not in READABLE_DTYPES:
                 raise NotImplementedError(
@@ -550,5 +551,3 @@ def check_trainable(container: ExpertsContainer) -> None:
                     f"read. Load the model in one of {[str(dtype) for dtype in READABLE_DTYPES]} (dtype=...; or "
                     "dequantize=True in its quantization config)."
                 )
-    if getattr(container.module, "_is_expert_parallel", False):
-        raise NotImplementedError(f"{container.path} is under expert parallelism, which is not supported yet")

@@ -134,6 +134,15 @@ def scores_of(model: nn.Module, share: Callable[[Tensor], Tensor]) -> Any:
     return score_experts(model, batches, progress=False)
 
 
+def uneven_scores(model: nn.Module, rank: int | None) -> Any:
+    """What scoring finds if the second process has one batch, and the first three."""
+    from peft_esft import score_experts
+
+    batches = joint_batches()
+    inputs = [batches, batches[:1]][rank] if rank is not None else [*batches, batches[0]]
+    return score_experts(model, [{"input_ids": batch} for batch in inputs], progress=False)
+
+
 def shard(model: nn.Module) -> nn.Module:
     """FSDP2 by hand, as torch's documentation has it: each decoder layer, then the rest."""
     from torch.distributed.fsdp import fully_shard
@@ -182,6 +191,7 @@ def fsdp2(rank: int, folder: Path) -> Any:
     found["base"] = base_of(model)
     found["held"] = {name: parameter.to_local().numel() for name, parameter in model.named_parameters()}
     found["scores"] = scores_of(model, own_rows)
+    found["scores of uneven data"] = uneven_scores(model, rank)
     gathered: list[tuple[int, ...]] = []
     original = DTensor.full_tensor
     DTensor.full_tensor = lambda tensor, *args, **kwargs: (  # type: ignore[method-assign]
@@ -297,4 +307,98 @@ def trainer_fsdp2(rank: int, folder: Path) -> Any:
         trainer = found[kind].pop("trainer")
         save_adapter(trainer.model, folder / kind / "adapter")
         found[kind]["sharded"] = all(hasattr(p, "placements") for p in trainer.model.parameters())
+    return found
+
+
+EP_FAMILY = "qwen3_moe"
+EP_SELECTION = {"model.layers.0.mlp.experts": [6, 5], "model.layers.1.mlp.experts": [5, 1, 6]}
+"""The first process owns none of the first layer's selected experts, and one of the second's."""
+LAYOUTS = {
+    "one batch, ep 2, tp 2": {"tp_size": 2, "ep_size": 2},
+    "two batches, ep 2, fsdp 2": {"fsdp_size": 2, "ep_size": 2},
+}
+
+
+def ep_adapted(base: nn.Module, **settings: Any) -> nn.Module:
+    from peft_esft import ESFTConfig
+
+    config = ESFTConfig(target_experts=EP_SELECTION, task_type="CAUSAL_LM", **settings)
+    torch.manual_seed(7)  # low-rank factors are drawn
+    return get_peft_model(base, config)
+
+
+def clipped_step(model: nn.Module, batch: Tensor) -> float:
+    """The norm that gradient clipping finds."""
+    model(input_ids=batch, labels=batch, use_cache=False)[0].backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, 0.01)
+    model.zero_grad()
+    return float(whole(norm))
+
+
+def expert_parallel(rank: int, folder: Path) -> Any:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from peft_esft.checkpoints import adapter_weights, save_adapter
+
+    found: dict[str, Any] = {}
+    for name, layout in LAYOUTS.items():
+        share = own_rows if "fsdp_size" in layout else lambda batch: batch
+        batches = [share(batch) for batch in joint_batches()]
+
+        def load() -> nn.Module:
+            return AutoModelForCausalLM.from_pretrained(
+                folder / "base",
+                distributed_config=DistributedConfig(**layout),  # noqa: B023
+            )
+
+        for rank_setting in (None, 2):
+            model = ep_adapted(load(), rank=rank_setting)
+            found[name, rank_setting, "norm"] = clipped_step(model, batches[0])
+            train(model, batches)
+            adapter = folder / f"{name}, rank {rank_setting}"
+            save_adapter(model, adapter)
+            model.eval()
+            with torch.no_grad():
+                found[name, rank_setting, "logits"] = whole(model(input_ids=batches[0])[0])
+                reloaded = PeftModel.from_pretrained(load(), adapter).eval()
+                found[name, rank_setting, "reloaded"] = whole(reloaded(input_ids=batches[0])[0])
+                reloaded.merge_adapter(safe_merge=True)
+                found[name, rank_setting, "merged"] = whole(reloaded(input_ids=batches[0])[0])
+                reloaded.unmerge_adapter()
+                with reloaded.disable_adapter():
+                    found[name, rank_setting, "disabled"] = whole(reloaded(input_ids=batches[0])[0])
+            found[name, rank_setting, "weights"] = adapter_weights(model)
+        found[name, "held"] = {n: p.to_local().shape for n, p in model.named_parameters() if ".esft_" in n}
+        found[name, "scores"] = scores_of(model, share)
+        model.save_pretrained(folder / f"{name}, by PEFT", is_main_process=rank == 0)
+    return found
+
+
+def refused(rank: int, folder: Path) -> Any:
+    """The errors of layouts that deltas cannot be combined with."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    found = {}
+    for layout in ("tp_size", "fsdp_size"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder / "base", distributed_config=DistributedConfig(**{layout: 2})
+        )
+        try:
+            ep_adapted(model)
+        except NotImplementedError as error:
+            found[layout] = str(error)
+    # A mesh of more processes than this test has, from its shape alone.
+    from peft_esft import expert_parallel
+
+    container = next(iter(find_experts(model).values()))
+    container.module._is_expert_parallel = True
+    expert_parallel._mesh_sizes = lambda parameter: {"efsdp": 2, "ep": 4}
+    try:
+        ep_adapted(model)
+    except NotImplementedError as error:
+        found["experts also sharded"] = str(error)
     return found

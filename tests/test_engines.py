@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import engines
 from engines import adapted, base_model, base_of, joint_batches, train, whole_deltas
+from families import tiny_model
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -40,7 +45,7 @@ def single():
 def single_scores():
     model = adapted(base_model())
     train(model, joint_batches())
-    return engines.scores_of(model, lambda batch: batch)
+    return engines.scores_of(model, lambda batch: batch), engines.uneven_scores(model, None)
 
 
 def check_scores(found, expected):
@@ -71,7 +76,7 @@ def test_ddp(tmp_path, single, single_scores, record_property):
             report(record_property, "DDP", **{f"checkpointing {checkpointing}": difference})
             assert difference < 1e-6
         assert largest_difference(found["base"], base_of(adapted(base_model()))) == 0
-        check_scores(found["scores"], single_scores)
+        check_scores(found["scores"], single_scores[0])
     check_adapter(tmp_path / "adapter", results[0]["deltas, checkpointing True"])
 
 
@@ -84,7 +89,8 @@ def test_fsdp2(tmp_path, single, single_scores, record_property):
             report(record_property, "FSDP2", **{f"checkpointing {checkpointing}": difference})
             assert difference < 1e-6
         assert largest_difference(found["base"], base_of(reference)) == 0
-        check_scores(found["scores"], single_scores)
+        check_scores(found["scores"], single_scores[0])
+        check_scores(found["scores of uneven data"], single_scores[1])
         assert largest_difference(found["deltas after six steps"], single[1]) < 1e-5
         assert largest_difference(found["deltas after resuming"], found["deltas after six steps"]) == 0
         # Only deltas are gathered to save an adapter.
@@ -139,3 +145,49 @@ def test_trainer_with_fsdp2(tmp_path, single_trainer, record_property):
             check_adapter(tmp_path / kind / "adapter", found["deltas"])
     check_adapter(tmp_path / "FULL_STATE_DICT" / "run" / "checkpoint-4", found["deltas"])
     assert not list(tmp_path.rglob("model*.safetensors"))
+
+
+def test_expert_parallelism(tmp_path, record_property):
+    torch.manual_seed(0)
+    base = tiny_model(engines.EP_FAMILY)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    results = engines.run(engines.expert_parallel, tmp_path)
+    for rank in (None, 2):
+        model = engines.ep_adapted(copy.deepcopy(base), rank=rank)
+        norm = engines.clipped_step(model, joint_batches()[0])
+        train(model, joint_batches())
+        expected = get_peft_model_state_dict(model)
+        with torch.no_grad():
+            logits = model.eval()(input_ids=joint_batches()[0])[0]
+            plain = base(input_ids=joint_batches()[0])[0]
+        scores = engines.scores_of(model, lambda batch: batch)
+        for name in engines.LAYOUTS:
+            saved = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"{name}, rank {rank}")
+            difference = largest_difference(get_peft_model_state_dict(saved), expected)
+            report(record_property, f"EP, {name}, rank {rank}", training=difference)
+            assert difference < 2e-6 < 0.01 < max(float(rows.abs().max()) for rows in expected.values())
+            for process, found in enumerate(results):
+                rows = slice(2 * process, 2 * process + 2) if "fsdp" in name else slice(None)
+                assert found[name, rank, "norm"] == pytest.approx(norm, rel=1e-5)
+                for state in ("logits", "reloaded", "merged"):
+                    torch.testing.assert_close(found[name, rank, state], logits[rows], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(found[name, rank, "disabled"], plain[rows], atol=1e-4, rtol=1e-4)
+                if rank is not None:
+                    check_scores(found[name, "scores"], scores)
+                    held = {key: shape[0] for key, shape in found[name, "held"].items()}
+                    # As many rows as the process with most of the selected experts owns.
+                    assert {key: rows for key, rows in held.items() if ".layers.0." in key and rows != 2} == {}
+            if rank == 2:
+                by_peft = load_file(tmp_path / f"{name}, by PEFT" / "adapter_model.safetensors")
+                assert largest_difference(by_peft, get_peft_model_state_dict(saved)) == 0
+
+
+def test_other_distributed_weights_are_refused_by_name(tmp_path):
+    torch.manual_seed(0)
+    tiny_model(engines.EP_FAMILY).save_pretrained(tmp_path / "base")
+    for found in engines.run(engines.refused, tmp_path):
+        assert "distributed tensor" in found["tp_size"]
+        assert "ep_size=" in found["tp_size"]
+        assert "before FSDP shards" in found["fsdp_size"]
+        assert "whole experts" in found["experts also sharded"]
