@@ -250,14 +250,15 @@ def trainer_settings(folder: Path, batch_size: int, **settings: Any) -> dict[str
     }
 
 
-def make_trainer(folder: Path, batch_size: int, **settings: Any) -> Any:
+def make_trainer(folder: Path, batch_size: int, model: nn.Module | None = None, **settings: Any) -> Any:
     from transformers import Trainer, TrainingArguments
 
     rows = [{"input_ids": row, "labels": row} for row in random_tokens(24, 12, seed=3)]
     arguments = TrainingArguments(**trainer_settings(folder, batch_size, **settings))
-    if "ACCELERATE_USE_FSDP" in os.environ:
+    if "ACCELERATE_USE_FSDP" in os.environ or hasattr(getattr(model, "config", None), "distributed_config"):
         choose_fsdp_on_cpu()
-    return Trainer(adapted(base_model()), arguments, train_dataset=rows, eval_dataset=rows[:8])
+    model = adapted(base_model()) if model is None else model
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:8])
 
 
 def run_trainer(folder: Path, batch_size: int, **settings: Any) -> dict[str, Any]:
@@ -371,10 +372,41 @@ def expert_parallel(rank: int, folder: Path) -> Any:
                 with reloaded.disable_adapter():
                     found[name, rank_setting, "disabled"] = whole(reloaded(input_ids=batches[0])[0])
             found[name, rank_setting, "weights"] = adapter_weights(model)
+            found[name, "scores"] = scores_of(model, share)
+            model.save_pretrained(folder / f"{name}, by PEFT", is_main_process=rank == 0)
+            found[name, rank_setting, "resumed"] = resumed_by_dcp(
+                folder / f"{name}, rank {rank_setting}, sharded",
+                model,
+                ep_adapted(load(), rank=rank_setting),
+                batches,
+            )
         found[name, "held"] = {n: p.to_local().shape for n, p in model.named_parameters() if ".esft_" in n}
-        found[name, "scores"] = scores_of(model, share)
-        model.save_pretrained(folder / f"{name}, by PEFT", is_main_process=rank == 0)
     return found
+
+
+def resumed_by_dcp(
+    folder: Path, model: nn.Module, fresh: nn.Module, batches: list[Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The weights of a run that went on, and of a fresh model that took it up from a distributed checkpoint."""
+    import torch.distributed.checkpoint as dcp
+
+    from peft_esft.checkpoints import adapter_weights
+
+    def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return {
+            "model": trained,
+            "optimizer": {name: optimizer.state[parameter] for name, parameter in trained.items()},
+        }
+
+    model.train()
+    optimizer = train(model, batches)
+    dcp.save(state(model, optimizer), checkpoint_id=folder)
+    train(model, batches, optimizer)
+    optimizer = train(fresh, batches[:1])  # makes room for the state
+    dcp.load(state(fresh, optimizer), checkpoint_id=folder)
+    train(fresh, batches, optimizer)
+    return adapter_weights(model), adapter_weights(fresh)
 
 
 def refused(rank: int, folder: Path) -> Any:
@@ -401,4 +433,19 @@ def refused(rank: int, folder: Path) -> Any:
         ep_adapted(model)
     except NotImplementedError as error:
         found["experts also sharded"] = str(error)
+    return found
+
+
+def trainer_expert_parallel(rank: int, folder: Path) -> Any:
+    """`Trainer` on a model that transformers has shared out. Such models it trains and saves, but does not resume."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    found = {}
+    for name, layout in LAYOUTS.items():
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=DistributedConfig(**layout))
+        batch_size = 2 if "fsdp_size" in layout else 4
+        trainer = make_trainer(folder / name, batch_size, ep_adapted(base), save_only_model=True)
+        trainer.train()
+        found[name] = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     return found

@@ -172,6 +172,8 @@ def test_expert_parallelism(tmp_path, record_property):
                 assert found[name, rank, "norm"] == pytest.approx(norm, rel=1e-5)
                 for state in ("logits", "reloaded", "merged"):
                     torch.testing.assert_close(found[name, rank, state], logits[rows], atol=1e-4, rtol=1e-4)
+                went_on, resumed = found[name, rank, "resumed"]
+                assert largest_difference(resumed, went_on) == 0
                 torch.testing.assert_close(found[name, rank, "disabled"], plain[rows], atol=1e-4, rtol=1e-4)
                 if rank is not None:
                     check_scores(found[name, "scores"], scores)
@@ -181,6 +183,23 @@ def test_expert_parallelism(tmp_path, record_property):
             if rank == 2:
                 by_peft = load_file(tmp_path / f"{name}, by PEFT" / "adapter_model.safetensors")
                 assert largest_difference(by_peft, get_peft_model_state_dict(saved)) == 0
+
+
+def test_trainer_with_expert_parallelism(tmp_path, record_property):
+    torch.manual_seed(0)
+    base = tiny_model(engines.EP_FAMILY)
+    base.save_pretrained(tmp_path / "base")
+    single = engines.make_trainer(tmp_path / "single", 4, engines.ep_adapted(copy.deepcopy(base)))
+    single.train()
+    losses = [log["eval_loss"] for log in single.state.log_history if "eval_loss" in log]
+    for found in engines.run(engines.trainer_expert_parallel, tmp_path):
+        for name in engines.LAYOUTS:
+            assert found[name] == pytest.approx(losses, abs=1e-5)
+    for name in engines.LAYOUTS:
+        saved = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name / "checkpoint-4")
+        difference = largest_difference(whole_deltas(saved), whole_deltas(single.model))
+        report(record_property, f"Trainer, EP, {name}", training=difference)
+        assert difference < 1e-6 < float(max(delta.abs().max() for delta in whole_deltas(saved).values()))
 
 
 def test_other_distributed_weights_are_refused_by_name(tmp_path):
