@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .interchange.adapter import AdapterFolder
 from .layer import PREFIX
+from .weights import is_spread
 
 
 PREVIOUS_SUFFIX = ".previous"
@@ -38,19 +39,19 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
     on the host of the first process, which writes the file. The base is not gathered.
 
     Args:
-        model: a `PeftModel`, as it is or prepared by DDP or FSDP2.
+        model: a `PeftModel`, as it is or prepared by DDP, FSDP2, expert parallelism or DeepSpeed.
         folder: is created, or replaced if it holds an adapter.
         **kwargs: see `peft.PeftModel.save_pretrained`.
 
     Raises:
         ValueError: if the folder exists and holds something else than an adapter.
     """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
+    if isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization"):
+        model = model.module  # DeepSpeed's engine is known by that method
     target = Path(folder)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     is_writer = processes == 1 or dist.get_rank() == 0
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(map(is_spread, model.parameters())):
         kwargs["state_dict"] = adapter_weights(model, keep=is_writer)
     if is_writer:
         _replace(target, lambda partial: model.save_pretrained(partial, **kwargs))
@@ -70,12 +71,23 @@ def adapter_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]
         `keep`.
     """
     gathered = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in model.state_dict(keep_vars=True).items():
         if any(mark in key for mark in _ADAPTER_MARKS):
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            whole = _gather(tensor.detach() if isinstance(tensor, DTensor) else tensor)
             if keep:
                 gathered[key] = whole.cpu()
     return gathered
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if is_spread(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()
 
 
 def _replace(target: Path, write: Callable[[Path], None]) -> None:

@@ -20,7 +20,7 @@ from .containers import ExpertsContainer
 from .functional import add_deltas, rows_with_delta
 from .mixed_batch import AdapterBatch, current_batch
 from .storage import FROZEN_SUFFIXES, decode, stored_layout
-from .weights import ExpertWeight, StackedWeight, expert_index
+from .weights import ExpertWeight, StackedWeight, expert_index, is_spread
 
 
 PREFIX = "esft_"
@@ -362,12 +362,11 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def untrained_experts(self, adapter_name: str) -> list[int]:
         """Experts whose deltas are all zero: no token reached them in training; all of them before training.
 
-        None where deltas are distributed.
+        None where a process sees parts of the deltas only.
         """
         ids = self.expert_ids.get(adapter_name, [])
         deltas = [d for name in self.weight_names for d in self._delta_parameters(name, adapter_name)]
-        # Of a distributed tensor one process sees a part only.
-        if self.storage.get(adapter_name, "delta") != "delta" or any(isinstance(delta, DTensor) for delta in deltas):
+        if self.storage.get(adapter_name, "delta") != "delta" or any(map(is_spread, deltas)):
             return []
         moved = torch.zeros(len(ids), dtype=torch.bool)
         for name in self.weight_names:

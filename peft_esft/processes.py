@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from .weights import is_spread
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ProcessShare:
             index=rank // same_batch,
             parts=dist.get_world_size() // same_batch,
             counts=rank % same_batch == 0,
-            in_step=any(isinstance(parameter, DTensor) for parameter in model.parameters()),
+            in_step=any(map(is_spread, model.parameters())),
         )
 
     def of_tokens(self, tokens: int) -> int:

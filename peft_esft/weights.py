@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 StackedForm = Literal["stacked", "flat", "single"]
@@ -30,6 +31,16 @@ def expert_index(expert_ids: tuple[int, ...], device: torch.device) -> Tensor:
         with torch.inference_mode(False):
             _INDICES[key] = torch.tensor(expert_ids, dtype=torch.int64, device=device)
     return _INDICES[key]
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """True if processes hold parts of a tensor: under FSDP2, expert or tensor parallelism, or ZeRO-3."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")  # what DeepSpeed marks its parameters with
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor, all parts of it together."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,10 @@ class StackedWeight:
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """The shape of one expert's weight."""
-        return tuple(self.whole(module).shape[1:])
+        shape = whole_shape(self.parameters(module)[0])
+        if self.form == "single":
+            return shape
+        return (shape[0] // self.num_experts, *shape[1:]) if self.form == "flat" else shape[1:]
 
     def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
         """A copy of the rows of some experts, `[n, ...]`."""

@@ -449,3 +449,57 @@ def trainer_expert_parallel(rank: int, folder: Path) -> Any:
         trainer.train()
         found[name] = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     return found
+
+
+def zero(rank: int, folder: Path) -> Any:
+    """DeepSpeed's ZeRO on its CPU backend."""
+    import deepspeed
+
+    from peft_esft.checkpoints import save_adapter
+
+    deepspeed.init_distributed("gloo")
+
+    def engine(stage: int, checkpointing: bool = False) -> Any:
+        model = adapted(base_model(), checkpointing)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        config = {
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }
+        optimizer = torch.optim.SGD(trained, lr=1.0, momentum=0.9)
+        return deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=trained, config=config)[0]
+
+    def steps(engine: Any) -> dict[tuple[str, str], Tensor]:
+        engine.train()
+        for batch in joint_batches():
+            rows = own_rows(batch)
+            engine.backward(engine(input_ids=rows, labels=rows, use_cache=False)[0])
+            engine.step()
+        with deepspeed.zero.GatheredParameters(list(deltas_of(engine.module).values())):
+            return whole_deltas(engine.module)
+
+    found: dict[str, Any] = {}
+    for stage in (2, 3):
+        for checkpointing in (False, True):
+            trained = engine(stage, checkpointing)
+            found[f"deltas, stage {stage}, checkpointing {checkpointing}"] = steps(trained)
+        found[f"held, stage {stage}"] = sum(
+            getattr(parameter, "ds_tensor", parameter).numel() for parameter in trained.module.parameters()
+        )
+        save_adapter(trained, folder / f"stage {stage}")
+        trained.save_checkpoint(str(folder / f"checkpoint {stage}"), exclude_frozen_parameters=True)
+        found[f"six steps, stage {stage}"] = steps(trained)
+        resumed = engine(stage)
+        resumed.load_checkpoint(str(folder / f"checkpoint {stage}"), load_module_strict=False)
+        found[f"resumed, stage {stage}"] = steps(resumed)
+        found[f"scores, stage {stage}"] = scores_of(resumed.module, own_rows)
+    # A base that is shared out already, as `from_pretrained` leaves it under ZeRO-3.
+    base = base_model()
+    settings = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3}}
+    deepspeed.zero.Init(module=base, config_dict_or_path=settings)
+    attached = get_peft_model(base, config_for(base))
+    found["attached to a shared-out base"] = {key: tuple(delta.shape) for key, delta in deltas_of(attached).items()}
+    return found
