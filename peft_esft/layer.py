@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .config import ESFTConfig
 from .containers import ExpertsContainer
 from .functional import add_deltas, rows_with_delta
 from .mixed_batch import AdapterBatch, current_batch
+from .offload import compute_device, is_offloaded, loaded
 from .storage import FROZEN_SUFFIXES, decode, stored_layout
 from .weights import ExpertWeight, StackedWeight, expert_index, is_spread
 
@@ -240,9 +242,11 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         sources = [*self.weights[weight_name].parameters(self.get_base_layer()), *deltas]
         # A compiled graph cannot look at addresses, and tensors made in inference mode have no version.
         is_opaque = torch.compiler.is_compiling() or any(source.is_inference() for source in sources)
+        if is_opaque:
+            return self._compute(weight_name, adapter_names, each=each)
         # Not even without gradients, as in an evaluation between steps: fused optimizers, FSDP and ZeRO write into
         # deltas without raising their version.
-        if is_opaque or any(delta.requires_grad for delta in deltas):
+        if any(delta.requires_grad for delta in deltas):
             self._rows.pop((weight_name, each), None)
             return self._compute(weight_name, adapter_names, each=each)
         # Any other in-place change raises a tensor's version, a replacement its address (or the parameter's identity).
@@ -381,12 +385,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
         batch = current_batch(base_layer)
-        if batch is not None and not self.disable_adapters:
-            return self._mixed_forward(base_layer, batch, *args, **kwargs)
-        names = self.adapters_for_call()
-        if not names:
+        is_mixed = batch is not None and not self.disable_adapters
+        names = [] if is_mixed else self.adapters_for_call()
+        if not is_mixed and not names:
             return base_layer(*args, **kwargs)
-        return self._adapted_forward(base_layer, names, *args, **kwargs)
+        # The weights are read here and not by the module's own forward, around which accelerate loads them.
+        with loaded(base_layer) if is_offloaded(base_layer) else nullcontext():
+            if batch is not None and is_mixed:
+                return self._mixed_forward(base_layer, batch, *args, **kwargs)
+            return self._adapted_forward(base_layer, names, *args, **kwargs)
 
     def adapters_for_call(self) -> list[str]:
         """The adapters whose deltas a call has to add. If adapters are disabled, merged ones are unmerged first."""
@@ -424,7 +431,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         parameter = self._base_parameter(weight_name)
         # At least fp32: transformers attaches and loads adapters without asking PEFT to widen them.
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        delta = torch.zeros(shape, dtype=dtype, device=parameter.device)
+        delta = torch.zeros(shape, dtype=dtype, device=compute_device(self.get_base_layer(), parameter))
         if not zero and suffix == "_A":
             nn.init.uniform_(delta, -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]))
         elif not zero:
@@ -509,7 +516,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         # PEFT's own looks for `base_layer.weight`, which experts need not have, and casts to its dtype: that would
         # round the fp32 deltas of a half-precision base whenever an adapter is loaded with low_cpu_mem_usage.
         for weight_name in self.weight_names:
-            target = self._base_parameter(weight_name).device if device is None else device
+            parameter = self._base_parameter(weight_name)
+            target = compute_device(self.get_base_layer(), parameter) if device is None else device
             for deltas in self._parameter_dicts(weight_name):
                 if adapter_name in deltas and deltas[adapter_name].device != torch.device("meta"):
                     deltas[adapter_name] = deltas[adapter_name].to(target)
@@ -532,10 +540,15 @@ def check_trainable(container: ExpertsContainer) -> None:
     """Refuses containers whose weights cannot be read as plain rows.
 
     Raises:
-        NotImplementedError: for quantised, distributed or partly shared weights.
+        NotImplementedError: for quantised, distributed, partly shared or offloaded weights.
     """
     if container.refusal is not None:
         raise NotImplementedError(f"{container.path} ({type(container.module).__name__}): {container.refusal}")
+    if container.kind != "fused" and is_offloaded(container.module):
+        raise NotImplementedError(
+            f"{container.path} ({type(container.module).__name__}) is offloaded, which only fused experts can be; "
+            "keep it on a device (device_map)"
+        )
     for weight in container.weights:
         for parameter in weight.parameters(container.module):
             if isinstance(parameter, DTensor):
