@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -210,3 +214,42 @@ def test_other_distributed_weights_are_refused_by_name(tmp_path):
         assert "ep_size=" in found["tp_size"]
         assert "before FSDP shards" in found["fsdp_size"]
         assert "whole experts" in found["experts also sharded"]
+
+
+FAILING = """
+import sys, warnings
+import torch.distributed as dist
+import engines
+from peft_esft.checkpoints import save_adapter
+
+warnings.simplefilter("ignore")
+dist.init_process_group("gloo")
+model = engines.shard(engines.adapted(engines.base_model()))
+batches = [engines.own_rows(batch) for batch in engines.joint_batches()]
+where = sys.argv[1]
+if where == "step" and dist.get_rank() == 1:
+    batches[1] = batches[1] + 1000  # no such token
+engines.train(model, batches)
+save_adapter(model, sys.argv[2])  # a folder of something else: the writing process refuses it
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "message"), [("step", "index out of range"), ("save", "exists and holds no adapter")]
+)
+def test_a_process_that_fails_ends_the_job_with_its_error(where, message, tmp_path):
+    (tmp_path / "script.py").write_text(FAILING)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "thesis.txt").write_text("years of work")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, tmp_path / "script.py", where, tmp_path / "adapter"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,  # far below the half hour that gloo waits
+        check=False,
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
