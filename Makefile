@@ -39,6 +39,7 @@ bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/roofline.py
 	$(RUN) benchmarks/merging.py
 	$(RUN) benchmarks/compact.py
+	$(RUN) benchmarks/scaling.py
 
 clean:
 	rm -rf $(VENV) site demo_output .peft_tests
