@@ -50,7 +50,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
         model = model.module  # DeepSpeed's engine is known by that method
     target = Path(folder)
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    is_writer = processes == 1 or dist.get_rank() == 0
+    is_writer = kwargs.pop("is_main_process", processes == 1 or dist.get_rank() == 0)
     if any(map(is_spread, model.parameters())):
         kwargs["state_dict"] = adapter_weights(model, keep=is_writer)
     if is_writer:

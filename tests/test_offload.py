@@ -76,12 +76,18 @@ def test_an_offloaded_base_computes_the_same_and_is_read_once_a_call(folder, rea
     assert sorted(experts) == [f"model.layers.1.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
     assert model.get_base_model().model.layers[1].mlp.experts.base_layer.down_proj.device.type == "meta"
 
-    for wrapped in (expected, model):
-        for delta in deltas_of(wrapped).values():
-            delta.requires_grad_()
-        task_loss(wrapped(input_ids=TOKENS)[0]).backward()
-    for key, delta in deltas_of(model).items():
-        assert torch.equal(delta.grad, deltas_of(expected)[key].grad)
+    for checkpointing in (False, True):
+        for wrapped in (expected, model):
+            if checkpointing:
+                wrapped.activation_checkpointing_enable({"use_reentrant": False})
+                wrapped.train()
+            for delta in deltas_of(wrapped).values():
+                delta.requires_grad_()
+                delta.grad = None
+            task_loss(wrapped(input_ids=TOKENS, use_cache=False)[0]).backward()
+            wrapped.eval()
+        for key, delta in deltas_of(model).items():
+            assert torch.equal(delta.grad, deltas_of(expected)[key].grad)
     scores = [score_experts(wrapped, [{"input_ids": TOKENS}], progress=False) for wrapped in (expected, model)]
     assert scores[0].token().keys() == scores[1].token().keys()
     assert all(torch.equal(scores[1].token()[path], share) for path, share in scores[0].token().items())

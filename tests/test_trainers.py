@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer, Trainer, TrainingArguments
@@ -166,3 +168,68 @@ def test_the_examples_run(script, tmp_path):
     assert "after; adapter of" in done.stdout
     if script == "trainer.py":
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-40")
+
+
+def test_dpo_on_a_trained_adapter_has_that_adapter_as_its_reference(tmp_path):
+    base = base_for("DPOTrainer")
+    model = get_peft_model(copy.deepcopy(base), config_for(base, init_weights=False, task_type="CAUSAL_LM"))
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(**settings(tmp_path, bf16=False, max_length=32)),
+        train_dataset=text_rows("prompt", "chosen", "rejected"),
+        eval_dataset=text_rows("prompt", "chosen", "rejected").select(range(4)),
+        processing_class=tokenizer(),
+    )
+    # TRL makes the adapter "ref", but copies only weights whose names go on behind the adapter's.
+    trainer.model.delete_adapter("ref")
+    trainer.model.base_model.add_weighted_adapter(["default"], [1.0], "ref")
+    trained = {key: delta.detach().clone() for key, delta in deltas_of(model, "default").items()}
+    assert all(torch.equal(deltas_of(model, "ref")[key], delta) for key, delta in trained.items())
+    assert trainer.evaluate()["eval_rewards/margins"] == 0
+    trainer.train()
+    assert trainer.evaluate()["eval_rewards/margins"] > 0.01
+    assert all(torch.equal(deltas_of(model, "ref")[key], delta) for key, delta in trained.items())
+    assert not any(torch.equal(deltas_of(model, "default")[key], delta) for key, delta in trained.items())
+
+
+def test_the_recipes_of_the_page_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = base_for("SFTTrainer")
+    namespace = {
+        "base": base,
+        "config": config_for(base, task_type="CAUSAL_LM"),
+        "arguments": TrainingArguments(**settings("run", max_steps=2)),
+        "sft_arguments": SFTConfig(**settings("sft", bf16=False, max_steps=1, max_length=16)),
+        "dpo_arguments": DPOConfig(**settings("dpo", bf16=False, max_steps=1, max_length=32)),
+        "rows": rows(8, seed=1),
+        "texts": text_rows("text"),
+        "pairs": text_rows("prompt", "chosen", "rejected"),
+        "tokenizer": tokenizer(),
+    }
+    page = (ROOT / "docs" / "training.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "training.md", "exec"), namespace)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "sft" / "adapter_model.safetensors").exists()
+    assert "ref" in namespace["trainer"].model.peft_config
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_the_configurations_of_accelerate_are_read(engine):
+    config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{engine}.yaml"))
+    expected = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert config.distributed_type == expected[engine]
+    assert config.num_processes == (2 if engine == "ddp" else 8)
+    assert engine != "fsdp2" or config.fsdp_config["fsdp_version"] == 2
+    assert not engine.startswith("zero") or config.deepspeed_config["zero_stage"] == int(engine[-1])
+
+
+@pytest.mark.slow
+def test_the_example_runs_in_two_processes(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    config = ROOT / "examples" / "accelerate" / "ddp.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    script = [str(ROOT / "examples" / "trainer.py"), "--output", str(tmp_path), "--steps", "10"]
+    done = subprocess.run([*command, *script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("after; adapter of") == 1
