@@ -151,8 +151,8 @@ class ExpertParallelExperts(FusedExperts):
         """
         if config.storage != "delta":
             raise NotImplementedError(
-                f"{self.path} is under expert parallelism, which takes adapters stored as deltas, not as "
-                f"{config.storage!r}; load it in one process and save it with interchange.compact(form='delta')"
+                f"{self.path} is under expert parallelism, which takes adapters stored as 'delta', not as "
+                f"{config.storage!r}; load the one that it was made from"
             )
         self.global_ids[adapter_name] = list(expert_ids)
         first = self.ep_mesh.get_local_rank() * self.num_owned

@@ -29,22 +29,22 @@ FAMILY = "olmoe"
 Worker = Callable[[int, Path], Any]
 
 
-def run(worker: Worker, folder: Path) -> list[Any]:
-    """Runs a function of rank and folder in two processes joined by gloo; what each returns, by rank."""
+def run(worker: Worker, folder: Path, processes: int = PROCESSES) -> list[Any]:
+    """Runs a function of rank and folder in processes joined by gloo; what each returns, by rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_start, (worker, folder, port), nprocs=PROCESSES)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(PROCESSES)]
+    mp.spawn(_start, (worker, folder, port, processes), nprocs=processes)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
-def _start(rank: int, worker: Worker, folder: Path, port: int) -> None:
+def _start(rank: int, worker: Worker, folder: Path, port: int, processes: int) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(PROCESSES),
+        "WORLD_SIZE": str(processes),
     }
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -381,6 +381,26 @@ def expert_parallel(rank: int, folder: Path) -> Any:
                 batches,
             )
         found[name, "held"] = {n: p.to_local().shape for n, p in model.named_parameters() if ".esft_" in n}
+    return found
+
+
+def expert_parallel_of_four(rank: int, folder: Path) -> Any:
+    """An adapter of one process, loaded and trained on by four."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    from peft_esft.checkpoints import save_adapter
+
+    found = {}
+    for tp_size in (1, 2):
+        layout = DistributedConfig(tp_size=tp_size, fsdp_size=4 // tp_size, ep_size=4)
+        base = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=layout)
+        model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
+        with torch.no_grad():
+            found[tp_size] = whole(model(input_ids=joint_batches()[0])[0])
+        train(model, [batch.chunk(4 // tp_size)[rank // tp_size] for batch in joint_batches()])
+        save_adapter(model, folder / f"trained on, tp {tp_size}")
     return found
 
 

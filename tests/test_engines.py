@@ -189,6 +189,27 @@ def test_expert_parallelism(tmp_path, record_property):
                 assert largest_difference(by_peft, get_peft_model_state_dict(saved)) == 0
 
 
+def test_an_adapter_goes_on_with_four_processes_and_comes_back(tmp_path, record_property):
+    torch.manual_seed(0)
+    base = tiny_model(engines.EP_FAMILY)
+    base.save_pretrained(tmp_path / "base")
+    single = engines.ep_adapted(copy.deepcopy(base))
+    optimizer = train(single, joint_batches())
+    single.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        logits = single.eval()(input_ids=joint_batches()[0])[0]
+    results = engines.run(engines.expert_parallel_of_four, tmp_path, processes=4)
+    optimizer.state.clear()
+    train(single, joint_batches(), optimizer)
+    for tp_size in (1, 2):
+        for found in results:
+            torch.testing.assert_close(found[tp_size], logits, atol=1e-4, rtol=1e-4)
+        saved = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"trained on, tp {tp_size}")
+        difference = largest_difference(whole_deltas(saved), whole_deltas(single))
+        report(record_property, f"EP of four, tp {tp_size}", training=difference)
+        assert difference < 2e-6
+
+
 def test_trainer_with_expert_parallelism(tmp_path, record_property):
     torch.manual_seed(0)
     base = tiny_model(engines.EP_FAMILY)
