@@ -125,12 +125,29 @@ class ESFTModel(BaseTuner):
         check_rank(peft_config.rank, self._containers.values())
         if peft_config.header is not None:
             check_header(peft_config, chosen, self._containers)
+        self._warn_of_shared_config(peft_config)
         _compare_base(peft_config, self.model, containers, target_experts)
         _warn_of_slow_layouts(self._containers.values())
         peft_config.target_experts = target_experts
         # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
         peft_config.adapted_paths = selection
         return peft_config
+
+    def _warn_of_shared_config(self, peft_config: ESFTConfig) -> None:
+        """Says that an adapter has not the weights of another one with its config, as TRL takes for granted."""
+        names = [name for name, config in self.peft_config.items() if config is peft_config]
+        layers = self._layers() if len(names) > 1 else []
+        trained = [
+            name
+            for name in names[:-1]
+            if any(len(layer.untrained_experts(name)) < len(layer.expert_ids.get(name, [])) for layer in layers)
+        ]
+        if trained:
+            warnings.warn(
+                f"adapter {names[-1]!r} has the config of {trained[0]!r}, but not its weights: its deltas are new. "
+                "As the reference of a DPOTrainer it would be the base; see the page on training for a copy",
+                stacklevel=2,
+            )
 
     def _modules_trained_whole(self, peft_config: ESFTConfig) -> dict[str, ExpertsContainer]:
         whole: dict[str, ExpertsContainer] = {}

@@ -173,13 +173,14 @@ def test_the_examples_run(script, tmp_path):
 def test_dpo_on_a_trained_adapter_has_that_adapter_as_its_reference(tmp_path):
     base = base_for("DPOTrainer")
     model = get_peft_model(copy.deepcopy(base), config_for(base, init_weights=False, task_type="CAUSAL_LM"))
-    trainer = DPOTrainer(
-        model,
-        args=DPOConfig(**settings(tmp_path, bf16=False, max_length=32)),
-        train_dataset=text_rows("prompt", "chosen", "rejected"),
-        eval_dataset=text_rows("prompt", "chosen", "rejected").select(range(4)),
-        processing_class=tokenizer(),
-    )
+    with pytest.warns(UserWarning, match="'ref' has the config of 'default', but not its weights"):
+        trainer = DPOTrainer(
+            model,
+            args=DPOConfig(**settings(tmp_path, bf16=False, max_length=32)),
+            train_dataset=text_rows("prompt", "chosen", "rejected"),
+            eval_dataset=text_rows("prompt", "chosen", "rejected").select(range(4)),
+            processing_class=tokenizer(),
+        )
     # TRL makes the adapter "ref", but copies only weights whose names go on behind the adapter's.
     trainer.model.delete_adapter("ref")
     trainer.model.base_model.add_weighted_adapter(["default"], [1.0], "ref")
