@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from peft_esft import score_experts
+from peft_esft.checkpoints import save_adapter
 
 from families import tiny_model
 from listed import listed_model
@@ -92,6 +93,10 @@ def test_an_offloaded_base_computes_the_same_and_is_read_once_a_call(folder, rea
     assert scores[0].token().keys() == scores[1].token().keys()
     assert all(torch.equal(scores[1].token()[path], share) for path, share in scores[0].token().items())
 
+    save_adapter(model, folder / "saved")
+    saved, original = (load_peft_weights(folder / name) for name in ("saved", "adapter"))
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[key], value) for key, value in original.items())
     model.merge_adapter()
     torch.testing.assert_close(model(input_ids=TOKENS)[0], outputs[0])
     model.unmerge_adapter()
