@@ -40,6 +40,10 @@ bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/merging.py
 	$(RUN) benchmarks/compact.py
 	$(RUN) benchmarks/scaling.py
+	$(RUN) benchmarks/multi_adapter.py --faster 3
+	$(RUN) benchmarks/unions.py
+	$(RUN) benchmarks/soak.py
+	$(RUN) benchmarks/summary.py
 
 paper: $(VENV)/.installed ## the paper's comparison on the embedded model: some hours, may be stopped and started again
 	$(RUN) benchmarks/paper/run.py
