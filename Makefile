@@ -32,6 +32,7 @@ docs: $(VENV)/.installed
 bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/scoring.py
 	$(RUN) benchmarks/layer_step.py
+	$(RUN) benchmarks/layer_step.py --spread
 	$(RUN) benchmarks/model_step.py
 	$(RUN) benchmarks/memory.py
 	$(RUN) benchmarks/inference.py
