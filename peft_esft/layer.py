@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -123,16 +123,27 @@ class ESFTLayer(AdapterWeights):
         device = compute_device(self.get_base_layer(), self._base_parameter(self.weight_names[0]))
         return torch.device("cpu") if device.type == "meta" else device
 
-    def _apply(self, *args: Any, **kwargs: Any) -> ESFTLayer:
-        super()._apply(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ESFTLayer:
+        super()._apply(fn, *args, **kwargs)
+        self._replaced_rows = {name: fn(rows) for name, rows in self._replaced_rows.items()}
         self.forget_calls()
         return self
 
     def _forget_adapter(self, *adapter_names: str) -> None:
         """To be called whenever the rows of an adapter change."""
+        self._take_stored_rows(adapter_names)
         for name in adapter_names:
             self.bank.remove_adapter(name)
         self.forget_calls()
+
+    def _take_stored_rows(self, adapter_names: Sequence[str]) -> None:
+        """Gives adapters that are stored as rows a copy of those in the bank, where their place will be free."""
+        for weight_name, bank in self.bank.tensors.items():
+            buffers = self._tensors(f"{PREFIX}{weight_name}_rows")
+            for name in adapter_names:
+                if name in buffers and buffers[name].untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
+                    with torch.inference_mode(False), torch.no_grad():
+                        buffers[name] = buffers[name].clone()
 
     def weights_for(self, call: AdapterCall) -> tuple[dict[str, Tensor], bool]:
         """What the selected experts' weights are in a forward pass, `[n, ...]` by weight name.
