@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from .config import ESFTConfig
 from .containers import ExpertsContainer
 from .functional import add_deltas, rows_with_delta
 from .mixed_batch import AdapterBatch, current_batch
-from .offload import compute_device, is_offloaded, loaded
+from .offload import at_hand, compute_device, is_offloaded
 from .resident import Key, Resident, RowBank, planning
 from .storage import FROZEN_SUFFIXES, decode, stored_layout
 from .weights import ExpertWeight, StackedWeight, expert_index, is_spread
@@ -391,17 +391,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 for other in [other for other in self.bank.residents if len(other) > 1]:
                     self.bank.remove(other)
             # A tensor made in inference mode could not take part in a later training step.
-            with torch.inference_mode(False), torch.no_grad(), self._base_at_hand():
+            with torch.inference_mode(False), torch.no_grad(), self._at_hand(self.get_base_layer()):
                 rows = {name: self.effective_rows(name, key) for name in self.weight_names}
             self.bank.put(key, tuple(self.union_of_experts(key)), rows, state, sources)
             self._share_stored_rows()
         return self.bank.residents[key]
 
-    def _base_at_hand(self) -> AbstractContextManager[None]:
-        """Has an offloaded base loaded, unless a forward pass has."""
-        base = self.get_base_layer()
-        is_away = self._base_parameter(self.weight_names[0]).device.type == "meta" and is_offloaded(base)
-        return loaded(base) if is_away else nullcontext()
+    def _at_hand(self, base_layer: nn.Module) -> AbstractContextManager[None]:
+        """Has the weights of `base_layer`, this layer's or one tied to it, loaded if it is offloaded."""
+        return at_hand(base_layer, self.weights[self.weight_names[0]].parameters(base_layer)[0])
 
     def _share_stored_rows(self) -> None:
         """Lets adapters that are stored as rows have theirs in the bank, and not a second time."""
@@ -536,7 +534,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def untrained_experts(self, adapter_name: str) -> list[int]:
         """Experts whose deltas are all zero: no token reached them in training; all of them before training.
 
-        None where a process sees parts of the deltas only.
+        No expert is named where a process sees parts of the deltas only.
         """
         ids = self.expert_ids.get(adapter_name, [])
         deltas = [d for name in self.weight_names for d in self._delta_parameters(name, adapter_name)]
@@ -559,7 +557,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         if batch is None and call is None:
             return base_layer(*args, **kwargs)
         # The weights are read here and not by the module's own forward, around which accelerate loads them.
-        with loaded(base_layer) if is_offloaded(base_layer) else nullcontext():
+        with self._at_hand(base_layer):
             if batch is not None:
                 return self._mixed_forward(base_layer, batch, *args, **kwargs)
             assert call is not None

@@ -254,12 +254,15 @@ class _Observer:
     def run_uncounted(self, inputs: Mapping[str, Any]) -> None:
         """Runs a batch for the sake of other processes."""
         self._is_counting = False
-        self.model(**to_device(inputs, self.model))
+        self.model(**to_device(self._with_all_streams(inputs), self.model))
         self._is_counting = True
+
+    def _with_all_streams(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return inputs if self._decoder_path is None else with_decoder_inputs(inputs, self.model)
 
     def run(self, inputs: Mapping[str, Any], in_step: bool = False) -> None:
         """Scores one batch; `in_step` runs it even if no token of it counts."""
-        inputs = with_decoder_inputs(inputs, self.model) if self._decoder_path is not None else inputs
+        inputs = self._with_all_streams(inputs)
         remaining = {"text": self.max_tokens - self.num_tokens, "decoder": self.max_tokens - self._decoder_tokens}
         self._streams = streams_of_batch(inputs, remaining, self._num_rows, self.answers_only)
         self._batch_size = batch_size_of(inputs)

@@ -76,6 +76,9 @@ def test_an_offloaded_base_computes_the_same_and_is_read_once_a_call(folder, rea
     experts = [name for name in reads if "experts" in name]
     assert sorted(experts) == [f"model.layers.1.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
     assert model.get_base_model().model.layers[1].mlp.experts.base_layer.down_proj.device.type == "meta"
+    names = ["default", "__base__"] * (len(TOKENS) // 2)
+    mixed = [wrapped(input_ids=TOKENS, adapter_names=names)[0] for wrapped in (expected, model)]
+    assert torch.equal(*mixed)
 
     for checkpointing in (False, True):
         for wrapped in (expected, model):
