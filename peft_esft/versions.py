@@ -18,11 +18,16 @@ def check_versions() -> None:
         ImportError: if one is missing or below `OLDEST`; it names all of them, and the command that helps.
     """
     found = {name: _installed(name) for name in OLDEST}
-    wanting = {name: have for name, have in found.items() if have is None or Version(have) < Version(OLDEST[name])}
+    wanting = {name: have for name, have in found.items() if have is None or _is_below(have, OLDEST[name])}
     if wanting:
         listed = ", ".join(f"{name} >= {OLDEST[name]} (found {have or 'none'})" for name, have in wanting.items())
         command = " ".join(f"'{name}>={OLDEST[name]}'" for name in wanting)
         raise ImportError(f"peft_esft needs {listed}. This would do: pip install --upgrade {command}")
+
+
+def _is_below(have: str, oldest: str) -> bool:
+    """Whether a release is older; builds on the way to a release count as it (vendors' torch is 2.10.0a0+...)."""
+    return Version(Version(have).base_version) < Version(oldest)
 
 
 def _installed(name: str) -> str | None:

@@ -14,7 +14,8 @@ from peft import PeftModel, get_peft_model
 from test_examples import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_esft import ESFTConfig, ESFTLayer, score_experts
+import peft_esft
+from peft_esft import ESFTConfig, ESFTLayer, analysis, interchange, score_experts
 from peft_esft.cli import main
 from peft_esft.interchange import compact
 from peft_esft.storage import FORMS
@@ -24,7 +25,7 @@ from checkpoints import save_base_and_adapter
 from families import tiny_model
 
 
-HERE = ("cli.md", "faq.md", "format.md", "index.md", "migration.md", "quickstart.md")
+HERE = ("choosing.md", "cli.md", "faq.md", "format.md", "index.md", "migration.md", "quickstart.md")
 """The pages that this file runs."""
 ELSEWHERE = {
     "README.md": "test_examples.py",
@@ -32,7 +33,6 @@ ELSEWHERE = {
     "converting.md": "test_interchange_docs.py",
     "serving.md": "test_examples.py",
     "sharing.md": "test_interchange_docs.py",
-    "tour.md": "test_tour.py",
     "training.md": "test_trainers.py",
 }
 """Pages whose examples need more preparation, and the files that run them."""
@@ -84,9 +84,27 @@ def test_quickstart(clone, capsys, recwarn):
     assert all(line in printed for line in shown.splitlines())
 
 
+def test_choosing(clone, capsys):
+    model, tokenizer = tasks.load_base()
+    texts = [prompt + completion for prompt, completion in tasks.load_task("verses", "train")[:100]]
+    _run("choosing.md", {"model": model, "tokenizer": tokenizer, "texts": texts})
+    (figure,) = (clone / "routing_files").glob("shares_token_verses.svg")
+    assert "expert" in figure.read_text()
+    assert capsys.readouterr().out
+
+
+def test_the_api_page_has_every_public_name():
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    public = {f"{module.__name__}.{name}" for module in (peft_esft, analysis, interchange) for name in module.__all__}
+    assert len(listed) == len(set(listed))
+    assert {name for name in listed if not name.startswith("peft_esft.checkpoints.")} == public
+
+
 def test_the_start_page(clone):
     model, tokenizer = tasks.load_base()
     batches = list(tasks.batches(tasks.load_task("verses", "train")[:16], tokenizer))
+    other = ESFTConfig(target_experts={1: [5]}, task_type="CAUSAL_LM", init_weights=False)
+    get_peft_model(tasks.load_base()[0], other).save_pretrained("intent")
     namespace = _run("index.md", {"model": model, "batches": batches, "base": tasks.load_base()[0]})
     assert namespace["model"].active_adapters == ["intent"]
 
@@ -110,7 +128,7 @@ def test_migration(clone):
     assert namespace["target_experts"]["model.layers.2.mlp.experts"] == [5]
 
 
-def _figure(benchmark: str, column: str, **where: str) -> str:
+def _figure(benchmark: str, column: str, **where: object) -> str:
     """A cell of a benchmark's results, as a page quotes it: without the median in brackets."""
     rows = json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text())["rows"]
     (row,) = [row for row in rows if all(row[name] == value for name, value in where.items())]
@@ -122,12 +140,49 @@ def test_figures_of_the_migration_page_are_those_of_the_benchmarks():
     page = (ROOT / "docs" / "migration.md").read_text()
     prefill = {"case": "prefill 1 x 1,024", "dtype": "float32"}
     decode = {"case": "decode 1 x 1", "dtype": "float32"}
-    step = {"dtype": "float32", "checkpointing": "no"}
-    lora, own = ([_figure("inference", way, **case) for case in (prefill, decode)] for way in ("LoRA r 16", "unmerged"))
+    step = {"dtype": "float32", "checkpointing": False}
+    lora, own = (
+        [_figure("inference", way, **case) for case in (prefill, decode)] for way in ("LoRA r 16", "unmerged")
+    )
     held = [_figure("memory", "over the base", way=way, **step) for way in ("LoRA r 16", "ESFT")]
     assert f"prefill takes {lora[0]} times the base's time and ESFT's {own[0]}" in " ".join(page.split())
     assert f"decoding {float(lora[1]):.1f} times and {own[1]}" in " ".join(page.split())
     assert f"holds {held[0]} times the memory of the frozen base and ESFT {held[1]}" in " ".join(page.split())
+
+
+def _table(text: str) -> dict[str, list[str]]:
+    """The rows of a page's first table, by their first cell; numbers without marks and deviations."""
+    rows = [re.split(r" *\| *", line.strip("| \n")) for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: [re.sub(r"\*| ±.*", "", cell) for cell in row[1:]] for row in rows}
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    """Columns: ESFT, LoRA on all experts, full fine-tuning, the original code."""
+    shown = _table((ROOT / "README.md").read_text())
+    step = {"dtype": "float32", "checkpointing": False}
+    ways = ("ESFT", "LoRA r 16", "full", "modules")
+    memory = [_figure("memory", "over the base", way=way, **step) for way in ways]
+    assert [cell.split(",")[0] for cell in shown["memory of training, over the frozen base's"]] == memory
+    for row, case in (
+        ("prefill with an unmerged adapter, over the base's time", "prefill 1 x 1,024"),
+        ("decoding a token with it", "decode 1 x 1"),
+    ):
+        expected = [float(_figure("inference", way, case=case, dtype="float32")) for way in ("unmerged", "LoRA r 16")]
+        assert [float(cell) for cell in shown[row][:2]] == pytest.approx(expected, abs=0.05)
+    switch = _figure("swap", "ratio or time", operation="switch between two adapters of 26 layers")
+    assert shown["switching between two"][0] == f"{switch} ms"
+    findings = (ROOT / "docs" / "findings.md").read_text()
+    measured = _table(findings.split("<!-- table main_verses -->")[1].split("<!-- end -->")[0])
+    header = measured["method"]
+    methods = ("ESFT-Token, p 0.2", "LoRA r 8, all experts", "full fine-tuning")
+    for row, column, digits in (
+        ("exact answers on *verses* (%; base 0)", "exact answers, %", 1),
+        ("loss on other text (base 3.04)", "general loss", 2),
+        ("adapter's file (MB)", "saved MB", 2),
+    ):
+        expected = [f"{float(measured[method][header.index(column)]):.{digits}f}" for method in methods]
+        assert shown[row][:3] == expected
+    assert f"{float(measured['base'][header.index('general loss')]):.2f}" == "3.04"
 
 
 def test_commands(clone, capsys):
@@ -137,7 +192,9 @@ def test_commands(clone, capsys):
         scores = score_experts(model, tasks.batches(tasks.load_task(task, "train")[:16], tokenizer), progress=False)
         scores.save(f"{name}.json")
         get_peft_model(tasks.load_base()[0], ESFTConfig.from_scores(scores, init_weights=False)).save_pretrained(name)
-    (clone / "task.jsonl").write_text('{"text": "In the beginning God created"}\n{"text": "the heaven and the earth"}\n')
+    (clone / "task.jsonl").write_text(
+        '{"text": "In the beginning God created"}\n{"text": "the heaven and the earth"}\n'
+    )
     names = {"MODEL": "examples/tiny_moe/model", "ADAPTER": "task", "OTHER_ADAPTER": "other", "OTHER": "other"}
     (block,) = _blocks(ROOT / "docs" / "cli.md", "sh")
     for line in block.splitlines():

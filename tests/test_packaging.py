@@ -79,7 +79,7 @@ def test_older_versions_are_refused_by_name(found, message, monkeypatch):
         versions.check_versions()
 
 
-@pytest.mark.parametrize("version", ["99.0", "5.24.0.dev0", "5.20.0"])
+@pytest.mark.parametrize("version", ["99.0", "5.24.0.dev0", "5.20.0", "5.20.0a0+vendor"])
 def test_newer_versions_and_the_oldest_pass(version, monkeypatch):
     monkeypatch.setattr(versions, "_installed", {**versions.OLDEST, "transformers": version}.get)
     versions.check_versions()
