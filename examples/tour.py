@@ -52,7 +52,7 @@ for path in configs["verses"].target_experts:
 # %%
 figure, panels = plt.subplots(len(TASKS), 1, figsize=(9, 3.4), sharex=True, layout="constrained")
 for axes, task in zip(panels, TASKS, strict=True):
-    axes.imshow(torch.stack(list(scores[task].token().values())), aspect="auto", vmin=0, vmax=0.1)
+    axes.imshow(torch.stack(list(scores[task].token().values())).numpy(), aspect="auto", vmin=0, vmax=0.1)
     for layer, ids in enumerate(configs[task].target_experts.values()):
         axes.scatter(ids, [layer] * len(ids), s=14, color="white", edgecolors="black")
     axes.set(title=task, ylabel="layer")
@@ -101,7 +101,7 @@ model.load_adapter("tour_output/sections", adapter_name="sections")
 
 
 def exact(task):
-    return 100 * tasks.evaluate(model, tokenizer, tasks.load_task(task, "eval"))["exact"]
+    return 100 * tasks.evaluate(model, tokenizer, tasks.load_task(task, "eval")[:100])["exact"]
 
 
 results = {}
@@ -124,7 +124,7 @@ for adapter, found in results.items():
 questions = [tasks.load_task(task, "eval")[0] for task in ("verses", "sections", "verses")]
 names = ["verses", "sections", "__base__"]
 batch = tokenizer([prompt for prompt, _ in questions], return_tensors="pt", padding=True)
-tokens = model.generate(**batch, adapter_names=names, max_new_tokens=4, do_sample=False)
+tokens = model.generate(**batch, adapter_names=names, max_new_tokens=10, do_sample=False)
 for name, (_, expected), answer in zip(names, questions, tokens[:, batch["input_ids"].shape[1] :], strict=True):
     print(f"{name:9} {tokenizer.decode(answer, skip_special_tokens=True)!r}, expected {expected!r}")
 
@@ -138,5 +138,5 @@ for name, (_, expected), answer in zip(names, questions, tokens[:, batch["input_
 model.set_adapter("verses")
 unmerged = exact("verses")
 merged = model.merge_and_unload()
-merged_exact = 100 * tasks.evaluate(merged, tokenizer, tasks.load_task("verses", "eval"))["exact"]
+merged_exact = 100 * tasks.evaluate(merged, tokenizer, tasks.load_task("verses", "eval")[:100])["exact"]
 print(f"{type(merged).__name__}: {merged_exact:.1f} %, unmerged {unmerged:.1f} %")

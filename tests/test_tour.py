@@ -24,6 +24,7 @@ def test_the_notebook_has_the_cells_of_the_script_and_their_output():
     assert kinds == {"stream", "display_data"}
 
 
+@pytest.mark.slow
 def test_the_tour(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Measures what `import peft_esft` adds to `import peft`: fresh processes, the two taking turns.
+"""Measures what `import peft_esft` adds to `import peft`, each time in a fresh process.
 
 python tools/measure_import.py [--rounds 15]
 """
@@ -11,31 +11,31 @@ import sys
 from statistics import median
 
 
-PEFT = "import time; start = time.perf_counter(); import peft; print(time.perf_counter() - start)"
-BOTH = "import time; start = time.perf_counter(); import peft, peft_esft; print(time.perf_counter() - start)"
-ADDED = "import time, peft; start = time.perf_counter(); import peft_esft; print(time.perf_counter() - start)"
+CODE = """
+import time
+start = time.perf_counter()
+import peft
+there = time.perf_counter()
+import peft_esft
+print(there - start, time.perf_counter() - there)
+"""
 
 
-def seconds(code: str) -> float:
-    """What a new interpreter prints."""
-    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+def milliseconds() -> tuple[float, float]:
+    """What a new interpreter takes for PEFT, and then for peft_esft."""
+    printed = subprocess.run([sys.executable, "-c", CODE], check=True, capture_output=True, text=True).stdout
+    peft, added = (1e3 * float(seconds) for seconds in printed.split())
+    return peft, added
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
-    ways = {"import peft": PEFT, "import peft, peft_esft": BOTH, "import peft_esft, peft being there": ADDED}
-    for code in ways.values():
-        seconds(code)  # files read from the disk, bytecode written
-    times = {way: [] for way in ways}
-    for _ in range(rounds):
-        for way, code in ways.items():
-            times[way].append(1e3 * seconds(code))
-    for way, found in times.items():
-        print(f"{way}: {min(found):.0f} ms at least, {median(found):.0f} ms in the median")
-    alone, both, _ = times.values()
-    print(f"added: {min(both) - min(alone):.0f} ms of minima, {median(both) - median(alone):.0f} ms of medians")
+    milliseconds()  # files are read from the disk, bytecode is written
+    times = zip(*(milliseconds() for _ in range(rounds)), strict=True)
+    for name, found in zip(("import peft", "import peft_esft, in addition"), times, strict=True):
+        print(f"{name}: {min(found):.0f} ms at least, {median(found):.0f} ms in the median")
 
 
 if __name__ == "__main__":
