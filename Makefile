@@ -51,6 +51,7 @@ package: $(VENV)/.installed ## sdist and wheel, checked
 bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/scoring.py
 	$(RUN) benchmarks/layer_step.py
+	$(RUN) benchmarks/layer_step.py --spread
 	$(RUN) benchmarks/model_step.py
 	$(RUN) benchmarks/memory.py
 	$(RUN) benchmarks/inference.py
@@ -59,6 +60,10 @@ bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/merging.py
 	$(RUN) benchmarks/compact.py
 	$(RUN) benchmarks/scaling.py
+	$(RUN) benchmarks/multi_adapter.py --faster 3
+	$(RUN) benchmarks/unions.py
+	$(RUN) benchmarks/soak.py
+	$(RUN) benchmarks/summary.py
 
 paper: $(VENV)/.installed ## the paper's comparison on the embedded model: some hours, may be stopped and started again
 	$(RUN) benchmarks/paper/run.py

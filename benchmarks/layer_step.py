@@ -1,6 +1,6 @@
 """Training step of one experts layer, over its bound and beside other ways to train it.
 
-    python benchmarks/layer_step.py [--full] [--dtypes float32 bfloat16] [--rounds 15] [--busy]
+    python benchmarks/layer_step.py [--spread] [--dtypes float32 bfloat16] [--rounds 15] [--busy]
 
 A step is forward and backward, the gradients of the input and of the routing weights included, and starts from changed
 weights as after an optimizer step. The bound, measured in the same run: the frozen layer, plus the trained experts'
@@ -34,12 +34,20 @@ QUICK = [
     (64, 6, 512, 256, 8, 4096),
     (128, 8, 512, 256, 16, 1024),
 ]
-FULL = [
-    (experts, top_k, hidden, intermediate, trained, tokens)
-    for experts, top_k, counts in ((8, 2, (1, 2)), (64, 6, (4, 8, 16)), (128, 8, (8, 16, 32)))
-    for hidden, intermediate in ((512, 256), (1024, 512), (2048, 1024))
-    for trained in counts
-    for tokens in (256, 1024, 4096, 8192)
+SPREAD = [
+    # Every number of experts, size, share of trained experts (6 to 25 %) and number of tokens with several others.
+    (8, 2, 512, 256, 2, 8192),
+    (8, 2, 1024, 512, 1, 256),
+    (8, 2, 1024, 512, 2, 4096),
+    (8, 2, 2048, 1024, 1, 1024),
+    (64, 6, 512, 256, 4, 8192),
+    (64, 6, 1024, 512, 4, 1024),
+    (64, 6, 1024, 512, 16, 4096),
+    (64, 6, 2048, 1024, 8, 1024),
+    (128, 8, 512, 256, 32, 8192),
+    (128, 8, 1024, 512, 8, 256),
+    (128, 8, 1024, 512, 8, 1024),
+    (128, 8, 1024, 512, 16, 4096),
 ]
 
 
@@ -165,7 +173,7 @@ def measure(case: tuple[int, ...], dtype: torch.dtype, rounds: int, with_slow: b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="the whole grid, without the slow peers; takes long")
+    parser.add_argument("--spread", action="store_true", help="more shapes, without the slow peers")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=15)
     add_clock_arguments(parser)
@@ -173,11 +181,11 @@ def main() -> None:
     set_clock(arguments)
     rows = []
     for dtype in arguments.dtypes:
-        for case in FULL if arguments.full else QUICK:
-            rows.append(measure(case, getattr(torch, dtype), arguments.rounds, with_slow=not arguments.full))
+        for case in SPREAD if arguments.spread else QUICK:
+            rows.append(measure(case, getattr(torch, dtype), arguments.rounds, with_slow=not arguments.spread))
             print(rows[-1], flush=True)
     write_results(
-        "layer_step_full" if arguments.full else "layer_step",
+        "layer_step_spread" if arguments.spread else "layer_step",
         "Training step of one layer, over its bound",
         "Bound = frozen layer (forward and input gradient) + trained experts' share of the pairs x what the weight "
         f"gradient adds to full fine-tuning. Minima of {arguments.rounds} interleaved steps, medians in brackets. "

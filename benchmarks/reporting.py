@@ -6,9 +6,10 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import accumulate
@@ -21,6 +22,8 @@ from torch.profiler import ProfilerActivity, profile
 
 _clock = time.perf_counter
 RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
+MISSING = "*Not run yet.*"
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,15 @@ def write_results(name: str, title: str, setting: str, rows: list[dict[str, Any]
     lines += ["", ", ".join(f"{key} {value}" for key, value in versions.items())]
     (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+
+
+def fill_tables(page: str, tables: Mapping[str, str]) -> str:
+    """Puts tables between `<!-- table NAME -->` and `<!-- end -->`.
+
+    Raises:
+        KeyError: if the page asks for a table that there is not.
+    """
+    return BLOCK.sub(lambda found: f"{found[1]}{tables[found[2]] or MISSING}\n{found[3]}", page)
 
 
 def _cell(value: Any) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from .adapter_weights import PREFIX
 from .interchange.adapter import AdapterFolder
-from .layer import PREFIX
 from .weights import is_spread
 
 

@@ -1,13 +1,15 @@
-"""Deltas of several adapters to one: tensors only, over the union of their experts."""
+"""Deltas of several adapters to one, over the union of their experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge, prune
 from torch import Tensor
+
+from .config import ESFTConfig
 
 
 CombinationType = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -86,3 +88,26 @@ def check_combination(
             f"combination_type={combination_type!r} prunes each delta to a share of its entries: density is "
             f"{density}; it is above 0 and at most 1"
         )
+
+
+def combined_config(
+    configs: Sequence[ESFTConfig],
+    weights: Mapping[str, float],
+    target_experts: dict[str, list[int]],
+    combination_type: CombinationType,
+    density: float | None,
+) -> ESFTConfig:
+    """The config of an adapter for inference that changes what others do; `weights` are by their names."""
+    return ESFTConfig(
+        target_experts=target_experts,
+        train_shared_experts=any(config.train_shared_experts for config in configs),
+        train_non_expert_modules=any(config.train_non_expert_modules for config in configs),
+        task_type=configs[0].task_type,
+        base_model_name_or_path=configs[0].base_model_name_or_path,
+        inference_mode=True,
+        selection={
+            "combined": dict(weights),
+            "combination_type": combination_type,
+            **({} if density is None else {"density": density}),
+        },
+    )

@@ -182,29 +182,6 @@ def find_other_modules(model: nn.Module) -> tuple[dict[str, ExpertsContainer], l
     return _join_tied(found), left_out
 
 
-def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -> str:
-    """The path that a key of `target_experts` means: a module path, or the index of a decoder layer.
-
-    Raises:
-        ValueError: if no container, or more than one, fits the key.
-    """
-    for path, container in containers.items():
-        if any(place.path == key for place in container.places):
-            return path
-    if re.fullmatch(r"\d+", str(key)):
-        paths = [path for path, container in containers.items() if container.layer_index == int(key)]
-        if len(paths) == 1:
-            return paths[0]
-        if paths:
-            raise ValueError(f"layer {key} has several experts containers, name one of them by its path: {paths}")
-        indices = sorted({c.layer_index for c in containers.values() if c.layer_index is not None})
-        raise ValueError(f"layer {key} has no experts container; the layers that have one are {indices}")
-    raise ValueError(
-        f"{key!r} is not the path of an experts container of this model. Its containers are {_shortened(containers)}; "
-        "`find_experts(model)` lists them"
-    )
-
-
 def _base_model(model: nn.Module) -> nn.Module:
     base: Any = model
     return base.get_base_model() if hasattr(base, "get_base_model") else base
@@ -395,9 +372,3 @@ def _join_tied(containers: Iterable[ExpertsContainer]) -> dict[str, ExpertsConta
             joined[container.path] = container
         owners |= dict.fromkeys(key, container.path)
     return joined
-
-
-def _shortened(containers: dict[str, ExpertsContainer], shown: int = 4) -> str:
-    paths = list(containers)
-    more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
-    return f"{paths[:shown]}{more}"

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from .adapter_weights import PREFIX
 from .architectures import READABLE_DTYPES
+from .calls import AdapterCall
 from .config import ESFTConfig
 from .containers import ExpertsContainer
 from .fused import FusedExperts
-from .layer import PREFIX, AdapterCall
 from .weights import StackedWeight
 
 

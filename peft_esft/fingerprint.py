@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .architectures import READABLE_DTYPES
 from .card import is_hub_name
+from .config import ESFTConfig
 from .containers import ExpertsContainer
 from .weights import is_spread
 
@@ -90,6 +91,24 @@ def check_num_experts(
                     f"the experts of {path} were chosen among {num_experts}, but this model has "
                     f"{containers[path].num_experts}: the selection was made for another model"
                 )
+
+
+def compare_base(
+    config: ESFTConfig, model: nn.Module, containers: dict[str, ExpertsContainer], target_experts: dict[str, list[int]]
+) -> None:
+    """Records the base's rows in the config of a new adapter; compares them with the record of an old one.
+
+    Raises:
+        ValueError: if the rows differ and the config names another base.
+    """
+    # transformers leaves the commit that it loaded in this field of the model's config.
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    current = record_base(containers, target_experts, commit)
+    if config.base_fingerprint is not None:
+        names = (config.base_model_name_or_path, model.__dict__.get("name_or_path") or None)
+        compare_bases(config.base_fingerprint, current or {}, names)
+    elif not config.inference_mode:
+        config.base_fingerprint = current
 
 
 def compare_bases(

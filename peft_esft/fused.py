@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .calls import AdapterCall
 from .functional import ExpertBody, ExpertWeights, default_gate, expert_slots, split_experts_forward
-from .layer import AdapterCall, ESFTLayer
+from .layer import ESFTLayer
 from .mixed_batch import AdapterBatch
 from .weights import StackedWeight
 

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, set_adapter
+from peft.tuners.tuners_utils import BaseTuner, set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .combination import CombinationType, MajoritySignMethod, check_combination
+from .adapter_weights import PREFIX
+from .combination import CombinationType, MajoritySignMethod, check_combination, combined_config
 from .config import ESFTConfig
 from .containers import (
     ContainerKind,
-    ExpertsContainer,
     find_experts,
-    find_other_modules,
-    find_shared_experts,
-    resolve_container,
 )
 from .expert_parallel import (
     Exchange,
@@ -30,14 +26,16 @@ from .expert_parallel import (
     rows_to_file,
     shares_out_experts,
 )
-from .fingerprint import check_num_experts, compare_bases, record_base
+from .fingerprint import check_num_experts, compare_base
 from .fused import FusedExperts
-from .layer import PREFIX, ESFTLayer, check_trainable
+from .layer import ESFTLayer
 from .listed import ListedExperts
 from .mixed_batch import calling_with, check_adapter_names
 from .resident import planning
 from .substituted import SubstitutedExperts
+from .targets import match_options, modules_trained_whole, resolve_target_experts
 from .tied import TiedLayer
+from .trainable import check_trainable, warn_of_slow_layouts
 from .untrusted import check_header, check_rank
 
 
@@ -91,7 +89,7 @@ class ESFTModel(BaseTuner):
                 f"{type(self.model).__name__} has no experts container of a known kind. ESFT needs a "
                 "mixture-of-experts model whose experts are fused parameters or a list of modules beside a router."
             )
-        whole = self._modules_trained_whole(peft_config)
+        whole = modules_trained_whole(self.model, peft_config)
         if not peft_config.target_experts and not whole:
             raise ValueError(
                 "target_experts is empty, so nothing would be trained. Choose experts with "
@@ -101,7 +99,7 @@ class ESFTModel(BaseTuner):
         check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, containers)
         selection = {**target_experts, **{path: [0] for path in whole}}
         # PEFT marks an excluded module by an object, which is true as a bool.
-        chosen = {path: ids for path, ids in selection.items() if _match_options(peft_config, path) is True}
+        chosen = {path: ids for path, ids in selection.items() if match_options(peft_config, path) is True}
         if not chosen:
             raise ValueError(
                 f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
@@ -118,8 +116,8 @@ class ESFTModel(BaseTuner):
         if peft_config.header is not None:
             check_header(peft_config, chosen, self._containers)
         self._warn_of_shared_config(peft_config)
-        _compare_base(peft_config, self.model, containers, target_experts)
-        _warn_of_slow_layouts(self._containers.values())
+        compare_base(peft_config, self.model, containers, target_experts)
+        warn_of_slow_layouts(self._containers.values())
         peft_config.target_experts = target_experts
         # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
         peft_config.adapted_paths = selection
@@ -141,28 +139,9 @@ class ESFTModel(BaseTuner):
                 stacklevel=2,
             )
 
-    def _modules_trained_whole(self, peft_config: ESFTConfig) -> dict[str, ExpertsContainer]:
-        whole: dict[str, ExpertsContainer] = {}
-        if peft_config.train_shared_experts:
-            whole |= find_shared_experts(self.model)
-            if not whole:
-                raise ValueError(
-                    f"train_shared_experts is set, but {type(self.model).__name__} has no shared experts; leave it out"
-                )
-        if peft_config.train_non_expert_modules:
-            others, left_out = find_other_modules(self.model)
-            whole |= others
-            if left_out:
-                warnings.warn(
-                    "train_non_expert_modules leaves these parameters frozen, since they belong to modules that hold "
-                    f"experts too: {left_out}",
-                    stacklevel=2,
-                )
-        return whole
-
     @staticmethod
     def _check_target_module_exists(peft_config: ESFTConfig, key: str) -> Any:
-        return key in peft_config.adapted_paths and _match_options(peft_config, key)
+        return key in peft_config.adapted_paths and match_options(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -263,26 +242,16 @@ class ESFTModel(BaseTuner):
             raise ValueError(f"there are no adapters {unknown}; there are {sorted(self.peft_config)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
-        configs = [self.peft_config[name] for name in adapters]
         layers = [layer for layer in self._layers() if layer.adapters_here(adapters)]
         experts = {place.path for c in find_experts(self.model).values() for place in c.places[:1]}
-        config = ESFTConfig(
-            target_experts={
-                layer.path: layer.union_of_experts(layer.adapters_here(adapters))
-                for layer in layers
-                if layer.path in experts
-            },
-            train_shared_experts=any(config.train_shared_experts for config in configs),
-            train_non_expert_modules=any(config.train_non_expert_modules for config in configs),
-            task_type=configs[0].task_type,
-            base_model_name_or_path=configs[0].base_model_name_or_path,
-            inference_mode=True,
-            selection={
-                "combined": dict(zip(adapters, weights, strict=True)),
-                "combination_type": combination_type,
-                **({} if density is None else {"density": density}),
-            },
-        )
+        target_experts = {
+            layer.path: layer.union_of_experts(layer.adapters_here(adapters))
+            for layer in layers
+            if layer.path in experts
+        }
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        by_name = dict(zip(adapters, weights, strict=True))
+        config = combined_config(configs, by_name, target_experts, combination_type, density)
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
@@ -314,7 +283,7 @@ class ESFTModel(BaseTuner):
         """Bytes of the effective rows of an adapter over this model, which need not have it."""
         containers = find_experts(self.model)
         selection = resolve_target_experts(peft_config.target_experts or {}, containers)
-        whole = self._modules_trained_whole(peft_config)
+        whole = modules_trained_whole(self.model, peft_config)
         of_experts = sum(len(ids) * containers[path].nbytes_per_expert for path, ids in selection.items())
         return of_experts + sum(container.nbytes_per_expert for container in whole.values())
 
@@ -434,68 +403,3 @@ class ESFTModel(BaseTuner):
     ) -> dict[str, Tensor]:
         weights = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return rows_from_file(model, adapter_name, weights)
-
-
-def resolve_target_experts(
-    target_experts: dict[str, list[int]], containers: dict[str, ExpertsContainer]
-) -> dict[str, list[int]]:
-    """Brings the keys of a selection to module paths and checks its ids against a model.
-
-    Raises:
-        ValueError: if a key fits no container, two keys mean the same one, or an id is out of range.
-    """
-    resolved: dict[str, list[int]] = {}
-    for key, ids in target_experts.items():
-        path = resolve_container(key, containers)
-        if path in resolved:
-            raise ValueError(f"target_experts names {path} twice, once as {key!r}")
-        num_experts = containers[path].num_experts
-        outside = [expert for expert in ids if expert >= num_experts]
-        if outside:
-            raise ValueError(
-                f"{path} has {num_experts} experts (0 to {num_experts - 1}); there are none of id {outside}"
-            )
-        resolved[path] = ids
-    return resolved
-
-
-def _compare_base(
-    config: ESFTConfig, model: nn.Module, containers: dict[str, ExpertsContainer], target_experts: dict[str, list[int]]
-) -> None:
-    """Records the base's rows in the config of a new adapter; compares them with the record of an old one.
-
-    Raises:
-        ValueError: if the rows differ and the config names another base.
-    """
-    # transformers leaves the commit that it loaded in this field of the model's config.
-    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-    current = record_base(containers, target_experts, commit)
-    if config.base_fingerprint is not None:
-        names = (config.base_model_name_or_path, model.__dict__.get("name_or_path") or None)
-        compare_bases(config.base_fingerprint, current or {}, names)
-    elif not config.inference_mode:
-        config.base_fingerprint = current
-
-
-def _warn_of_slow_layouts(containers: Iterable[ExpertsContainer]) -> None:
-    slow = sorted({type(container.module).__name__ for container in containers if container.kind == "stacked"})
-    if slow:
-        warnings.warn(
-            f"{', '.join(slow)}: training writes the whole weights of all experts anew in each call, and their whole "
-            "gradient. The result is exact, but time and memory are those of full fine-tuning.",
-            stacklevel=2,
-        )
-
-
-def _match_options(peft_config: ESFTConfig, path: str) -> Any:
-    """What PEFT's matcher says of a container, by `exclude_modules`, `layers_to_transform` and the like."""
-    # The matcher looks at its options only for targets that are named by their ending.
-    view = SimpleNamespace(
-        target_modules=[path.rpartition(".")[2]],
-        exclude_modules=peft_config.exclude_modules,
-        modules_to_save=peft_config.modules_to_save,
-        layers_to_transform=peft_config.layers_to_transform,
-        # Like PEFT's default, which overlooks a list of layers at the top of the model, as in one without a head.
-        layers_pattern=peft_config.layers_pattern or r"[^.]+",
-    )
-    return check_target_module_exists(view, path)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .layer import AdapterCall, ESFTLayer
+from .calls import AdapterCall
+from .layer import ESFTLayer
 from .mixed_batch import AdapterBatch
 
 

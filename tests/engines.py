@@ -385,20 +385,24 @@ def expert_parallel(rank: int, folder: Path) -> Any:
 
 
 def expert_parallel_of_four(rank: int, folder: Path) -> Any:
-    """An adapter of one process, loaded and trained on by four."""
+    """An adapter of one process, loaded, exchanged for another one and trained on by four."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
+    from peft_esft import hotswap_adapter
     from peft_esft.checkpoints import save_adapter
 
-    found = {}
+    found: dict[Any, Any] = {}
     for tp_size in (1, 2):
         layout = DistributedConfig(tp_size=tp_size, fsdp_size=4 // tp_size, ep_size=4)
         base = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=layout)
         model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
         with torch.no_grad():
             found[tp_size] = whole(model(input_ids=joint_batches()[0])[0])
+            for name in ("other", "adapter"):
+                hotswap_adapter(model, folder / name)
+                found[tp_size, f"swapped for {name}"] = whole(model(input_ids=joint_batches()[0])[0])
         train(model, [batch.chunk(4 // tp_size)[rank // tp_size] for batch in joint_batches()])
         save_adapter(model, folder / f"trained on, tp {tp_size}")
     return found

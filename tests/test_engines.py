@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from peft_esft import ESFTConfig
 
 import engines
 from engines import adapted, base_model, base_of, joint_batches, train, whole_deltas
@@ -189,6 +191,17 @@ def test_expert_parallelism(tmp_path, record_property):
                 assert largest_difference(by_peft, get_peft_model_state_dict(saved)) == 0
 
 
+def adapter_with_other_experts(base, folder):
+    """Saves it, and returns its logits. In the first layer it has as many rows on each of four processes, in the
+    second more."""
+    selection = dict(zip(engines.EP_SELECTION, ([1, 2], [0, 1, 7]), strict=True))
+    model = get_peft_model(base, ESFTConfig(target_experts=selection, task_type="CAUSAL_LM"))
+    train(model, joint_batches())
+    model.save_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(input_ids=joint_batches()[0])[0]
+
+
 def test_an_adapter_goes_on_with_four_processes_and_comes_back(tmp_path, record_property):
     torch.manual_seed(0)
     base = tiny_model(engines.EP_FAMILY)
@@ -198,12 +211,16 @@ def test_an_adapter_goes_on_with_four_processes_and_comes_back(tmp_path, record_
     single.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         logits = single.eval()(input_ids=joint_batches()[0])[0]
+    other = adapter_with_other_experts(copy.deepcopy(base), tmp_path / "other")
+    assert largest_difference({"": other}, {"": logits}) > 0.01
     results = engines.run(engines.expert_parallel_of_four, tmp_path, processes=4)
     optimizer.state.clear()
     train(single, joint_batches(), optimizer)
     for tp_size in (1, 2):
         for found in results:
             torch.testing.assert_close(found[tp_size], logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found[tp_size, "swapped for other"], other, atol=1e-4, rtol=1e-4)
+            assert torch.equal(found[tp_size, "swapped for adapter"], found[tp_size])
         saved = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / f"trained on, tp {tp_size}")
         difference = largest_difference(whole_deltas(saved), whole_deltas(single))
         report(record_property, f"EP of four, tp {tp_size}", training=difference)

@@ -8,16 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_esft import functional, grouped
-from peft_esft.functional import (
-    ExpertBody,
-    ExpertWeights,
-    add_deltas,
-    default_gate,
-    expert_slots,
-    rows_with_delta,
-    split_experts_forward,
-)
+from peft_esft import grouped, row_order
+from peft_esft.deltas import add_deltas, rows_with_delta
+from peft_esft.functional import ExpertBody, ExpertWeights, default_gate, expert_slots, split_experts_forward
 
 
 def gate(rows: Tensor) -> Tensor:
@@ -177,8 +170,8 @@ def test_deltas_give_what_their_effective_rows_give(dtype, has_bias):
 
 def test_no_gradient_of_a_frozen_weight_is_ever_computed(monkeypatch):
     computed = []
-    original = functional.grouped_outer
-    monkeypatch.setattr(functional, "grouped_outer", lambda *args: computed.append(original(*args)) or computed[-1])
+    original = row_order.grouped_outer
+    monkeypatch.setattr(row_order, "grouped_outer", lambda *args: computed.append(original(*args)) or computed[-1])
     for dtype in (torch.float32, torch.float64):
         frozen = ExpertWeights(torch.randn(8, 16, 8, dtype=dtype), torch.randn(8, 8, 8, dtype=dtype))
         trained = ExpertWeights(*(w[:2].clone().requires_grad_() for w in (frozen.up, frozen.down)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from dataclasses import asdict
 from itertools import islice
@@ -20,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks" / "paper"), str(ROOT / "benchmarks"), str(ROOT / "examples" / "tiny_moe")]
 
 import publish  # noqa: E402
+import reporting  # noqa: E402
 import run as runner  # noqa: E402
 import tasks  # noqa: E402
 from methods import METHODS, Choice  # noqa: E402
@@ -205,17 +207,17 @@ def test_tables_say_what_was_measured(tmp_path):
     # Without all of the methods nothing is compared with full fine-tuning.
     assert found["summary"] == found["granularity_verses"] == ""
     page = "<!-- table summary -->\nold\n<!-- end -->\n<!-- table main_verses -->\n<!-- end -->\n"
-    filled = publish.fill(page, found)
-    assert publish.MISSING in filled and "old" not in filled and found["main_verses"] in filled
-    assert publish.fill(filled, found) == filled
+    filled = reporting.fill_tables(page, found)
+    assert reporting.MISSING in filled and "old" not in filled and found["main_verses"] in filled
+    assert reporting.fill_tables(filled, found) == filled
     with pytest.raises(KeyError, match="nonsense"):
-        publish.fill("<!-- table nonsense -->\n<!-- end -->", found)
+        reporting.fill_tables("<!-- table nonsense -->\n<!-- end -->", found)
 
 
 def test_the_page_shows_the_committed_results():
     results, timing = publish.load(ROOT / "benchmarks" / "results" / "paper")
     page = (ROOT / "docs" / "findings.md").read_text()
-    assert publish.BLOCK.search(page)
-    assert publish.fill(page, all_tables(results, timing)) == page
-    for figure in publish.re.findall(r"\(figures/(findings_\w+)\.svg\)", page):
+    assert reporting.BLOCK.search(page)
+    assert reporting.fill_tables(page, all_tables(results, timing)) == page
+    for figure in re.findall(r"\(figures/(findings_\w+)\.svg\)", page):
         assert (ROOT / "docs" / "figures" / f"{figure}.svg").exists()

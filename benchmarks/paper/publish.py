@@ -6,9 +6,7 @@ python benchmarks/paper/publish.py
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -18,23 +16,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT / "examples" / "tiny_moe")
 
 from curves import all_plots  # noqa: E402
 from plan import Protocol  # noqa: E402
-from reporting import RESULTS  # noqa: E402
+from reporting import RESULTS, fill_tables  # noqa: E402
 from results import Results  # noqa: E402
 from store import Store  # noqa: E402
 from tables import all_tables  # noqa: E402
-
-
-BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
-MISSING = "*Not run yet.*"
-
-
-def fill(page: str, tables: Mapping[str, str]) -> str:
-    """Puts tables between `<!-- table NAME -->` and `<!-- end -->`.
-
-    Raises:
-        KeyError: if the page asks for a table that there is not.
-    """
-    return BLOCK.sub(lambda found: f"{found[1]}{tables[found[2]] or MISSING}\n{found[3]}", page)
 
 
 def load(folder: Path) -> tuple[Results, dict[str, dict[str, float]]]:
@@ -53,7 +38,7 @@ def publish(folder: Path, page: Path, figures: Path) -> None:
     tables = all_tables(results, timing)
     text = "\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items() if table)
     (folder / "tables.md").write_text(f"# Tables of the paper's comparison\n\n{text}\n")
-    page.write_text(fill(page.read_text(), tables))
+    page.write_text(fill_tables(page.read_text(), tables))
     for plot in all_plots(results):
         (figures / f"{plot.name}.svg").write_bytes(render(plot, PRINT)["svg"])
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter_weights import PREFIX
 from ..config import ESFTConfig
 from ..containers import find_experts
-from ..layer import PREFIX, ESFTLayer
+from ..layer import ESFTLayer
 from ..selection import Selection
 from .drawing import Plot, Style, heat_map, thinned_ticks, write_in_cells
 from .shares import layer_labels

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..containers import find_experts, resolve_container
+from ..containers import find_experts
 from ..routing import Routing
 from ..selection import Selection
+from ..targets import resolve_container
 from .watching import run_batches
 
 

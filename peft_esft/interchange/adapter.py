@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ..config import ESFTConfig
-from ..containers import ExpertsContainer, resolve_container
+from ..containers import ExpertsContainer
+from ..deltas import add_deltas
 from ..fingerprint import check_num_experts, compare_bases
-from ..functional import add_deltas
 from ..storage import SUFFIXES, decode
+from ..targets import resolve_container
 from ..tensor_files import TensorFolder, write_tensors
 from ..untrusted import KEY_PREFIX, MARK, WEIGHTS_NAME, check_fields, expected_layout, fits
 from ..weights import ExpertWeight

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer
-from ..functional import add_deltas
+from ..deltas import add_deltas
 from ..storage import stored_layout
 from ..tensor_files import TensorFolder, sorted_tensor_files, write_tensors
 from ..untrusted import KEY_PREFIX, MARK

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import check_target_experts
-from ..containers import ExpertsContainer, resolve_container
+from ..containers import ExpertsContainer
+from ..targets import resolve_container
 
 
 CONFIG_NAME = "expert_cfg.json"
