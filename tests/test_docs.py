@@ -151,32 +151,24 @@ def test_figures_of_the_migration_page_are_those_of_the_benchmarks():
 
 
 def _table(text: str) -> dict[str, list[str]]:
-    """The rows of a page's first table, by their first cell; numbers without marks and deviations."""
+    """The rows of tables by their first cell; numbers without marks and deviations."""
     rows = [re.split(r" *\| *", line.strip("| \n")) for line in text.splitlines() if line.startswith("| ")]
     return {row[0]: [re.sub(r"\*| ±.*", "", cell) for cell in row[1:]] for row in rows}
 
 
 def test_figures_of_the_readme_are_those_of_the_results():
-    """Columns: ESFT, LoRA on all experts, full fine-tuning, the original code."""
-    shown = _table((ROOT / "README.md").read_text())
-    step = {"dtype": "float32", "checkpointing": False}
-    ways = ("ESFT", "LoRA r 16", "full", "modules")
-    memory = [_figure("memory", "over the base", way=way, **step) for way in ways]
-    assert [cell.split(",")[0] for cell in shown["memory of training, over the frozen base's"]] == memory
-    for row, case in (
-        ("prefill with an unmerged adapter, over the base's time", "prefill 1 x 1,024"),
-        ("decoding a token with it", "decode 1 x 1"),
-    ):
-        expected = [float(_figure("inference", way, case=case, dtype="float32")) for way in ("unmerged", "LoRA r 16")]
-        assert [float(cell) for cell in shown[row][:2]] == pytest.approx(expected, abs=0.05)
+    """The table of training steps is written by benchmarks/summary.py; the other one by hand."""
+    readme = (ROOT / "README.md").read_text()
+    assert "<!-- table performance -->" in readme
+    shown = _table(readme)
     switch = _figure("swap", "ratio or time", operation="switch between two adapters of 26 layers")
-    assert shown["switching between two"][0] == f"{switch} ms"
+    assert f"[{switch} ms]" in shown["several tasks on one base"][0]
     findings = (ROOT / "docs" / "findings.md").read_text()
     measured = _table(findings.split("<!-- table main_verses -->")[1].split("<!-- end -->")[0])
     header = measured["method"]
     methods = ("ESFT-Token, p 0.2", "LoRA r 8, all experts", "full fine-tuning")
     for row, column, digits in (
-        ("exact answers on *verses* (%; base 0)", "exact answers, %", 1),
+        ("exact answers (%; base 0)", "exact answers, %", 1),
         ("loss on other text (base 3.04)", "general loss", 2),
         ("adapter's file (MB)", "saved MB", 2),
     ):
