@@ -19,6 +19,7 @@ from reporting import RESULTS, fill_tables
 
 
 ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/performance.md")
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 WAYS = {
     "ESFT": "**ESFT**",
@@ -116,7 +117,7 @@ def _draw(axes: Any, style: Style, points: list[tuple[str, str, float, float]]) 
 def main() -> None:
     tables = {"performance": table()}
     (RESULTS / "summary.md").write_text(f"# Ways to train\n\n{tables['performance']}\n")
-    for page in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+    for page in (ROOT / name for name in PAGES):
         page.write_text(fill_tables(page.read_text(), tables))
     (ROOT / "docs" / "figures" / "performance.svg").write_bytes(render(picture(), PRINT)["svg"])
     print(tables["performance"])

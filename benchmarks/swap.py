@@ -55,8 +55,8 @@ def measure_switching(rounds: int) -> dict[str, object]:
     return {"operation": "switch between two adapters of 26 layers", "over": "", "ratio or time": shown}
 
 
-def measure_merging(rounds: int) -> list[dict[str, object]]:
-    model = with_adapters(build_model())
+def measure_merging(base: OlmoeForCausalLM, rounds: int) -> list[dict[str, object]]:
+    model = with_adapters(base)
     layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
     sources, targets = [], []
     for layer in layers:
@@ -96,8 +96,13 @@ def measure_merging(rounds: int) -> list[dict[str, object]]:
     }
     times = time_in_turns(order, rounds, turn_round=False)
     moved = {"merge": "copy 2", "unmerge": "copy 1", "swap": "copy 3"}
+    size = sum(source.nbytes for source in sources) / 1e6
     return [
-        {"operation": name, "over": f"{other[-1]} copies of the rows", "ratio or time": times.ratio(name, other)}
+        {
+            "operation": f"{name}, {size:.0f} MB",
+            "over": f"{other[-1]} copies of the rows",
+            "ratio or time": times.ratio(name, other),
+        }
         for name, other in moved.items()
     ]
 
@@ -142,7 +147,8 @@ def main() -> None:
     set_clock(arguments)
     rows = [
         measure_switching(arguments.rounds),
-        *measure_merging(arguments.rounds),
+        *measure_merging(build_model(), arguments.rounds),
+        *measure_merging(wide_model(), arguments.rounds),
         measure_loading(build_model(), arguments.rounds),
         measure_loading(wide_model(), arguments.rounds),
     ]

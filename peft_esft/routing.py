@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,18 @@ class RoutingSource:
     read: RoutingReader
     watched: str = "container"
     of_result: bool = False
+
+    def watch(self, module: nn.Module, see: Callable[[Routing], None]) -> RemovableHandle:
+        """Calls `see` with the routing of every call of the watched module, until the handle is removed."""
+
+        def observe(
+            module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any = None
+        ) -> None:
+            see(self.read(module, (*arguments, *keywords.values()), result))
+
+        if self.of_result:
+            return module.register_forward_hook(observe, with_kwargs=True)
+        return module.register_forward_pre_hook(observe, with_kwargs=True)
 
 
 def read_standard_call(module: nn.Module, arguments: Any, result: Any) -> Routing:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .batches import batch_size_of, text_batches, to_device, with_decoder_inputs
 from .containers import ExpertsContainer, Place, find_experts
 from .processes import ProcessShare, batches_in_step
-from .routing import Routing, RoutingSource
+from .routing import Routing
 from .scores import Averaging, ContainerScores, ExpertScores, HalfCounts
 from .token_streams import TokenStream, streams_of_batch
 from .weights import ListedWeight
@@ -309,22 +309,11 @@ class _Observer:
                 expert.register_forward_pre_hook(self._call_hook(container, number))
                 for number, expert in enumerate(experts)
             ]
-        watched = place.watched(source)
-        hook = self._hook(container.path, place, source)
-        if source.of_result:
-            return [watched.register_forward_hook(hook, with_kwargs=True)]
-        return [watched.register_forward_pre_hook(hook, with_kwargs=True)]
+        return [source.watch(place.watched(source), partial(self._see, container.path, place.path))]
 
-    def _hook(self, container_path: str, place: Place, source: RoutingSource) -> Any:
-        def observe(
-            module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any = None
-        ) -> None:
-            if not self._is_counting:
-                return
-            routing = source.read(module, (*arguments, *keywords.values()), result)
-            self.accumulators[container_path].update(routing, self._stream_of(place.path, routing))
-
-        return observe
+    def _see(self, container_path: str, path: str, routing: Routing) -> None:
+        if self._is_counting:
+            self.accumulators[container_path].update(routing, self._stream_of(path, routing))
 
     def _call_hook(self, container: ExpertsContainer, expert_id: int) -> Any:
         def observe(module: nn.Module, arguments: tuple[Any, ...]) -> None:

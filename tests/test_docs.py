@@ -100,6 +100,14 @@ def test_the_api_page_has_every_public_name():
     assert {name for name in listed if not name.startswith("peft_esft.checkpoints.")} == public
 
 
+def test_the_design_page_names_every_file():
+    page = (ROOT / "docs" / "design.md").read_text()
+    named = {name.rpartition("/")[2] for line in page.splitlines() for name in re.findall(r"`([\w/]+\.py)`", line)}
+    package = ROOT / "peft_esft"
+    files = {file.name for folder in (package, package / "interchange") for file in folder.glob("*.py")}
+    assert files - named == set()
+
+
 def test_the_start_page(clone):
     model, tokenizer = tasks.load_base()
     batches = list(tasks.batches(tasks.load_task("verses", "train")[:16], tokenizer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..batches import to_device
 from ..containers import ExpertsContainer, find_experts
-from ..routing import Routing, RoutingSource
+from ..routing import Routing
 from ..token_streams import TokenStream, streams_of_batch
 
 
@@ -29,13 +30,10 @@ def watching_routing(
         for path, container in containers.items():
             if container.routing is None:
                 raise ValueError(f"the router of {path} returns no choice of experts, so its tokens' cannot be seen")
-            for place in container.places:
-                hook = _hook(path, container.routing, see)
-                watched = place.watched(container.routing)
-                register: Any = (
-                    watched.register_forward_hook if container.routing.of_result else watched.register_forward_pre_hook
-                )
-                handles.append(register(hook, with_kwargs=True))
+            handles += [
+                container.routing.watch(place.watched(container.routing), partial(see, path))
+                for place in container.places
+            ]
         yield
     finally:
         for handle in handles:
@@ -88,10 +86,3 @@ def run_batches(
     finally:
         model.train(was_training)
     return num_tokens
-
-
-def _hook(path: str, source: RoutingSource, see: Callable[[str, Routing], None]) -> Any:
-    def observe(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any = None) -> None:
-        see(path, source.read(module, (*arguments, *keywords.values()), result))
-
-    return observe
