@@ -4,7 +4,11 @@ RUN = $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow contract lint types docs bench paper clean
+# What depends on the versions of other libraries: the tuner, its hooks in PEFT, reading of checkpoints.
+CORE_TESTS = $(addprefix tests/test_,plugin.py packaging.py adapters.py functional.py grouped.py oracle.py compile.py scoring.py \
+	official.py merge_checkpoint.py)
+
+.PHONY: demo test test-slow test-oldest test-newest contract lint types docs package bench paper clean
 
 demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
 	$(RUN) examples/demo.py
@@ -14,6 +18,16 @@ test: $(VENV)/.installed ## the default test suite
 
 test-slow: $(VENV)/.installed
 	$(RUN) -m pytest -q -m slow
+
+test-oldest: ## the core of the suite on the oldest supported torch, transformers and PEFT
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet --constraint constraints-oldest.txt --editable ".[test]"
+	$(VENV)-oldest/bin/python -m pytest -q -m "not slow" $(CORE_TESTS)
+
+test-newest: ## the same on the newest releases that the package index has
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet --editable ".[test]"
+	$(VENV)-newest/bin/python -m pytest -q -m "not slow" $(CORE_TESTS)
 
 contract: $(VENV)/.installed ## PEFT's own tests, fetched for the version that is installed, on ESFT's configs
 	$(RUN) tools/fetch_peft_tests.py
@@ -28,6 +42,11 @@ types: $(VENV)/.installed
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+package: $(VENV)/.installed ## sdist and wheel, checked
+	rm -rf dist
+	$(RUN) -m build --outdir dist .
+	$(RUN) -m twine check --strict dist/*
 
 bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/scoring.py
@@ -50,7 +69,7 @@ paper: $(VENV)/.installed ## the paper's comparison on the embedded model: some 
 	$(RUN) benchmarks/paper/run.py
 
 clean:
-	rm -rf $(VENV) site demo_output .peft_tests
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest dist site demo_output .peft_tests
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,12 @@
 Importing the package registers the tuner type `ESFT` with PEFT.
 """
 
-from .registration import extend_peft_type, register
+from .versions import check_versions
+
+
+check_versions()  # before anything of PEFT or transformers is imported
+
+from .registration import extend_peft_type, register  # noqa: E402
 
 
 extend_peft_type()  # before the config, which names the new member

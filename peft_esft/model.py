@@ -51,29 +51,19 @@ LAYER_CLASSES: dict[ContainerKind, type[ESFTLayer]] = {
 class ESFTModel(BaseTuner):
     """Expert-Specialized Fine-Tuning (arXiv 2407.01906) of a mixture-of-experts model.
 
-    Args:
-        model (`torch.nn.Module`): The model to be adapted.
-        peft_config (`ESFTConfig`): The configuration of the adapter.
-        adapter_name (`str`): The name of the adapter, defaults to `"default"`.
-        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Create empty adapter weights on the meta device.
+    PEFT makes it: `get_peft_model` and `PeftModel.from_pretrained` put it between the `PeftModel` and the base.
 
-    Returns:
-        `torch.nn.Module`: The ESFT model.
+    Attributes:
+        model (torch.nn.Module): the base, its experts containers wrapped.
+        peft_config (dict[str, ESFTConfig]): the config of each adapter.
 
     Example:
-
-        ```py
         >>> import peft_esft
         >>> from peft import get_peft_model
         >>> from peft_esft import ESFTConfig
 
         >>> config = ESFTConfig(target_experts={0: [3, 7], 1: [12]}, task_type="CAUSAL_LM")
         >>> model = get_peft_model(model, config)
-        ```
-
-    **Attributes**:
-        - **model** (`torch.nn.Module`) -- The model to be adapted.
-        - **peft_config** (`dict[str, ESFTConfig]`): The configuration of each adapter.
     """
 
     prefix: str = PREFIX

@@ -12,9 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_esft import ESFTConfig, ESFTLayer, find_experts
 
@@ -181,6 +183,10 @@ def test_autocast_adapter_dtype(tmp_path):
         task_loss(model(input_ids=TOKENS)[0]).backward()
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers' own adapter methods ask for PEFT {MIN_PEFT_VERSION}",
+)
 def test_transformers_add_adapter(tmp_path):
     model = tiny_model("olmoe")
     model.add_adapter(config_for(model, init_weights=False), adapter_name="law")

@@ -25,11 +25,11 @@ def embedded():
 
 
 def test_the_readme_example_runs(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    exec(compile(code, "README.md", "exec"), namespace)
+    exec(compile("\n".join(code), "README.md", "exec"), namespace)
     saved = (tmp_path / "law" / "adapter_model.safetensors").stat().st_size
     rows = sum(
         len(ids) * 3 * 64 * 192 * 4 for ids in namespace["config"].target_experts.values()

@@ -1,4 +1,4 @@
-"""Draws the figures of docs/analysis.md, from the golden routing of the tests and from the embedded model.
+"""Draws figures of the docs as a report has them, from the golden routing of the tests and from the embedded model.
 
 python tools/draw_docs_figures.py
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from peft_esft import score_experts
 from peft_esft.analysis import dispersion, granularity, overlap
 from peft_esft.analysis.drawing import PRINT, Plot, render
-from peft_esft.analysis.figures import dispersion_plot, granularity_plot, overlap_plot
+from peft_esft.analysis.figures import dispersion_plot, granularity_plot, overlap_plot, shares_plot
 
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +43,9 @@ def main() -> None:
         for domain, windows in tasks.load_general().items()
     }
     save("overlap", overlap_plot(overlap(domains)))
+    verses = tasks.batches(tasks.load_task("verses", "train"), tokenizer)
+    scores = score_experts(model, verses, max_tokens=32_768, progress=False)
+    save("shares", shares_plot("verses", scores, "token", 0.2))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -91,7 +90,9 @@ class KeyMap:
             return None
         expert = None
         if pattern is not None and "*" in pattern:
-            renamed = apply_renamings(key, self._renamings)
+            renamed = key
+            for renaming in self._renamings:
+                renamed, _ = renaming.rename_source_key(renamed)
             match = re.search(pattern.replace("*.", r"(?P<expert>\d+)\.", 1), renamed)
             if match is None:
                 return None
