@@ -131,19 +131,9 @@ class ESFTLayer(AdapterWeights):
 
     def _forget_adapter(self, *adapter_names: str) -> None:
         """To be called whenever the rows of an adapter change."""
-        self._take_stored_rows(adapter_names)
         for name in adapter_names:
             self.bank.remove_adapter(name)
         self.forget_calls()
-
-    def _take_stored_rows(self, adapter_names: Sequence[str]) -> None:
-        """Gives adapters that are stored as rows a copy of those in the bank, where their place will be free."""
-        for weight_name, bank in self.bank.tensors.items():
-            buffers = self._tensors(f"{PREFIX}{weight_name}_rows")
-            for name in adapter_names:
-                if name in buffers and buffers[name].untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
-                    with torch.inference_mode(False), torch.no_grad():
-                        buffers[name] = buffers[name].clone()
 
     def weights_for(self, call: AdapterCall) -> tuple[dict[str, Tensor], bool]:
         """What the selected experts' weights are in a forward pass, `[n, ...]` by weight name.

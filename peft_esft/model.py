@@ -315,19 +315,6 @@ class ESFTModel(BaseTuner):
             module.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter, see `peft.tuners.tuners_utils.BaseTuner.delete_adapter`."""
-        active = [name for name in self.active_adapters if name != adapter_name]
-        super().delete_adapter(adapter_name)
-        active = active or list(self.peft_config)[:1]
-        # PEFT's layers choose the next active adapter each by itself, among those that they have.
-        for module in self._modules_with_adapters():
-            if isinstance(module, ESFTLayer) and module.active_adapters != active:
-                module.set_adapter(active)
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                set_adapter(module, active, layer_cls=ESFTLayer)
-        self.active_adapter = active
-
     def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
         is_disabled = any(layer.disable_adapters for layer in self._layers())
