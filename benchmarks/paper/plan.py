@@ -16,7 +16,7 @@ ABLATION = ("esft_non_expert", "non_expert")
 TOP_PS = (0.1, 0.4, 0.7)  # beside 0.2
 GROUP_SIZES = (1, 2, 4, 8)
 LONGER = 3  # times the steps: does more training change the picture?
-LASTING = ("full", "esft_token")  # what is trained longer
+LASTING = ("full", "esft_token")  # what is trained longer, and at a lower learning rate
 MORE = 0.4  # p of ESFT-Token with more experts and more steps
 
 
@@ -84,13 +84,14 @@ def plan(protocol: Protocol, store: Store) -> Iterator[Run]:
         yield from _grid(protocol, store, task, LASTING, longer)
     for task in first:
         yield from _grid(protocol, store, task, ("esft_token",), longer, MORE)
+        yield from (Run(task, "full", protocol.grid[0], 0, steps) for steps in (longer, protocol.steps))
     for task in protocol.continued[:1]:
         yield Run(task, "base")
         yield from _grid(protocol, store, task, CORE)
     for task in first:
-        yield from _seeds(protocol, store, task, FURTHER)
-    for task in first:
         yield from _grid(protocol, store, task, ABLATION)
+    for task in first:
+        yield from _seeds(protocol, store, task, FURTHER)
     for task in reversed(first):
         for top_p in TOP_PS:
             yield from _grid(protocol, store, task, ("esft_token",), top_p=top_p)
@@ -177,10 +178,11 @@ def _seeds(
 
 
 def _gentler(protocol: Protocol, store: Store, task: str) -> Iterator[Run]:
-    """Full fine-tuning below its chosen learning rate, where it forgets less."""
-    lr = gentler_lr(chosen_lr(store, task, "full", protocol.steps))
-    for seed in range(protocol.seeds if lr else 0):
-        yield Run(task, "full", lr, seed, protocol.steps)
+    """Below the chosen learning rate, where less is forgotten."""
+    for method in LASTING:
+        lr = gentler_lr(chosen_lr(store, task, method, protocol.steps))
+        for seed in range(protocol.seeds if lr else 0):
+            yield Run(task, method, lr, seed, protocol.steps)
 
 
 def _granularity(protocol: Protocol, store: Store, task: str, seed: int) -> Iterator[Run]:

@@ -18,7 +18,7 @@ DOMAIN = {
     "verses": "scripture", "signatures": "python", "sections": "russian",
     "scripture": "scripture", "russian": "russian",
 }  # fmt: skip  # French is not in the general text
-GENTLE = "full_gentle"  # full fine-tuning below its chosen learning rate
+GENTLE = {"full_gentle": "full", "esft_gentle": "esft_token"}  # methods below their chosen learning rate
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class Results:
 
     def lr(self, task: str, method: str, top_p: float | None = None) -> float | None:
         """The chosen learning rate; None before the neighbours of the best have been tried too."""
-        if method == GENTLE:
-            chosen = self.lr(task, "full")
+        if method in GENTLE:
+            chosen = self.lr(task, GENTLE[method], top_p)
             return None if chosen is None else gentler_lr(chosen)
         tried = {record["lr"] for record in self.grid(task, method, top_p)}
         if not tried:
@@ -114,7 +114,7 @@ class Results:
         """The runs at the chosen learning rate, one for each seed."""
         return self.store.select(
             task=task,
-            method="full" if method == GENTLE else method,
+            method=GENTLE.get(method, method),
             lr=self.lr(task, method, top_p),
             steps=self.steps,
             top_p=top_p,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import tasks
-from plan import ABLATION, CORE, FURTHER, GRID, GROUP_SIZES, LONGER, TOP_PS
+from plan import ABLATION, CORE, FURTHER, GRID, GROUP_SIZES, LONGER, MORE, TOP_PS
 from results import GENTLE, METRIC, Results, domain_loss, general_loss, general_right, metric, task_loss, value
 from store import Record
 
@@ -14,10 +14,11 @@ from store import Record
 NAMES = {
     "base": "base",
     "full": "full fine-tuning",
-    GENTLE: "full fine-tuning, a third of that lr",
+    "full_gentle": "full fine-tuning, a third of the lr",
     "lora_all": "LoRA r 8, everything",
     "lora_experts": "LoRA r 8, all experts",
     "esft_token": "ESFT-Token, p 0.2",
+    "esft_gentle": "ESFT-Token, p 0.2, a third of the lr",
     "esft_gate": "ESFT-Gate, p 0.1",
     "hot_lora": "LoRA r 8, ESFT-Token's experts",
     "random": "random experts, as many as ESFT-Token",
@@ -26,15 +27,17 @@ NAMES = {
 }
 SHORT = {
     "full": "full fine-tuning",
-    GENTLE: "full fine-tuning, gentler",
+    "full_gentle": "full fine-tuning, lr / 3",
     "lora_all": "LoRA, everything",
     "lora_experts": "LoRA, all experts",
     "esft_token": "ESFT-Token",
+    "esft_gentle": "ESFT-Token, lr / 3",
     "esft_gate": "ESFT-Gate",
     "hot_lora": "LoRA, ESFT's experts",
     "random": "random experts",
 }
-ORDER = [name for name in NAMES if name in {*CORE, *FURTHER, GENTLE}]
+ORDER = [name for name in NAMES if name in {*CORE, *FURTHER, *GENTLE}]
+ESFT = ("esft_token", "esft_gentle")
 MEASURE = {"exact": "exact answers, %", "tokens": "right next tokens, %"}
 SHARES = ["of full's gain", "of full's general loss added"]
 Timing = dict[str, dict[str, float]]
@@ -66,7 +69,7 @@ def main(results: Results, task: str, timing: Timing) -> str:
     for method in ORDER:
         records = results.finals(task, method)
         if records:
-            ratio = timing.get(task, {}).get("full" if method == GENTLE else method)
+            ratio = timing.get(task, {}).get(GENTLE.get(method, method))
             rows.append(
                 [
                     NAMES[method], *_quality(records), _experts(records[0]), f"{records[0]['trained_parameters']:,}",
@@ -220,20 +223,13 @@ def longer(results: Results, task: str) -> str:
     rows = []
     for steps in (results.steps, LONGER * results.steps):
         some = Results(results.store, steps)
-        for method in ("full", GENTLE, "esft_token"):
-            records = some.finals(task, method)
+        for method, p in [(name, p) for p in (None, MORE) for name in ("full", "full_gentle", *ESFT)]:
+            records = some.finals(task, method, top_p=p)
             if records and some.finals(task, "full"):
+                name = NAMES[method] if p is None else NAMES[method].replace("0.2", f"{p:g}")
                 shares = ["", ""] if method == "full" else _shares(some, task, records)
-                rows.append(
-                    [
-                        str(steps),
-                        NAMES[method],
-                        *_quality(records),
-                        *shares,
-                        f"{records[0]['lr']:g}",
-                        str(len(records)),
-                    ]
-                )
+                lr, seeds = f"{records[0]['lr']:g}", str(len(records))
+                rows.append([str(steps), name, *_quality(records), *shares, lr, seeds])
     header = ["steps", "method", *_quality_header(task), *SHARES, "lr", "seeds"]
     return markdown(header, rows) if any(row[0] != str(results.steps) for row in rows) else ""
 
