@@ -14,7 +14,7 @@ from tables import MEASURE, ORDER, SHORT
 
 Point = tuple[float, float]
 Marked = tuple[float, float, float, bool]  # general loss, metric, learning rate, whether that is the chosen one
-WIDEST = 3.0  # general loss above the base that is drawn
+WIDEST = 2.2  # general loss above the base that is drawn
 
 
 def all_plots(results: Results) -> list[Plot]:
@@ -133,7 +133,7 @@ def _draw_trade_off(axes: Any, style: Style, curves: Any, base: Point, label: st
             if mark:
                 axes.plot([x], [y], marker=marker, color=colour, markersize=8)
     axes.set(xlabel="general loss, nats per token", ylabel=label)
-    axes.set_xlim(None, min(axes.get_xlim()[1], base[0] + WIDEST))
+    axes.set_xlim(base[0] - 0.1, min(axes.get_xlim()[1], base[0] + WIDEST))
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 

@@ -90,15 +90,20 @@ def plan(protocol: Protocol, store: Store) -> Iterator[Run]:
         yield from _grid(protocol, store, task, CORE)
     for task in first:
         yield from _grid(protocol, store, task, ABLATION)
+    for task in protocol.continued[:1]:
+        yield from _seeds(protocol, store, task, CORE)
     for task in first:
         yield from _seeds(protocol, store, task, FURTHER)
+    for task in protocol.continued[1:]:
+        yield Run(task, "base")
+        yield from _grid(protocol, store, task, CORE)
     for task in reversed(first):
         for top_p in TOP_PS:
             yield from _grid(protocol, store, task, ("esft_token",), top_p=top_p)
-    for task in (*protocol.continued, *later):
+    for task in later:
         yield Run(task, "base")
         yield from _grid(protocol, store, task, CORE)
-    for task in protocol.continued:
+    for task in protocol.continued[1:]:
         yield from _seeds(protocol, store, task, CORE)
     for task in first:
         yield from _seeds(protocol, store, task, LASTING, longer)
