@@ -20,6 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*received no token in training"
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks" / "paper"), str(ROOT / "benchmarks"), str(ROOT / "examples" / "tiny_moe")]
 
+import continued  # noqa: E402
 import publish  # noqa: E402
 import reporting  # noqa: E402
 import run as runner  # noqa: E402
@@ -33,7 +34,7 @@ from training import Sizes, Workbench  # noqa: E402
 
 
 def few(number: int) -> dict[str, int]:
-    return dict.fromkeys(tasks.TASKS, number)
+    return dict.fromkeys(continued.ALL, number)
 
 
 TINY = Sizes(batch=few(2), validation=few(3), own=few(3), other=few(2), windows=1, scored=512)
@@ -50,7 +51,7 @@ def record(run: Run, *, validation=1.0, own=0.5, loss=1.0, general=3.0, experts=
     return {
         **asdict(run),
         "validation": {"loss": validation, "exact": own, "tokens": own},
-        "tasks": dict.fromkeys(tasks.TASKS, measured),
+        "tasks": dict.fromkeys(continued.ALL, measured),
         "general": {
             "scripture": {"loss": 9.0, "exact": 0.0, "tokens": 0.1},
             "german": {"loss": general, "exact": 0.0, "tokens": 0.4},
@@ -75,7 +76,7 @@ def finish(protocol: Protocol, store: Store, best: float = 1e-3) -> list[Run]:
 def test_a_second_start_skips_what_is_done(tmp_path, bench, monkeypatch):
     monkeypatch.setattr(runner, "Workbench", lambda sizes: bench)
     path = tmp_path / "deep" / "runs.jsonl"
-    protocol = Protocol(tasks=("verses",), repeated=0, steps=1, grid=(1e-3,), seeds=1)
+    protocol = Protocol(tasks=("verses",), repeated=0, continued=(), steps=1, grid=(1e-3,), seeds=1)
     assert runner.carry_out(protocol, TINY, Store(path), limit=2) == 2
     with path.open("a") as file:  # killed while it wrote
         file.write('{"task": "verses", "meth')
@@ -102,18 +103,27 @@ def test_the_grid_is_tried_until_the_neighbours_of_the_best_are_known(tmp_path, 
     tried = sorted({found.lr for found in runs if found.method == "full" and found.seed == 0})
     place = GRID.index(best)
     assert set(GRID[max(0, place - 1) : place + 2]) <= set(tried)
-    assert {found.lr for found in runs if found.seed > 0} == {best}
+    chosen, gentler = {best}, set(GRID[max(0, place - 1) : place])
+    assert {found.lr for found in runs if found.seed > 0 and found.method == "random"} == chosen
+    assert {found.lr for found in runs if found.seed > 0 and found.method == "full"} == chosen | gentler
     assert len(set(runs)) == len(runs)
     assert not finish(protocol, Store(store.path), best)
 
 
 def test_validation_examples_are_neither_trained_nor_measured_on(bench):
-    for task in tasks.TASKS:
+    for task in continued.ALL:
         training, validation = bench.split(task)
         assert len(validation) == 3 and len(training) == 1597
-        assert not set(validation) & {*training, *tasks.load_task(task, "eval")}
+        assert not set(validation) & {*training, *continued.load(task, "eval")}
     (batch,) = islice(bench.batches("verses", seed=0), 1)
     assert batch["input_ids"].shape[0] == 2
+
+
+def test_continued_text_is_that_of_the_prompts():
+    for task, source in continued.CONTINUED.items():
+        pairs = zip(continued.load(task, "train"), tasks.load_task(source, "train"), strict=True)
+        for (prompt, text), (asked, _) in pairs:
+            assert prompt == "" and text and asked.startswith(text) and set(asked[len(text) :]) <= set(":\n→ ")
 
 
 def changed(bench, method: str, choice: Choice) -> tuple[torch.nn.Module, set[str]]:
@@ -199,10 +209,13 @@ def test_tables_say_what_was_measured(tmp_path):
     assert results.lr("verses", "full") == 1e-3 and results.lr("verses", "random") is None
     found = all_tables(results, {"verses": {"full": 1.0, "esft_token": 0.55}})
     rows = [line.strip("| ").split(" | ") for line in found["main_verses"].splitlines()]
-    assert [row[0] for row in rows[2:]] == ["base", "full fine-tuning", "ESFT-Token, p 0.2"]
+    full, esft = "full fine-tuning", "ESFT-Token, p 0.2"
+    gentler = [f"{name}, a third of the lr" for name in (full, esft)]
+    assert [row[0] for row in rows[2:]] == ["base", full, gentler[0], esft, gentler[1]]
     # General text without the task's own domain, scripture; mean and standard deviation of two seeds.
     assert rows[3][1:4] == ["55.0 ± 7.1", "1.000 ± 0.000", "7.500 ± 0.707"]
-    assert rows[4][1:] == ["40.0", "1.000", "4.000", "40.0", "3.5", "10", "0.00", "0.55", "0.001", "1"]
+    assert rows[4][-3:] == ["1.00", "0.0003", "1"]
+    assert rows[5][1:] == ["40.0", "1.000", "4.000", "40.0", "3.5", "10", "0.00", "0.55", "0.001", "1"]
     assert "**0.700 · 40.0 · 4.00**" in found["grid_verses"]
     # Without all of the methods nothing is compared with full fine-tuning.
     assert found["summary"] == found["granularity_verses"] == ""

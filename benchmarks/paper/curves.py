@@ -7,13 +7,14 @@ from typing import Any
 
 from peft_esft.analysis.drawing import MARKERS, Plot, Style, heat_map, write_in_cells
 
-from plan import GROUP_SIZES
+from plan import GROUP_SIZES, LASTING, LONGER, MORE
 from results import METRIC, Results, Value, domain_loss, general_loss, metric, value
 from tables import MEASURE, ORDER, SHORT
 
 
 Point = tuple[float, float]
-WIDEST = 3.0  # general loss above the base that is drawn
+Marked = tuple[float, float, float, bool]  # general loss, metric, learning rate, whether that is the chosen one
+WIDEST = 2.2  # general loss above the base that is drawn
 
 
 def all_plots(results: Results) -> list[Plot]:
@@ -21,27 +22,49 @@ def all_plots(results: Results) -> list[Plot]:
     plots = []
     for task in results.tasks():
         plots += [trade_off(results, task), forgotten(results, task)]
-        coarse = granularity(results, task)
-        plots += [] if coarse is None else [coarse]
+        plots += [plot for plot in (longer(results, task), granularity(results, task)) if plot]
     return plots
 
 
 def trade_off(results: Results, task: str) -> Plot:
     """Task metric against general loss, along the grid of learning rates."""
-    curves = {}
-    for method in ORDER:
-        runs = [record for record in results.grid(task, method) if record["validation"]["loss"] is not None]
-        if runs:
-            chosen = results.lr(task, method)
-            curves[method] = [(general_loss(run), metric(run), run["lr"], run["lr"] == chosen) for run in runs]
+    curves = {SHORT[method]: _curve(results, task, method) for method in ORDER}
+    return _trade_off(results, task, curves, "findings_trade_off", "what is learnt and what it costs elsewhere")
+
+
+def longer(results: Results, task: str) -> Plot | None:
+    """The same for full fine-tuning and ESFT-Token, and with more steps and experts."""
+    more = Results(results.store, LONGER * results.steps)
+    curves = {
+        f"{SHORT[method]}, {some.steps} steps": _curve(some, task, method)
+        for method in LASTING
+        for some in (results, more)
+    }
+    curves[f"{SHORT['esft_token']}, p {MORE:g}, {more.steps} steps"] = _curve(more, task, "esft_token", MORE)
+    if not all(curves.values()):
+        return None
+    return _trade_off(results, task, curves, "findings_longer", "with more steps and more experts")
+
+
+def _curve(results: Results, task: str, method: str, top_p: float | None = None) -> list[Marked]:
+    chosen = results.lr(task, method, top_p)
+    return [
+        (general_loss(run), metric(run), run["lr"], run["lr"] == chosen)
+        for run in results.grid(task, method, top_p)
+        if run["validation"]["loss"] is not None
+    ]
+
+
+def _trade_off(results: Results, task: str, curves: dict[str, list[Marked]], name: str, title: str) -> Plot:
     base = results.base(task)
+    curves = {label: runs for label, runs in curves.items() if runs}
     return Plot(
-        name=f"findings_trade_off_{task}",
-        title=f"{task}: what is learnt and what it costs elsewhere",
+        name=f"{name}_{task}",
+        title=f"{task}: {title}",
         caption="Each line is a method, each mark a learning rate of the grid (seed 0), the filled one that of the "
         "least validation loss. Better is up and left. The cross is the base.",
         header=("method", "lr", "general_loss", MEASURE[METRIC[task]], "chosen"),
-        rows=[(name, lr, x, y, int(mark)) for name, runs in curves.items() for x, y, lr, mark in runs],
+        rows=[(label, lr, x, y, int(mark)) for label, runs in curves.items() for x, y, lr, mark in runs],
         draw=partial(
             _draw_trade_off, curves=curves, base=(general_loss(base), metric(base)), label=MEASURE[METRIC[task]]
         ),
@@ -101,16 +124,16 @@ def granularity(results: Results, task: str) -> Plot | None:
 def _draw_trade_off(axes: Any, style: Style, curves: Any, base: Point, label: str) -> None:
     axes.plot(*base, "x", color=style.ink, markersize=8, label="base")
     looks = zip((*style.series, style.muted), (*MARKERS, "X"), curves.items(), strict=False)
-    for colour, marker, (method, runs) in looks:
+    for colour, marker, (name, runs) in looks:
         axes.plot(
             [x for x, *_ in runs], [y for _, y, *_ in runs], marker=marker, color=colour,
-            markerfacecolor=style.ground if style.ground != "none" else "white", linewidth=1.2, label=SHORT[method],
+            markerfacecolor=style.ground if style.ground != "none" else "white", linewidth=1.2, label=name,
         )  # fmt: skip
         for x, y, _, mark in runs:
             if mark:
                 axes.plot([x], [y], marker=marker, color=colour, markersize=8)
     axes.set(xlabel="general loss, nats per token", ylabel=label)
-    axes.set_xlim(None, min(axes.get_xlim()[1], base[0] + WIDEST))
+    axes.set_xlim(base[0] - 0.1, min(axes.get_xlim()[1], base[0] + WIDEST))
     axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from continued import CONTINUED
 from store import Store
 
 
@@ -15,6 +16,8 @@ ABLATION = ("esft_non_expert", "non_expert")
 TOP_PS = (0.1, 0.4, 0.7)  # beside 0.2
 GROUP_SIZES = (1, 2, 4, 8)
 LONGER = 3  # times the steps: does more training change the picture?
+LASTING = ("full", "esft_token")  # what is trained longer, and at a lower learning rate
+MORE = 0.4  # p of ESFT-Token with more experts and more steps
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,9 @@ class Protocol:
     """The sizes of the comparison.
 
     Attributes:
-        tasks: in order; the first `repeated` ones get all seeds and the further experiments.
+        tasks: in order; the first `repeated` ones get the further experiments.
         repeated: see above.
+        continued: tasks of plain text of domains that the base has seen.
         steps: of every run.
         grid: learning rates that every method is tried with, on seed 0.
         seeds: number of seeds at the chosen learning rate.
@@ -54,6 +58,7 @@ class Protocol:
 
     tasks: tuple[str, ...] = ("verses", "french", "signatures", "sections")
     repeated: int = 2
+    continued: tuple[str, ...] = tuple(CONTINUED)
     steps: int = 100
     grid: tuple[float, ...] = GRID
     seeds: int = 3
@@ -63,6 +68,7 @@ def plan(protocol: Protocol, store: Store) -> Iterator[Run]:
     """The runs in order. Learning rates that earlier runs decide are looked up when they are reached."""
     first = protocol.tasks[: protocol.repeated]
     later = protocol.tasks[protocol.repeated :]
+    longer = LONGER * protocol.steps
     for task in first:
         yield Run(task, "base")
         yield from _grid(protocol, store, task, CORE)
@@ -70,31 +76,51 @@ def plan(protocol: Protocol, store: Store) -> Iterator[Run]:
         yield from _seeds(protocol, store, task, CORE)
     for task in first:
         yield from _grid(protocol, store, task, FURTHER)
-    for part in (_granularity, _top_p):
-        for task in first:
-            yield from part(protocol, store, task, seed=0)
+    for task in first:
+        yield from _granularity(protocol, store, task, seed=0)
+    for task in first:
+        yield from _gentler(protocol, store, task)
+    for task in first:
+        yield from _grid(protocol, store, task, LASTING, longer)
+    for task in first:
+        yield from _grid(protocol, store, task, ("esft_token",), longer, MORE)
+        yield from (Run(task, "full", protocol.grid[0], 0, steps) for steps in (longer, protocol.steps))
+    for task in protocol.continued[:1]:
+        yield Run(task, "base")
+        yield from _grid(protocol, store, task, CORE)
     for task in first:
         yield from _grid(protocol, store, task, ABLATION)
-    for task in first:
-        yield from _gentler(protocol, task)
-        yield from _longer(protocol, store, task)
+    for task in protocol.continued[:1]:
+        yield from _seeds(protocol, store, task, CORE)
     for task in first:
         yield from _seeds(protocol, store, task, FURTHER)
+    for task in protocol.continued[1:]:
+        yield Run(task, "base")
+        yield from _grid(protocol, store, task, CORE)
+    for task in reversed(first):
+        for top_p in TOP_PS:
+            yield from _grid(protocol, store, task, ("esft_token",), top_p=top_p)
     for task in later:
         yield Run(task, "base")
         yield from _grid(protocol, store, task, CORE)
+    for task in protocol.continued[1:]:
+        yield from _seeds(protocol, store, task, CORE)
     for task in first:
-        for seed in range(1, protocol.seeds):
+        yield from _seeds(protocol, store, task, LASTING, longer)
+    for seed in range(1, protocol.seeds):
+        for task in reversed(first):
             yield from _granularity(protocol, store, task, seed)
-            yield from _top_p(protocol, store, task, seed)
+    for task in first:
         yield from _seeds(protocol, store, task, ABLATION)
+        for top_p in TOP_PS:
+            yield from _seeds(protocol, store, task, ("esft_token",), top_p=top_p)
     for task in later:
         yield from _seeds(protocol, store, task, CORE)
         yield from _grid(protocol, store, task, FURTHER)
         yield from _seeds(protocol, store, task, FURTHER)
 
 
-def chosen_lr(store: Store, task: str, method: str, steps: int) -> float:
+def chosen_lr(store: Store, task: str, method: str, steps: int, top_p: float | None = None) -> float:
     """The learning rate of the least validation loss of the grid's runs.
 
     Raises:
@@ -102,7 +128,7 @@ def chosen_lr(store: Store, task: str, method: str, steps: int) -> float:
     """
     losses = {
         record["lr"]: loss
-        for record in store.select(task=task, method=method, seed=0, steps=steps, top_p=None, group_size=None)
+        for record in store.select(task=task, method=method, seed=0, steps=steps, top_p=top_p, group_size=None)
         if (loss := record["validation"]["loss"]) is not None
     }
     if not losses:
@@ -110,16 +136,30 @@ def chosen_lr(store: Store, task: str, method: str, steps: int) -> float:
     return min(losses, key=lambda lr: losses[lr])
 
 
-def _grid(protocol: Protocol, store: Store, task: str, methods: tuple[str, ...]) -> Iterator[Run]:
+def gentler_lr(lr: float) -> float | None:
+    """The next lower learning rate of the grid; None for the lowest."""
+    place = GRID.index(lr)
+    return GRID[place - 1] if place else None
+
+
+def _grid(
+    protocol: Protocol,
+    store: Store,
+    task: str,
+    methods: tuple[str, ...],
+    steps: int | None = None,
+    top_p: float | None = None,
+) -> Iterator[Run]:
     """From the middle of the grid towards the side where the validation loss falls, as long as it does."""
     grid = protocol.grid
+    steps = steps or protocol.steps
     for method in methods:
         low = (len(grid) - 1) // 2
         high = min(low + 1, len(grid) - 1)
         while True:
             for lr in grid[low : high + 1]:
-                yield Run(task, method, lr, 0, protocol.steps)
-            best = grid.index(chosen_lr(store, task, method, protocol.steps))
+                yield Run(task, method, lr, 0, steps, top_p)
+            best = grid.index(chosen_lr(store, task, method, steps, top_p))
             if best <= low and low > 0:
                 low -= 1
             elif best >= high and high < len(grid) - 1:
@@ -128,16 +168,26 @@ def _grid(protocol: Protocol, store: Store, task: str, methods: tuple[str, ...])
                 break
 
 
-def _seeds(protocol: Protocol, store: Store, task: str, methods: tuple[str, ...]) -> Iterator[Run]:
+def _seeds(
+    protocol: Protocol,
+    store: Store,
+    task: str,
+    methods: tuple[str, ...],
+    steps: int | None = None,
+    top_p: float | None = None,
+) -> Iterator[Run]:
+    steps = steps or protocol.steps
     for seed in range(1, protocol.seeds):
         for method in methods:
-            yield Run(task, method, chosen_lr(store, task, method, protocol.steps), seed, protocol.steps)
+            yield Run(task, method, chosen_lr(store, task, method, steps, top_p), seed, steps, top_p)
 
 
-def _top_p(protocol: Protocol, store: Store, task: str, seed: int) -> Iterator[Run]:
-    lr = chosen_lr(store, task, "esft_token", protocol.steps)
-    for top_p in TOP_PS:
-        yield Run(task, "esft_token", lr, seed, protocol.steps, top_p=top_p)
+def _gentler(protocol: Protocol, store: Store, task: str) -> Iterator[Run]:
+    """Below the chosen learning rate, where less is forgotten."""
+    for method in LASTING:
+        lr = gentler_lr(chosen_lr(store, task, method, protocol.steps))
+        for seed in range(protocol.seeds if lr else 0):
+            yield Run(task, method, lr, seed, protocol.steps)
 
 
 def _granularity(protocol: Protocol, store: Store, task: str, seed: int) -> Iterator[Run]:
@@ -147,15 +197,3 @@ def _granularity(protocol: Protocol, store: Store, task: str, seed: int) -> Iter
         for method in ("full", "esft_token"):
             lr = chosen_lr(store, task, method, protocol.steps)
             yield Run(task, method, lr, seed, protocol.steps, group_size=size)
-
-
-def _gentler(protocol: Protocol, task: str) -> Iterator[Run]:
-    """The low end of the grid, where little is forgotten, for the two methods that the paper is about."""
-    for method in ("full", "esft_token"):
-        for lr in protocol.grid[:2]:
-            yield Run(task, method, lr, 0, protocol.steps)
-
-
-def _longer(protocol: Protocol, store: Store, task: str) -> Iterator[Run]:
-    for method in ("full", "esft_token"):
-        yield Run(task, method, chosen_lr(store, task, method, protocol.steps), 0, LONGER * protocol.steps)

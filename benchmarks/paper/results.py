@@ -6,12 +6,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from plan import GRID, chosen_lr
+from plan import GRID, chosen_lr, gentler_lr
 from store import Record, Store
 
 
-METRIC = {"verses": "exact", "signatures": "exact", "sections": "exact", "french": "tokens"}
-DOMAIN = {"verses": "scripture", "signatures": "python", "sections": "russian"}  # French is not in the general text
+METRIC = {
+    "verses": "exact", "signatures": "exact", "sections": "exact",
+    "french": "tokens", "scripture": "tokens", "russian": "tokens",
+}  # fmt: skip
+DOMAIN = {
+    "verses": "scripture", "signatures": "python", "sections": "russian",
+    "scripture": "scripture", "russian": "russian",
+}  # fmt: skip  # French is not in the general text
+GENTLE = {"full_gentle": "full", "esft_gentle": "esft_token"}  # methods below their chosen learning rate
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,20 @@ class Results:
         (record,) = self.store.select(task=task, method="base", group_size=group_size)
         return record
 
-    def grid(self, task: str, method: str) -> list[Record]:
+    def grid(self, task: str, method: str, top_p: float | None = None) -> list[Record]:
         """The runs that the learning rate was chosen by, in order of it."""
-        found = self.store.select(task=task, method=method, seed=0, steps=self.steps, top_p=None, group_size=None)
+        found = self.store.select(task=task, method=method, seed=0, steps=self.steps, top_p=top_p, group_size=None)
         return sorted(found, key=lambda record: record["lr"])
 
-    def lr(self, task: str, method: str) -> float | None:
+    def lr(self, task: str, method: str, top_p: float | None = None) -> float | None:
         """The chosen learning rate; None before the neighbours of the best have been tried too."""
-        tried = {record["lr"] for record in self.grid(task, method)}
+        if method in GENTLE:
+            chosen = self.lr(task, GENTLE[method], top_p)
+            return None if chosen is None else gentler_lr(chosen)
+        tried = {record["lr"] for record in self.grid(task, method, top_p)}
         if not tried:
             return None
-        best = chosen_lr(self.store, task, method, self.steps)
+        best = chosen_lr(self.store, task, method, self.steps, top_p)
         place = GRID.index(best)
         return best if set(GRID[max(0, place - 1) : place + 2]) <= tried else None
 
@@ -104,8 +114,8 @@ class Results:
         """The runs at the chosen learning rate, one for each seed."""
         return self.store.select(
             task=task,
-            method=method,
-            lr=self.lr(task, method),
+            method=GENTLE.get(method, method),
+            lr=self.lr(task, method, top_p),
             steps=self.steps,
             top_p=top_p,
             group_size=group_size,

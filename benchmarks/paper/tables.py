@@ -6,17 +6,19 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import tasks
-from plan import ABLATION, CORE, FURTHER, GRID, GROUP_SIZES, LONGER, TOP_PS
-from results import METRIC, Results, domain_loss, general_loss, general_right, metric, task_loss, value
+from plan import ABLATION, CORE, FURTHER, GRID, GROUP_SIZES, LONGER, MORE, TOP_PS
+from results import GENTLE, METRIC, Results, domain_loss, general_loss, general_right, metric, task_loss, value
 from store import Record
 
 
 NAMES = {
     "base": "base",
     "full": "full fine-tuning",
+    "full_gentle": "full fine-tuning, a third of the lr",
     "lora_all": "LoRA r 8, everything",
     "lora_experts": "LoRA r 8, all experts",
     "esft_token": "ESFT-Token, p 0.2",
+    "esft_gentle": "ESFT-Token, p 0.2, a third of the lr",
     "esft_gate": "ESFT-Gate, p 0.1",
     "hot_lora": "LoRA r 8, ESFT-Token's experts",
     "random": "random experts, as many as ESFT-Token",
@@ -25,15 +27,19 @@ NAMES = {
 }
 SHORT = {
     "full": "full fine-tuning",
+    "full_gentle": "full fine-tuning, lr / 3",
     "lora_all": "LoRA, everything",
     "lora_experts": "LoRA, all experts",
     "esft_token": "ESFT-Token",
+    "esft_gentle": "ESFT-Token, lr / 3",
     "esft_gate": "ESFT-Gate",
     "hot_lora": "LoRA, ESFT's experts",
     "random": "random experts",
 }
-ORDER = [name for name in NAMES if name in {*CORE, *FURTHER}]
+ORDER = [name for name in NAMES if name in {*CORE, *FURTHER, *GENTLE}]
+ESFT = ("esft_token", "esft_gentle")
 MEASURE = {"exact": "exact answers, %", "tokens": "right next tokens, %"}
+SHARES = ["of full's gain", "of full's general loss added"]
 Timing = dict[str, dict[str, float]]
 
 
@@ -63,7 +69,7 @@ def main(results: Results, task: str, timing: Timing) -> str:
     for method in ORDER:
         records = results.finals(task, method)
         if records:
-            ratio = timing.get(task, {}).get(method)
+            ratio = timing.get(task, {}).get(GENTLE.get(method, method))
             rows.append(
                 [
                     NAMES[method], *_quality(records), _experts(records[0]), f"{records[0]['trained_parameters']:,}",
@@ -75,17 +81,19 @@ def main(results: Results, task: str, timing: Timing) -> str:
 
 
 def summary(results: Results) -> str:
-    """Of what full fine-tuning gains and loses, how much the others do; mean over the tasks."""
+    """Of what full fine-tuning gains and loses, how much the others do: metric, loss, general loss."""
     names = [task for task in results.tasks() if all(results.finals(task, method) for method in CORE)]
-    header = ["of full fine-tuning's, %"]
-    header += [f"{task}: {what}" for task in names for what in ("metric gained", "loss gained", "general loss added")]
     rows = []
     for method in ORDER:
-        if method == "full" or not all(results.finals(task, method) for task in names):
-            continue
-        shares = [share for task in names for share in shares_of_full(results, task, method)]
-        rows.append([NAMES[method], *(f"{100 * share:.0f}" for share in shares)])
-    return markdown(header, rows) if names else ""
+        if method != "full":
+            cells = [
+                " · ".join(f"{100 * share:.0f}" for share in shares_of_full(results, task, method))
+                if results.finals(task, method)
+                else ""
+                for task in names
+            ]
+            rows.append([NAMES[method], *cells])
+    return markdown(["of full fine-tuning's, %", *names], rows) if names else ""
 
 
 def shares_of_full(results: Results, task: str, method: str) -> tuple[float, float, float]:
@@ -93,6 +101,12 @@ def shares_of_full(results: Results, task: str, method: str) -> tuple[float, flo
     base, full, own = results.base(task), results.finals(task, "full"), results.finals(task, method)
     gained, learnt, added = (_share(base, full, own, measure) for measure in (metric, task_loss, general_loss))
     return gained, learnt, added
+
+
+def _shares(results: Results, task: str, own: Sequence[Record]) -> list[str]:
+    """The same as cells, of metric and general loss."""
+    base, full = results.base(task), results.finals(task, "full")
+    return [f"{100 * _share(base, full, own, measure):.0f} %" for measure in (metric, general_loss)]
 
 
 def _share(base: Record, full: Sequence[Record], own: Sequence[Record], measure: Callable[[Record], float]) -> float:
@@ -162,7 +176,7 @@ def what_is_trained(results: Results, task: str) -> str:
 
 
 def top_p(results: Results, task: str) -> str:
-    """More and fewer experts, at ESFT-Token's learning rate."""
+    """More and fewer experts."""
     rows = []
     for p in sorted((*TOP_PS, 0.2)):
         records = results.finals(task, "esft_token", top_p=None if p == 0.2 else p)
@@ -170,10 +184,10 @@ def top_p(results: Results, task: str) -> str:
             rows.append(
                 [
                     f"{p:g}", _experts(records[0]), f"{records[0]['trained_parameters']:,}", *_quality(records),
-                    str(len(records)),
+                    *_shares(results, task, records), f"{records[0]['lr']:g}", str(len(records)),
                 ]
             )  # fmt: skip
-    header = ["p", "experts a layer", "trained parameters", *_quality_header(task), "seeds"]
+    header = ["p", "experts a layer", "trained parameters", *_quality_header(task), *SHARES, "lr", "seeds"]
     return markdown(header, rows) if len(rows) > 1 else ""
 
 
@@ -185,30 +199,39 @@ def granularity(results: Results, task: str) -> str:
         if not all(runs.values()):
             continue
         base = results.base(task, size)
-        gained, added = (_share(base, runs["full"], runs["esft_token"], measure) for measure in (metric, general_loss))
+        shares = [
+            f"{100 * _share(base, runs['full'], runs['esft_token'], measure):.0f} %"
+            for measure in (metric, general_loss)
+        ]
         rows.append([f"{size}", "base", *_quality([base]), "", "", "", ""])
         rows.append(["", "full fine-tuning", *_quality(runs["full"]), "", "", "", str(len(runs["full"]))])
-        shares = [f"{100 * share:.0f} %" for share in (gained, added)]
         esft = runs["esft_token"]
         rows.append(["", "ESFT-Token", *_quality(esft), _experts(esft[0]), *shares, str(len(esft))])
     header = [
-        "group size", "method", *_quality_header(task), "experts a layer", "of full's gain",
-        "of full's general loss added", "seeds",
-    ]  # fmt: skip
+        "group size",
+        "method",
+        *_quality_header(task),
+        "experts a layer",
+        *SHARES,
+        "seeds",
+    ]
     return markdown(header, rows) if rows else ""
 
 
 def longer(results: Results, task: str) -> str:
-    """The same seed and learning rate with more steps."""
+    """Full fine-tuning and ESFT-Token with more steps; the learning rate is chosen again."""
     rows = []
-    for method in ("full", "esft_token"):
-        for steps in (results.steps, LONGER * results.steps):
-            records = results.store.select(
-                task=task, method=method, seed=0, lr=results.lr(task, method), steps=steps, top_p=None, group_size=None
-            )
-            if records:
-                rows.append([NAMES[method], str(steps), *_quality(records)])
-    return markdown(["method", "steps", *_quality_header(task)], rows) if len(rows) > 2 else ""
+    for steps in (results.steps, LONGER * results.steps):
+        some = Results(results.store, steps)
+        for method, p in [(name, p) for p in (None, MORE) for name in ("full", "full_gentle", *ESFT)]:
+            records = some.finals(task, method, top_p=p)
+            if records and some.finals(task, "full"):
+                name = NAMES[method] if p is None else NAMES[method].replace("0.2", f"{p:g}")
+                shares = ["", ""] if method == "full" else _shares(some, task, records)
+                lr, seeds = f"{records[0]['lr']:g}", str(len(records))
+                rows.append([str(steps), name, *_quality(records), *shares, lr, seeds])
+    header = ["steps", "method", *_quality_header(task), *SHARES, "lr", "seeds"]
+    return markdown(header, rows) if any(row[0] != str(results.steps) for row in rows) else ""
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -19,6 +19,7 @@ from peft_esft import ExpertScores, score_experts
 from peft_esft.analysis import co_occurrence, coarse_routing, group_experts
 
 import tasks
+from continued import load
 from methods import METHODS, Choice, trained_experts
 from plan import Run
 from store import Record
@@ -40,12 +41,35 @@ class Sizes:
         scored: tokens that experts are chosen by.
     """
 
-    batch: dict[str, int] = field(default_factory=lambda: {"verses": 16, "french": 8, "signatures": 16, "sections": 8})
+    batch: dict[str, int] = field(
+        default_factory=lambda: {
+            "verses": 16,
+            "french": 8,
+            "signatures": 16,
+            "sections": 8,
+            "scripture": 16,
+            "russian": 8,
+        }
+    )
     validation: dict[str, int] = field(
-        default_factory=lambda: {"verses": 200, "french": 60, "signatures": 100, "sections": 100}
+        default_factory=lambda: {
+            "verses": 200,
+            "french": 60,
+            "signatures": 100,
+            "sections": 100,
+            "scripture": 200,
+            "russian": 100,
+        }
     )
     own: dict[str, int] = field(
-        default_factory=lambda: {"verses": 200, "french": 100, "signatures": 200, "sections": 200}
+        default_factory=lambda: {
+            "verses": 200,
+            "french": 100,
+            "signatures": 200,
+            "sections": 200,
+            "scripture": 200,
+            "russian": 200,
+        }
     )
     other: dict[str, int] = field(
         default_factory=lambda: {"verses": 100, "french": 30, "signatures": 60, "sections": 60}
@@ -72,7 +96,7 @@ class Workbench:
 
     def split(self, task: str) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         """Examples to train on and to choose the learning rate by, both of the training split."""
-        examples = tasks.load_task(task, "train")
+        examples = load(task, "train")
         return examples[self.sizes.validation[task] :], examples[: self.sizes.validation[task]]
 
     def coarse(self, model: nn.Module, size: int | None) -> AbstractContextManager[None]:
@@ -124,9 +148,9 @@ class Workbench:
     def _measure(self, model: nn.Module, run: Run) -> Record:
         _, validation = self.split(run.task)
         measured = {}
-        for task in tasks.TASKS:
+        for task in dict.fromkeys((*tasks.TASKS, run.task)):
             count = (self.sizes.own if task == run.task else self.sizes.other)[task]
-            measured[task] = self._evaluate(model, tasks.load_task(task, "eval")[:count])
+            measured[task] = self._evaluate(model, load(task, "eval")[:count])
         return {
             "validation": self._evaluate(model, validation),
             "tasks": measured,
