@@ -39,6 +39,7 @@ bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/roofline.py
 	$(RUN) benchmarks/merging.py
 	$(RUN) benchmarks/compact.py
+	$(RUN) benchmarks/scaling.py
 
 paper: $(VENV)/.installed ## the paper's comparison on the embedded model: some hours, may be stopped and started again
 	$(RUN) benchmarks/paper/run.py

@@ -6,6 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
+
+from .token_streams import IGNORED_LABEL
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +54,36 @@ def text_batches(
             )
         padded = tokenizer.pad({"input_ids": encoded}, return_tensors="pt", padding=tokenizer.pad_token_id is not None)
         yield dict(padded)
+
+
+def batch_size_of(inputs: Mapping[str, Any]) -> int:
+    """The number of samples in a batch."""
+    for value in inputs.values():
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape[0]
+    raise ValueError(f"a batch holds no tensor, only {sorted(inputs)}")
+
+
+def with_decoder_inputs(inputs: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
+    """Decoder inputs made from the labels where there are none, as the model itself does in training."""
+    if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
+        return inputs
+    if inputs.get("labels") is None or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise ValueError(f"a batch for an encoder-decoder model needs decoder_input_ids; it has {sorted(inputs)}")
+    labels = inputs["labels"]
+    counts = (labels != IGNORED_LABEL).long()
+    decoder_inputs = model.prepare_decoder_input_ids_from_labels(labels)
+    return {"decoder_attention_mask": counts, **inputs, "decoder_input_ids": decoder_inputs}
+
+
+def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A batch without its labels, where the model's first parameters are."""
+    device = next(model.parameters()).device
+    return {
+        name: value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
+        for name, value in inputs.items()
+        if name != "labels"
+    }
 
 
 def _as_text(row: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:

@@ -17,6 +17,7 @@ from .containers import find_experts
 from .interchange.adapter import AdapterFolder, read_config
 from .interchange.base import empty_model
 from .interchange_cli import add_commands
+from .planning import ModelSizes, Setup, format_plan, plan, recommended
 from .preview import format_previews, preview_selections
 from .scores import ExpertScores
 from .scoring import score_experts
@@ -101,7 +102,19 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--share", type=float, default=0.2, help="share that titles speak of (default: %(default)s)")
     report.add_argument("--title", help="of the page")
 
-    for command in (score, select, inspect, report, *add_commands(commands)):
+    planning = commands.add_parser("plan", help="memory and communication of training a model on some GPUs")
+    planning.set_defaults(command=_plan)
+    planning.add_argument("model", help="folder or Hub name of a model, or a config.json; no weights are read")
+    planning.add_argument("--gpus", required=True, help="NUMBERxMEMORY, for example 8x80GB")
+    planning.add_argument(
+        "--tokens", type=int, default=4096, help="on one GPU, in a forward pass (default: %(default)s)"
+    )
+    planning.add_argument(
+        "--share", type=float, default=0.1, help="of the routed experts that ESFT trains (default: %(default)s)"
+    )
+    planning.add_argument("--rank", type=int, default=16, help="of LoRA, for comparison (default: %(default)s)")
+
+    for command in (score, select, inspect, report, planning, *add_commands(commands)):
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     return parser
 
@@ -166,6 +179,20 @@ def _inspect(options: argparse.Namespace) -> tuple[Any, str]:
         for path, c in containers.items()
     ]
     return record, "\n".join(lines)
+
+
+def _plan(options: argparse.Namespace) -> tuple[Any, str]:
+    setup = Setup.parse(options.gpus, tokens=options.tokens, share=options.share, rank=options.rank)
+    sizes = ModelSizes.of(empty_model(options.model))
+    estimates = plan(sizes, setup)
+    best = recommended(estimates, setup)
+    record = {
+        "model": asdict(sizes),
+        "setup": asdict(setup),
+        "estimates": [asdict(e) | {"total": e.total, "fits": e.fits(setup)} for e in estimates],
+        "recommended": best.engine if best else None,
+    }
+    return record, format_plan(options.model, sizes, setup, estimates)
 
 
 def _report(options: argparse.Namespace) -> tuple[Any, str]:

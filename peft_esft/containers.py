@@ -24,7 +24,7 @@ from .architectures import (
     KnownContainer,
 )
 from .routing import RoutingSource, read_router_result
-from .weights import ExpertWeight, ListedWeight, StackedWeight
+from .weights import ExpertWeight, ListedWeight, StackedWeight, whole_shape
 
 
 ContainerKind = Literal["fused", "listed", "stacked", "module"]
@@ -264,7 +264,7 @@ def _describe_fused(place: Place, layout: ExpertsLayout) -> ExpertsContainer:
     names = [up_proj, "down_proj"]
     if layout.has_bias:
         names += [f"{up_proj}_bias", "down_proj_bias"]
-    num_experts = place.module.down_proj.shape[0]
+    num_experts = whole_shape(place.module.down_proj)[0]
     return ExpertsContainer(
         places=(place,),
         kind="fused",
@@ -315,7 +315,7 @@ def _describe_whole(place: Place) -> ExpertsContainer:
 
 
 def _fused_layout(module: Any) -> ExpertsLayout | None:
-    if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or module.down_proj.dim() != 3:
+    if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or len(whole_shape(module.down_proj)) != 3:
         return None
     if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")):
         return UNFLAGGED_LAYOUTS.get(type(module).__name__)

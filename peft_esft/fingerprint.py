@@ -13,6 +13,7 @@ from torch import Tensor
 from .architectures import READABLE_DTYPES
 from .card import is_hub_name
 from .containers import ExpertsContainer
+from .weights import is_spread
 
 
 EXPERTS, VALUES = 4, 1024  # of each container and each weight of an expert
@@ -41,12 +42,15 @@ def record_base(
 def fingerprint_container(container: ExpertsContainer, expert_ids: list[int]) -> str | None:
     """The fingerprint of some experts' rows; None if they cannot be read here (meta, sharded, merged)."""
     parameters = container.parameters()
-    if getattr(container.wrapper_or_module, "merged", False) or any(
-        p.device.type == "meta" or type(p.data) is not Tensor or p.dtype not in READABLE_DTYPES for p in parameters
-    ):
+    if getattr(container.wrapper_or_module, "merged", False) or not all(map(_is_readable, parameters)):
         return None
     ids = expert_ids[:EXPERTS]
     return fingerprint([weight.rows(container.module, ids) for weight in container.weights])
+
+
+def _is_readable(parameter: Tensor) -> bool:
+    is_plain = type(parameter.data) is Tensor and not is_spread(parameter)
+    return is_plain and parameter.device.type != "meta" and parameter.dtype in READABLE_DTYPES
 
 
 def fingerprint(weights: Sequence[Sequence[Tensor] | Tensor]) -> str:

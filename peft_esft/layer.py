@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ from .config import ESFTConfig
 from .containers import ExpertsContainer
 from .functional import add_deltas, rows_with_delta
 from .mixed_batch import AdapterBatch, current_batch
+from .offload import at_hand, compute_device, is_offloaded
 from .resident import Key, Resident, RowBank, planning
 from .storage import FROZEN_SUFFIXES, decode, stored_layout
-from .weights import ExpertWeight, StackedWeight, expert_index
+from .weights import ExpertWeight, StackedWeight, expert_index, is_spread
 
 
 PREFIX = "esft_"
@@ -202,7 +204,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         return None
 
     def _table_device(self) -> torch.device:
-        device = self._base_parameter(self.weight_names[0]).device
+        device = compute_device(self.get_base_layer(), self._base_parameter(self.weight_names[0]))
         return torch.device("cpu") if device.type == "meta" else device
 
     def _apply(self, *args: Any, **kwargs: Any) -> ESFTLayer:
@@ -389,11 +391,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 for other in [other for other in self.bank.residents if len(other) > 1]:
                     self.bank.remove(other)
             # A tensor made in inference mode could not take part in a later training step.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self._at_hand(self.get_base_layer()):
                 rows = {name: self.effective_rows(name, key) for name in self.weight_names}
             self.bank.put(key, tuple(self.union_of_experts(key)), rows, state, sources)
             self._share_stored_rows()
         return self.bank.residents[key]
+
+    def _at_hand(self, base_layer: nn.Module) -> AbstractContextManager[None]:
+        """Has the weights of `base_layer`, this layer's or one tied to it, loaded if it is offloaded."""
+        return at_hand(base_layer, self.weights[self.weight_names[0]].parameters(base_layer)[0])
 
     def _share_stored_rows(self) -> None:
         """Lets adapters that are stored as rows have theirs in the bank, and not a second time."""
@@ -488,12 +494,11 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         originals, merged = {}, {}
         for weight_name, weight in self.weights.items():
             rows = self._replaced_rows.get(weight_name)
-            if new_ids:
+            if new_ids or rows is None:  # the latter without new ones where other processes own the experts
                 spare = self._spare_rows.get(weight_name)
                 out = None if spare is None or rows is not None else spare[: len(new_ids)]
                 new_rows = weight.read(self.get_base_layer(), new_ids, out=out)
                 rows = new_rows if rows is None else torch.cat([rows.to(new_rows), new_rows])
-            assert rows is not None  # the first merge always has new experts
             originals[weight_name] = rows
             with_deltas = (
                 self._with_deltas(rows, ids, weight_name, all_names) if known is None else known.rows[weight_name]
@@ -527,9 +532,13 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def untrained_experts(self, adapter_name: str) -> list[int]:
-        """Experts whose deltas are all zero: no token reached them in training; all of them before training."""
+        """Experts whose deltas are all zero: no token reached them in training; all of them before training.
+
+        No expert is named where a process sees parts of the deltas only.
+        """
         ids = self.expert_ids.get(adapter_name, [])
-        if self.storage.get(adapter_name, "delta") != "delta":
+        deltas = [d for name in self.weight_names for d in self._delta_parameters(name, adapter_name)]
+        if self.storage.get(adapter_name, "delta") != "delta" or any(map(is_spread, deltas)):
             return []
         moved = torch.zeros(len(ids), dtype=torch.bool)
         for name in self.weight_names:
@@ -543,13 +552,16 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
-        batch = current_batch(base_layer)
-        if batch is not None and not self._disable_adapters:
-            return self._mixed_forward(base_layer, batch, *args, **kwargs)
-        call = self.current_call()
-        if call is None:
+        batch = None if self._disable_adapters else current_batch(base_layer)
+        call = self.current_call() if batch is None else None
+        if batch is None and call is None:
             return base_layer(*args, **kwargs)
-        return self._adapted_forward(base_layer, call, *args, **kwargs)
+        # The weights are read here and not by the module's own forward, around which accelerate loads them.
+        with self._at_hand(base_layer):
+            if batch is not None:
+                return self._mixed_forward(base_layer, batch, *args, **kwargs)
+            assert call is not None
+            return self._adapted_forward(base_layer, call, *args, **kwargs)
 
     def current_call(self) -> AdapterCall | None:
         """What a call has to add, if anything. If adapters are disabled, merged ones are unmerged first."""
@@ -605,12 +617,13 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         parameter = self._base_parameter(weight_name)
         # At least fp32: transformers attaches and loads adapters without asking PEFT to widen them.
         dtype = torch.promote_types(parameter.dtype, torch.float32)
+        device = compute_device(self.get_base_layer(), parameter)
         deltas = self._tensors(f"{PREFIX}{weight_name}{suffix}")
         # One zero for all: what is registered under PEFT's low_cpu_mem_usage goes to the meta device at once.
-        deltas[adapter_name] = nn.Parameter(torch.zeros((), dtype=dtype, device=parameter.device).expand(shape))
-        if deltas[adapter_name].device != parameter.device:
+        deltas[adapter_name] = nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(shape))
+        if deltas[adapter_name].device != device:
             return
-        delta = deltas[adapter_name].data = torch.zeros(shape, dtype=dtype, device=parameter.device)
+        delta = deltas[adapter_name].data = torch.zeros(shape, dtype=dtype, device=device)
         if not zero and suffix == "_A":
             nn.init.uniform_(delta, -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]))
         elif not zero:
@@ -619,8 +632,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def _add_stored(self, weight_name: str, adapter_name: str, shape: tuple[int, ...]) -> None:
         """Makes room for the tensors of an adapter that is stored in another form than deltas."""
         parameter = self._base_parameter(weight_name)
+        device = compute_device(self.get_base_layer(), parameter)
         for suffix, (dtype, size) in stored_layout(self.storage[adapter_name], shape, parameter.dtype).items():
-            tensor = torch.zeros(size, dtype=dtype, device=parameter.device)
+            tensor = torch.zeros(size, dtype=dtype, device=device)
             if suffix == "_rows" and parameter.device.type != "meta":
                 tensor.copy_(self.weights[weight_name].read(self.get_base_layer(), self.expert_ids[adapter_name]))
             getattr(self, f"{PREFIX}{weight_name}{suffix}")[adapter_name] = tensor
@@ -702,7 +716,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         # PEFT's own looks for `base_layer.weight`, which experts need not have, and casts to its dtype: that would
         # round the fp32 deltas of a half-precision base whenever an adapter is loaded with low_cpu_mem_usage.
         for weight_name in self.weight_names:
-            target = self._base_parameter(weight_name).device if device is None else device
+            parameter = self._base_parameter(weight_name)
+            target = compute_device(self.get_base_layer(), parameter) if device is None else device
             for deltas in self._parameter_dicts(weight_name):
                 if adapter_name in deltas and deltas[adapter_name].device != torch.device("meta"):
                     deltas[adapter_name] = deltas[adapter_name].to(target)
@@ -730,16 +745,22 @@ def check_trainable(container: ExpertsContainer) -> None:
     """Refuses containers whose weights cannot be read as plain rows.
 
     Raises:
-        NotImplementedError: for quantised, distributed or partly shared weights, and under expert parallelism.
+        NotImplementedError: for quantised, distributed, partly shared or offloaded weights.
     """
     if container.refusal is not None:
         raise NotImplementedError(f"{container.path} ({type(container.module).__name__}): {container.refusal}")
+    if container.kind != "fused" and is_offloaded(container.module):
+        raise NotImplementedError(
+            f"{container.path} ({type(container.module).__name__}) is offloaded, which only fused experts can be; "
+            "keep it on a device (device_map)"
+        )
     for weight in container.weights:
         for parameter in weight.parameters(container.module):
             if isinstance(parameter, DTensor):
                 raise NotImplementedError(
-                    f"{container.path}.{weight.name} is a distributed tensor. Attach the adapter before the model is "
-                    "sharded; tensor and expert parallelism are not supported yet."
+                    f"{container.path}.{weight.name} is a distributed tensor. Attach the adapter before FSDP shards "
+                    "the model. Of tensor parallelism only plans that leave experts whole are supported: expert "
+                    "parallelism, DistributedConfig(ep_size=...)."
                 )
             if parameter.dtype not in READABLE_DTYPES:
                 raise NotImplementedError(
@@ -747,5 +768,3 @@ def check_trainable(container: ExpertsContainer) -> None:
                     f"read. Load the model in one of {[str(dtype) for dtype in READABLE_DTYPES]} (dtype=...; or "
                     "dequantize=True in its quantization config)."
                 )
-    if getattr(container.module, "_is_expert_parallel", False):
-        raise NotImplementedError(f"{container.path} is under expert parallelism, which is not supported yet")

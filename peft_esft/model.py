@@ -22,6 +22,14 @@ from .containers import (
     find_shared_experts,
     resolve_container,
 )
+from .expert_parallel import (
+    Exchange,
+    ExpertParallelExperts,
+    check_expert_parallel,
+    rows_from_file,
+    rows_to_file,
+    shares_out_experts,
+)
 from .fingerprint import check_num_experts, compare_bases, record_base
 from .fused import FusedExperts
 from .layer import PREFIX, ESFTLayer, check_trainable
@@ -112,16 +120,36 @@ class ESFTModel(BaseTuner):
             )
         self._containers = {path: (containers | whole)[path] for path in chosen}
         for container in self._containers.values():
-            check_trainable(container)
+            if shares_out_experts(container):
+                check_expert_parallel(container)
+            else:
+                check_trainable(container)
         check_rank(peft_config.rank, self._containers.values())
         if peft_config.header is not None:
             check_header(peft_config, chosen, self._containers)
+        self._warn_of_shared_config(peft_config)
         _compare_base(peft_config, self.model, containers, target_experts)
         _warn_of_slow_layouts(self._containers.values())
         peft_config.target_experts = target_experts
         # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
         peft_config.adapted_paths = selection
         return peft_config
+
+    def _warn_of_shared_config(self, peft_config: ESFTConfig) -> None:
+        """Says that an adapter has not the weights of another one with its config, as TRL takes for granted."""
+        names = [name for name, config in self.peft_config.items() if config is peft_config]
+        layers = self._layers() if len(names) > 1 else []
+        trained = [
+            name
+            for name in names[:-1]
+            if any(len(layer.untrained_experts(name)) < len(layer.expert_ids.get(name, [])) for layer in layers)
+        ]
+        if trained:
+            warnings.warn(
+                f"adapter {names[-1]!r} has the config of {trained[0]!r}, but not its weights: its deltas are new. "
+                "As the reference of a DPOTrainer it would be the base; see the page on training for a copy",
+                stacklevel=2,
+            )
 
     def _modules_trained_whole(self, peft_config: ESFTConfig) -> dict[str, ExpertsContainer]:
         whole: dict[str, ExpertsContainer] = {}
@@ -162,7 +190,10 @@ class ESFTModel(BaseTuner):
             target.update_layer(adapter_name, expert_ids, peft_config)
             return
         container = self._containers[current_key]
-        new_module = LAYER_CLASSES[container.kind](target, adapter_name, container, expert_ids, peft_config)
+        layer_class = ExpertParallelExperts if shares_out_experts(container) else LAYER_CLASSES[container.kind]
+        new_module = layer_class(target, adapter_name, container, expert_ids, peft_config)
+        if isinstance(new_module, ExpertParallelExperts):
+            new_module.exchange = Exchange.of_model(self.model)
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
@@ -404,7 +435,15 @@ class ESFTModel(BaseTuner):
                 f"training and are unchanged: {unused}. Score on the data that you train on, or train longer.",
                 stacklevel=2,
             )
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        weights = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return rows_to_file(model, adapter_name, weights)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        weights = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return rows_from_file(model, adapter_name, weights)
 
 
 def resolve_target_experts(

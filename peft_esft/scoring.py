@@ -10,15 +10,15 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import text_batches
+from .batches import batch_size_of, text_batches, to_device, with_decoder_inputs
 from .containers import ExpertsContainer, Place, find_experts
+from .processes import ProcessShare, batches_in_step
 from .routing import Routing, RoutingSource
 from .scores import Averaging, ContainerScores, ExpertScores, HalfCounts
-from .token_streams import IGNORED_LABEL, TokenStream, streams_of_batch
+from .token_streams import TokenStream, streams_of_batch
 from .weights import ListedWeight
 
 
@@ -128,7 +128,8 @@ def score_experts(
     time of the call.
 
     Where `torch.distributed` is initialised, call it on every process, each with its own part of the data: the counts
-    are summed and every process returns the same scores. `max_tokens` is then shared out evenly.
+    are summed and every process returns the same scores. `max_tokens` is then shared out evenly. Processes that see
+    the same batches (tensor parallelism) are counted once; those of a sharded model may have unequal numbers of them.
 
     Args:
         model: a transformers model, with or without adapters.
@@ -163,9 +164,8 @@ def score_experts(
     if tokenizer is not None:
         batches = text_batches(batches, tokenizer)
 
-    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    if processes > 1:
-        max_tokens = max_tokens // processes + (dist.get_rank() < max_tokens % processes)
+    share = ProcessShare.of(model)
+    max_tokens = share.of_tokens(max_tokens)
     observer = _Observer(model, containers, averaging, answers_only, max_tokens)
     was_training = model.training
     model.eval()
@@ -175,11 +175,12 @@ def score_experts(
             torch.inference_mode(),
             tqdm(total=max_tokens, unit=" tokens", desc="Scoring experts", disable=not progress) as bar,
         ):
-            for inputs in batches:
-                if observer.num_tokens >= max_tokens:
-                    break
+            for inputs, is_counted in batches_in_step(batches, observer.wants_more, share, model):
                 before = observer.num_tokens
-                observer.run(inputs)
+                if is_counted:
+                    observer.run(inputs, share.in_step)
+                else:
+                    observer.run_uncounted(inputs)
                 bar.update(observer.num_tokens - before)
     finally:
         model.train(was_training)
@@ -197,10 +198,7 @@ def score_experts(
         answers_only=answers_only,
         halves=observer.halves(),
     )
-    if processes > 1:
-        gathered: list[Any] = [None] * processes
-        dist.all_gather_object(gathered, scores)
-        scores = reduce(operator.add, gathered)
+    scores = reduce(operator.add, share.gather(scores))
     if scores.num_tokens == 0:
         raise ValueError("the batches hold no token that counts; check that there are any, attention_mask and labels")
     return scores
@@ -224,6 +222,7 @@ class _Observer:
         self.max_tokens = max_tokens
         self.num_tokens = self.num_samples = self._num_rows = 0
         self._decoder_tokens = 0
+        self._is_counting = True
         self._decoder_path = _decoder_path(model)
         self._streams: dict[str, TokenStream] = {}
         self._batch_size = 0
@@ -248,19 +247,34 @@ class _Observer:
             for handle in handles:
                 handle.remove()
 
-    def run(self, inputs: Mapping[str, Any]) -> None:
-        """Scores one batch."""
-        inputs = _with_decoder_inputs(inputs, self.model) if self._decoder_path is not None else inputs
+    def wants_more(self) -> bool:
+        """True if more tokens are to be counted."""
+        return self.num_tokens < self.max_tokens
+
+    def run_uncounted(self, inputs: Mapping[str, Any]) -> None:
+        """Runs a batch for the sake of other processes."""
+        self._is_counting = False
+        self.model(**to_device(self._with_all_streams(inputs), self.model))
+        self._is_counting = True
+
+    def _with_all_streams(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return inputs if self._decoder_path is None else with_decoder_inputs(inputs, self.model)
+
+    def run(self, inputs: Mapping[str, Any], in_step: bool = False) -> None:
+        """Scores one batch; `in_step` runs it even if no token of it counts."""
+        inputs = self._with_all_streams(inputs)
         remaining = {"text": self.max_tokens - self.num_tokens, "decoder": self.max_tokens - self._decoder_tokens}
         self._streams = streams_of_batch(inputs, remaining, self._num_rows, self.answers_only)
-        self._batch_size = _batch_size(inputs)
+        self._batch_size = batch_size_of(inputs)
         self._num_rows += self._batch_size
         text = self._streams.get("text")
         if text is not None and text.num_tokens == 0:
+            if in_step:
+                self.run_uncounted(inputs)
             return
         before = {path: accumulator.num_tokens for path, accumulator in self.accumulators.items()}
         self._expert_calls = {}
-        self.model(**_to_device(inputs, self.model))
+        self.model(**to_device(inputs, self.model))
         for path, pairs in self._expert_calls.items():
             self.accumulators[path].update_counts(pairs, self._stream_of_calls(path))
         if text is None:
@@ -305,6 +319,8 @@ class _Observer:
         def observe(
             module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any = None
         ) -> None:
+            if not self._is_counting:
+                return
             routing = source.read(module, (*arguments, *keywords.values()), result)
             self.accumulators[container_path].update(routing, self._stream_of(place.path, routing))
 
@@ -312,6 +328,8 @@ class _Observer:
 
     def _call_hook(self, container: ExpertsContainer, expert_id: int) -> Any:
         def observe(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if not self._is_counting:
+                return
             pairs = self._expert_calls.setdefault(container.path, [0] * container.num_experts)
             pairs[expert_id] += arguments[0].shape[:-1].numel()
 
@@ -365,31 +383,3 @@ def _decoder_path(model: Any) -> str | None:
         return None
     decoder = base.get_decoder()
     return next(path for path, module in base.named_modules() if module is decoder)
-
-
-def _batch_size(inputs: Mapping[str, Any]) -> int:
-    for value in inputs.values():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    raise ValueError(f"a batch holds no tensor, only {sorted(inputs)}")
-
-
-def _with_decoder_inputs(inputs: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
-    """Decoder inputs made from the labels where there are none, as the model itself does in training."""
-    if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
-        return inputs
-    if inputs.get("labels") is None or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        raise ValueError(f"a batch for an encoder-decoder model needs decoder_input_ids; it has {sorted(inputs)}")
-    labels = inputs["labels"]
-    counts = (labels != IGNORED_LABEL).long()
-    decoder_inputs = model.prepare_decoder_input_ids_from_labels(labels)
-    return {"decoder_attention_mask": counts, **inputs, "decoder_input_ids": decoder_inputs}
-
-
-def _to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {
-        name: value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value
-        for name, value in inputs.items()
-        if name != "labels"
-    }

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 StackedForm = Literal["stacked", "flat", "single"]
@@ -21,6 +22,16 @@ StackedForm = Literal["stacked", "flat", "single"]
 def expert_index(expert_ids: Sequence[int], device: torch.device) -> Tensor:
     """Expert ids as an int64 tensor `[n]`."""
     return torch.tensor(list(expert_ids), dtype=torch.int64, device=device)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """True if processes hold parts of a tensor: under FSDP2, expert or tensor parallelism, or ZeRO-3."""
+    return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")  # what DeepSpeed marks its parameters with
+
+
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of a tensor, all parts of it together."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 @dataclass(frozen=True)
@@ -50,7 +61,10 @@ class StackedWeight:
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """The shape of one expert's weight."""
-        return tuple(self.whole(module).shape[1:])
+        shape = whole_shape(self.parameters(module)[0])
+        if self.form == "single":
+            return shape
+        return (shape[0] // self.num_experts, *shape[1:]) if self.form == "flat" else shape[1:]
 
     def rows(self, module: nn.Module, expert_ids: Sequence[int]) -> list[Tensor]:
         """The rows `[...]` of some experts, views of the parameter."""

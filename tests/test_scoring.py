@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from test_selection import GOLDEN
 
-from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts, select_experts
+from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts, scoring, select_experts
 from peft_esft.routing import Routing
 from peft_esft.scores import ContainerScores
 from peft_esft.scoring import RoutingAccumulator
@@ -300,6 +300,19 @@ def test_encoder_and_decoder_count_their_own_tokens():
     assert counts == {path: 12 if path.startswith("encoder") else 8 for path in counts}
     with pytest.raises(ValueError, match="needs decoder_input_ids"):
         score_experts(model, [{"input_ids": batch["input_ids"]}], progress=False)
+
+
+def test_a_batch_that_is_run_for_other_processes_is_made_whole_and_not_counted(monkeypatch):
+    model = zoo.build("switch_transformers")
+    model.config.decoder_start_token_id = 0
+    batch = {"input_ids": random_tokens(2, 6), "labels": random_tokens(2, 5, seed=2)}
+    expected = score_experts(model, [batch], progress=False)
+    # As for the process whose data end first, which goes on with its last batch.
+    monkeypatch.setattr(scoring, "batches_in_step", lambda *arguments: iter([(batch, True), (batch, False)]))
+    scores = score_experts(model, [batch], progress=False)
+    assert (scores.num_tokens, scores.num_samples) == (expected.num_tokens, expected.num_samples)
+    for path, container in expected.containers.items():
+        assert scores.containers[path].selected_pairs == container.selected_pairs
 
 
 def test_images_count_patch_by_patch():

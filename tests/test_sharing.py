@@ -406,3 +406,27 @@ def test_a_merged_adapter_does_not_look_like_another_base(tmp_path):
         warnings.simplefilter("always")
         model.load_adapter(str(tmp_path), adapter_name="second")
     assert not [w for w in caught if "other weights" in str(w.message)]
+
+
+PUSH_FROM_TRAINER = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from families import tiny_model
+from peft import PeftModel
+from test_trainers import plain_trainer
+trainer = plain_trainer(FOLDER, tiny_model("olmoe"), hub_model_id="someone/trained", hub_token="hf_x")
+trainer.train()
+trainer.push_to_hub(token="hf_x")
+again = PeftModel.from_pretrained(tiny_model("olmoe"), "someone/trained", token="hf_x")
+tokens = torch.arange(3, 9)[None]
+with torch.no_grad():
+    assert torch.equal(again(input_ids=tokens)[0], trainer.model.eval()(input_ids=tokens)[0])
+"""
+
+
+def test_a_trainer_pushes_the_adapter_only(hub, tmp_path):
+    run_with_hub(hub, PUSH_FROM_TRAINER, tmp_path)
+    files = hub.repositories["someone/trained"]
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(files)
+    assert {name for name in files if name.endswith(".safetensors")} == {"adapter_model.safetensors"}

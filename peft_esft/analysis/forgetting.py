@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import to_device
 from ..token_streams import IGNORED_LABEL
 
 
@@ -102,10 +103,7 @@ def _measure(model: Any, base: Any, name: str, batches: Iterable[Batch]) -> Forg
     total = torch.zeros(4, dtype=torch.float64)
     num_tokens = 0
     for batch in batches:
-        device = next(model.parameters()).device
-        inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        targets = _targets(inputs)
-        inputs.pop("labels", None)
+        inputs, targets = to_device(batch, model), _targets(batch)
         after = model(**inputs).logits
         with model.disable_adapter() if base is None else nullcontext():
             before = (model if base is None else base)(**inputs).logits.to(after.device)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import to_device
 from ..containers import ExpertsContainer, find_experts
 from ..routing import Routing, RoutingSource
 from ..token_streams import TokenStream, streams_of_batch
@@ -82,8 +83,7 @@ def run_batches(
                 if remaining <= 0:
                     break
                 streams = streams_of_batch(inputs, {"text": remaining, "decoder": remaining}, 0, False)
-                device = next(model.parameters()).device
-                model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items() if k != "labels"})
+                model(**to_device(inputs, model))
                 num_tokens += max((stream.num_tokens for stream in streams.values()), default=0)
     finally:
         model.train(was_training)

@@ -1,0 +1,153 @@
+"""Adapters and checkpoints on disk that survive a process that is killed while it writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .interchange.adapter import AdapterFolder
+from .layer import PREFIX
+from .weights import is_spread
+
+
+PREVIOUS_SUFFIX = ".previous"
+_PARTIAL_SUFFIX = ".partial"
+_ADAPTER_MARKS = (f".{PREFIX}", ".modules_to_save.")
+"""What PEFT puts into the names of an adapter's weights."""
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+    """Saves adapters so that whoever looks finds the old ones or the new ones, never a part of them.
+
+    PEFT's `save_pretrained` writes file by file into the folder: killed between weights and config, it leaves neither
+    the old adapter nor the new one. Here all files go to a folder beside it, which is then renamed. A folder that
+    exists is moved to `FOLDER.previous` just before and deleted just after: a process killed exactly between leaves
+    the old adapter there.
+
+    Where `torch.distributed` is initialised, call it on every process: sharded weights are gathered tensor by tensor
+    on the host of the first process, which writes the file. The base is not gathered.
+
+    Args:
+        model: a `PeftModel`, as it is or prepared by DDP, FSDP2, expert parallelism or DeepSpeed.
+        folder: is created, or replaced if it holds an adapter.
+        **kwargs: see `peft.PeftModel.save_pretrained`.
+
+    Raises:
+        ValueError: if the folder exists and holds something else than an adapter.
+    """
+    if isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization"):
+        model = model.module  # DeepSpeed's engine is known by that method
+    target = Path(folder)
+    processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    is_writer = kwargs.pop("is_main_process", processes == 1 or dist.get_rank() == 0)
+    if any(map(is_spread, model.parameters())):
+        kwargs["state_dict"] = adapter_weights(model, keep=is_writer)
+    if is_writer:
+        _replace(target, lambda partial: model.save_pretrained(partial, **kwargs))
+    if processes > 1:
+        dist.barrier()
+
+
+def adapter_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The weights of all adapters on the host, gathered from the processes that hold parts; the base's stay put.
+
+    Args:
+        model: a `PeftModel`; every process calls this at the same time.
+        keep: False on processes that take part in the gathering but have no use for the result.
+
+    Returns:
+        Tensors by their name in `model.state_dict()`, as `save_pretrained(state_dict=...)` takes them; empty unless
+        `keep`.
+    """
+    gathered = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if any(mark in key for mark in _ADAPTER_MARKS):
+            whole = _gather(tensor.detach() if isinstance(tensor, DTensor) else tensor)
+            if keep:
+                gathered[key] = whole.cpu()
+    return gathered
+
+
+def _gather(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if is_spread(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.detach()
+
+
+def _replace(target: Path, write: Callable[[Path], None]) -> None:
+    """Puts a new folder in the place of a folder that holds an adapter, or of nothing."""
+    if target.exists() and not _holds_adapter(target):
+        raise ValueError(f"{target} exists and holds no adapter, so it is not replaced; name another folder")
+    partial, previous = (target.with_name(target.name + suffix) for suffix in (_PARTIAL_SUFFIX, PREVIOUS_SUFFIX))
+    shutil.rmtree(partial, ignore_errors=True)
+    write(partial)
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
+    if target.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(target, previous)
+    os.rename(partial, target)
+    _flush(target.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """The newest checkpoint of a `Trainer` that was written to the end, for `resume_from_checkpoint`.
+
+    `resume_from_checkpoint=True` takes the one with the highest number, also if the process was killed while it was
+    written. `Trainer` writes `trainer_state.json` last; where it is whole, and the adapter's weights are where there
+    is one, so is the checkpoint.
+
+    Args:
+        output_dir: of the `TrainingArguments`.
+
+    Returns:
+        The folder, or None if there is no whole checkpoint: training then starts from the beginning.
+    """
+    folder = Path(output_dir)
+    if not folder.is_dir():
+        return None
+    numbered = {int(match[1]): path for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+    for _, path in sorted(numbered.items(), reverse=True):
+        if _is_complete(path):
+            return str(path)
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for config in checkpoint.rglob("adapter_config.json"):
+            AdapterFolder(config.parent)  # reads the headers, which say how long the files have to be
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.rglob("adapter_config.json"))
+
+
+def _flush(path: Path) -> None:
+    """Asks the system to write a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

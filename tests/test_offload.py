@@ -1,0 +1,140 @@
+"""Bases that accelerate keeps on the disk, and checkpoints in shards: what is loaded, and when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.utils import OffloadedWeightsLoader
+from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from peft_esft import score_experts
+from peft_esft.checkpoints import save_adapter
+
+from families import tiny_model
+from listed import listed_model
+from oracle import config_for, deltas_of, random_tokens, task_loss
+
+
+TOKENS = random_tokens()
+DEVICE_MAP = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "cpu",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A base in shards, and a trained adapter of it."""
+    base = tiny_model("olmoe")
+    base.save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) > 2
+    get_peft_model(base, config_for(base, init_weights=False)).save_pretrained(tmp_path / "adapter")
+    return tmp_path
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The names of the weights that are read from the disk."""
+    names: list[str] = []
+    original = OffloadedWeightsLoader.__getitem__
+    monkeypatch.setattr(
+        OffloadedWeightsLoader, "__getitem__", lambda loader, key: names.append(key) or original(loader, key)
+    )
+    return names
+
+
+def offloaded(folder):
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "base", device_map=DEVICE_MAP, offload_folder=folder / "offloaded"
+    )
+
+
+def with_adapter(base, folder, **settings):
+    model = get_peft_model(base, PeftConfig.from_pretrained(folder / "adapter"), **settings)
+    set_peft_model_state_dict(model, load_peft_weights(folder / "adapter"), **settings)
+    return model.eval()
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_offloaded_base_computes_the_same_and_is_read_once_a_call(folder, reads, low_cpu_mem_usage):
+    expected = with_adapter(AutoModelForCausalLM.from_pretrained(folder / "base"), folder)
+    base = offloaded(folder)
+    reads.clear()
+    model = with_adapter(base, folder, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not reads  # attaching and loading read no weight of the base
+    assert all(delta.device.type == "cpu" for delta in deltas_of(model).values())
+
+    outputs = [wrapped(input_ids=TOKENS)[0] for wrapped in (expected, model)]
+    assert torch.equal(*outputs)
+    experts = [name for name in reads if "experts" in name]
+    assert sorted(experts) == [f"model.layers.1.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")]
+    assert model.get_base_model().model.layers[1].mlp.experts.base_layer.down_proj.device.type == "meta"
+    names = ["default", "__base__"] * (len(TOKENS) // 2)
+    mixed = [wrapped(input_ids=TOKENS, adapter_names=names)[0] for wrapped in (expected, model)]
+    assert torch.equal(*mixed)
+
+    for checkpointing in (False, True):
+        for wrapped in (expected, model):
+            if checkpointing:
+                wrapped.activation_checkpointing_enable({"use_reentrant": False})
+                wrapped.train()
+            for delta in deltas_of(wrapped).values():
+                delta.requires_grad_()
+                delta.grad = None
+            task_loss(wrapped(input_ids=TOKENS, use_cache=False)[0]).backward()
+            wrapped.eval()
+        for key, delta in deltas_of(model).items():
+            assert torch.equal(delta.grad, deltas_of(expected)[key].grad)
+    scores = [score_experts(wrapped, [{"input_ids": TOKENS}], progress=False) for wrapped in (expected, model)]
+    assert scores[0].token().keys() == scores[1].token().keys()
+    assert all(torch.equal(scores[1].token()[path], share) for path, share in scores[0].token().items())
+
+    save_adapter(model, folder / "saved")
+    saved, original = (load_peft_weights(folder / name) for name in ("saved", "adapter"))
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[key], value) for key, value in original.items())
+    model.merge_adapter()
+    torch.testing.assert_close(model(input_ids=TOKENS)[0], outputs[0])
+    model.unmerge_adapter()
+    with model.disable_adapter(), expected.disable_adapter():
+        assert torch.equal(model(input_ids=TOKENS)[0], expected(input_ids=TOKENS)[0])
+
+
+def test_offloaded_lists_of_experts_are_refused_by_name():
+    base = cpu_offload(listed_model())
+    with pytest.raises(NotImplementedError, match=r"mlp.experts \(ModuleList\) is offloaded"):
+        get_peft_model(base, config_for(base))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, torch.Tensor)}
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_attaching_makes_nothing_as_large_as_a_fused_weight():
+    base = tiny_model("olmoe")
+    fused = base.model.layers[0].mlp.experts.gate_up_proj
+    with LargestTensor() as largest:
+        model = get_peft_model(base, config_for(base))
+    selected = max(delta.numel() for delta in deltas_of(model).values())
+    assert selected == 3 * fused[0].numel()
+    assert selected <= largest.numel <= 4 * fused[0].numel() < fused.numel()  # fingerprints look at four experts
+    with LargestTensor() as largest:
+        task_loss(model(input_ids=TOKENS)[0]).backward()
+    assert largest.numel < fused.numel()
