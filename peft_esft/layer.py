@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -69,6 +69,38 @@ class MixedPlan:
     residents: list[Resident | None]
     bank: dict[str, Tensor]
     slots: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class MergeState:
+    """What is merged into a layer.
+
+    Attributes:
+        adapters: their names.
+        replaced_ids: the experts whose rows were replaced.
+        replaced_rows: these rows, by weight name.
+        merged_rows: what was put in their place, by weight name.
+    """
+
+    adapters: list[str]
+    replaced_ids: list[int]
+    replaced_rows: dict[str, Tensor]
+    merged_rows: dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterState:
+    """All that a layer has of an adapter.
+
+    Attributes:
+        tensors: one for each dict of tensors, None where it has none, and whether it is trained.
+        values: copies of them, if asked for.
+        settings: one for each dict of settings; empty if it has none.
+    """
+
+    tensors: list[tuple[Tensor, bool] | None]
+    values: list[Tensor | None]
+    settings: list[Any]
 
 
 class ESFTLayer(nn.Module, BaseTunerLayer):
@@ -174,6 +206,10 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches all adapters on or off, see `peft.tuners.tuners_utils.BaseTunerLayer.enable_adapters`."""
+        if not enabled and self.merged:
+            # Now and not in the forward, as PEFT's layers do: an error there would leave half of the layers merged.
+            with onload_layer(self):
+                self.unmerge()
         super().enable_adapters(enabled)
         self.prepare()
 
@@ -215,6 +251,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def _forget_adapter(self, *adapter_names: str) -> None:
         """To be called whenever the rows of an adapter change."""
         for name in adapter_names:
+            self._take_stored_rows_out(name)
             self.bank.remove_adapter(name)
         self.forget_calls()
 
@@ -243,6 +280,42 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             if incoming in settings:
                 settings[adapter_name] = settings.pop(incoming)
         self._forget_adapter(adapter_name, incoming)
+
+    def discard_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter and leaves the choice of the active ones as it is."""
+        for tensors in self._all_tensors():
+            if adapter_name in tensors:
+                del tensors[adapter_name]
+        for settings in self._settings():
+            settings.pop(adapter_name, None)
+        self._forget_adapter(adapter_name)
+
+    def adapter_state(self, adapter_name: str, *, copy: bool) -> AdapterState:
+        """What `restore_adapter` needs; with `copy` also the values of the tensors."""
+        # PEFT's dict of buffers has no `get`.
+        own = [
+            tensors[adapter_name] if adapter_name in tensors else None  # noqa: SIM401
+            for tensors in self._all_tensors()
+        ]
+        return AdapterState(
+            [None if tensor is None else (tensor, tensor.requires_grad) for tensor in own],
+            [tensor.detach().clone() if copy and tensor is not None else None for tensor in own],
+            [settings[adapter_name] for settings in self._settings() if adapter_name in settings],
+        )
+
+    @torch.no_grad()
+    def restore_adapter(self, adapter_name: str, state: AdapterState) -> None:
+        """Gives an adapter back what it had."""
+        self.discard_adapter(adapter_name)
+        for tensors, own, value in zip(self._all_tensors(), state.tensors, state.values, strict=True):
+            if own is not None:
+                tensor, is_trained = own
+                tensors[adapter_name] = tensor.requires_grad_(is_trained)
+                if value is not None:
+                    tensor.data.copy_(value)
+        for settings, setting in zip(self._settings(), state.settings, strict=False):
+            settings[adapter_name] = setting
+        self._forget_adapter(adapter_name)
 
     def _settings(self) -> list[dict[str, Any]]:
         """What is kept of each adapter beside its tensors."""
@@ -416,6 +489,14 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 sources = self._sources(key)
                 self.bank.put(key, resident.expert_ids, resident.rows, self._state(sources), sources)
 
+    def _take_stored_rows_out(self, adapter_name: str) -> None:
+        """Gives an adapter that is stored as rows memory of its own, before its place in the bank is given away."""
+        resident = self.bank.residents.get((adapter_name,))
+        for name, rows in {} if resident is None else resident.rows.items():
+            buffers = self._tensors(f"{PREFIX}{name}_rows")
+            if adapter_name in buffers and buffers[adapter_name] is rows:
+                buffers[adapter_name] = rows.clone()
+
     def _sources(self, key: Key) -> list[Tensor]:
         """All tensors that the effective rows of some adapters depend on."""
         base = self.get_base_layer()
@@ -482,30 +563,38 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if a merged row is not finite. The base is then unchanged.
         """
-        names = self.adapters_here(check_adapters_to_merge(self, adapter_names))
-        if not names:
+        new_names = list(dict.fromkeys(check_adapters_to_merge(self, adapter_names)))
+        if not new_names:
             return
         if safe_merge:
-            self.check_finite(names)
-        all_names = [*self.merged_adapters, *names]
-        ids = self.union_of_experts(all_names)
+            self.check_finite(new_names)
+        # Also those without experts here: a layer that they leave alone adds no other adapters either.
+        merged_adapters = [*self.merged_adapters, *new_names]
+        if not self.adapters_here(new_names):
+            self.merged_adapters = merged_adapters
+            self.prepare()
+            return
+        names = self.adapters_here(merged_adapters)
+        ids = self.union_of_experts(names)
         new_ids = ids[len(self._replaced_ids) :]
-        known = self.resident(tuple(all_names), in_training=False) if len(all_names) == 1 else None
+        known = self.resident(tuple(names), in_training=False) if len(names) == 1 else None
         originals, merged = {}, {}
         for weight_name, weight in self.weights.items():
             rows = self._replaced_rows.get(weight_name)
+            if rows is not None:
+                rows = rows.to(self._base_parameter(weight_name))  # another dtype or device than when they were kept
             if new_ids or rows is None:  # the latter without new ones where other processes own the experts
                 spare = self._spare_rows.get(weight_name)
                 out = None if spare is None or rows is not None else spare[: len(new_ids)]
                 new_rows = weight.read(self.get_base_layer(), new_ids, out=out)
-                rows = new_rows if rows is None else torch.cat([rows.to(new_rows), new_rows])
+                rows = new_rows if rows is None else torch.cat([rows, new_rows])
             originals[weight_name] = rows
             with_deltas = (
-                self._with_deltas(rows, ids, weight_name, all_names) if known is None else known.rows[weight_name]
+                self._with_deltas(rows, ids, weight_name, names) if known is None else known.rows[weight_name]
             )
             merged[weight_name] = with_deltas
         self._replaced_ids, self._replaced_rows, self._spare_rows = ids, originals, {}
-        self.merged_adapters = all_names
+        self.merged_adapters = merged_adapters
         self._write_rows(ids, merged)
         if known is not None and self.is_trained(names[0]):
             self.bank.remove(known.key)
@@ -520,6 +609,27 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self._write_rows(self._replaced_ids, self._replaced_rows)
         self.merged_adapters = []
         self._replaced_ids, self._replaced_rows, self._spare_rows = [], {}, self._replaced_rows
+        self.prepare()
+
+    def merge_state(self) -> MergeState:
+        """What `restore_merge` needs."""
+        merged_rows = {}
+        if self._replaced_ids:
+            with onload_layer(self):
+                base, ids = self.get_base_layer(), self._replaced_ids
+                merged_rows = {name: weight.read(base, ids).detach() for name, weight in self.weights.items()}
+        return MergeState(list(self.merged_adapters), self._replaced_ids, self._replaced_rows, merged_rows)
+
+    @torch.no_grad()
+    def restore_merge(self, state: MergeState) -> None:
+        """Undoes merges and unmerges, also ones that came to an end in the middle."""
+        has_begun = self._replaced_rows is not state.replaced_rows
+        if has_begun or state.merged_rows:
+            with onload_layer(self):
+                self._write_rows(self._replaced_ids, self._replaced_rows)
+                self._write_rows(state.replaced_ids, state.merged_rows)
+        self.merged_adapters = list(state.adapters)
+        self._replaced_ids, self._replaced_rows, self._spare_rows = state.replaced_ids, state.replaced_rows, {}
         self.prepare()
 
     def unload_and_optionally_merge_module(

@@ -84,8 +84,11 @@ class DenseModel:
         self.merged_weights = {name: weight.to(dtype) for name, weight in self.merged_weights.items()}
 
     def merge(self, names: Sequence[str]) -> None:
-        self.merged += [name for name in dict.fromkeys(names) if name not in self.merged]
-        self.merged_weights = self.weights(self.merged)
+        new = [name for name in dict.fromkeys(names) if name not in self.merged]
+        self.merged = self.merged + new
+        # The others stay as they are, rounded to what the dtype was when they were merged.
+        weights = self.weights(self.merged)
+        self.merged_weights = {**self.merged_weights, **{name: weights[name] for name in self.weights(new)}}
 
     def unmerge(self) -> None:
         self.merged, self.merged_weights = [], {}
@@ -114,7 +117,9 @@ class DenseModel:
                 base = [self.model.get_parameter(name) for name, _ in places]
                 row = torch.cat([p if place is None else p[place] for p, (_, place) in zip(base, places, strict=True)])
                 new = self.row(row, here, (path, weight), expert)
-                for (name, place), part in zip(places, new.split([len(new) // len(places)] * len(places)), strict=True):
+                for (name, place), part in zip(
+                    places, new.split([len(new) // len(places)] * len(places)), strict=True
+                ):
                     whole = changed.get(name, self.model.get_parameter(name).detach()).clone()
                     if place is None:
                         whole = part

@@ -47,10 +47,12 @@ class WholeModel(RuleBasedStateMachine):
     """One model, wrapped; after each step its weights, its adapters and its outputs are those of the reference."""
 
     family = "olmoe"
-    steps = 0
+    operations = 0
+    """Of all examples together."""
 
     def __init__(self) -> None:
         super().__init__()
+        type(self).operations -= 1  # the first check comes before the first operation
         torch.manual_seed(0)
         self.root = Path(tempfile.mkdtemp())
         self.folders: list[tuple[Path, DenseAdapter]] = []
@@ -91,6 +93,10 @@ class WholeModel(RuleBasedStateMachine):
         return [*self.reference.adapters]
 
     @property
+    def free_names(self) -> list[str]:
+        return [name for name in NAMES if name not in self.adapters]
+
+    @property
     def own(self) -> list[str]:
         """Adapters that are not the pool's."""
         return [name for name in self.adapters if name not in self.pooled]
@@ -100,23 +106,31 @@ class WholeModel(RuleBasedStateMachine):
         return [module for module in self.model.modules() if isinstance(module, ESFTLayer)]
 
     @property
+    def is_trained(self) -> bool:
+        return self.reference.is_enabled and any(parameter.requires_grad for parameter in self.model.parameters())
+
+    @property
     def can_mix(self) -> bool:
         return self.family != "listed"
 
     def pick(self, names: list[str], picks: list[int]) -> list[str]:
         return list(dict.fromkeys(names[pick % len(names)] for pick in picks))
 
-    @rule(name=st.sampled_from(NAMES), number=PICKS, rank=st.sampled_from([None, None, 2]), shared=st.booleans())
-    def add_adapter(self, name, number, rank, shared):
-        if name in self.adapters:
-            return
+    @rule(number=PICKS, rank=st.sampled_from([None, None, 2]), shared=st.booleans())
+    @precondition(lambda self: self.free_names)
+    def add_adapter(self, number, rank, shared):
+        name = self.free_names[0]
+        was_merged = bool(self.reference.merged)
         config = self.config(number, rank, shared)
         self.model.add_adapter(name, config)
         self.remember(name, config)
-        if not self.adapters[1:]:
-            self.reference.active = self.model.active_adapters
+        self.has_added()
         expected = record_base(find_experts(self.reference.model), config.target_experts)
-        assert config.base_fingerprint in (None, expected)
+        assert config.base_fingerprint == expected or (was_merged and config.base_fingerprint is None)
+
+    def has_added(self) -> None:
+        """What PEFT does when an adapter is added: it sets the active ones again, which ends what is merged."""
+        self.reference.unmerge()
 
     @rule(pick=PICKS)
     @precondition(lambda self: self.own and len(self.folders) < 4)
@@ -134,17 +148,15 @@ class WholeModel(RuleBasedStateMachine):
         adapter.scale = 1.0
         return adapter
 
-    @rule(name=st.sampled_from(NAMES), pick=PICKS, is_trainable=st.booleans(), low_cpu_mem_usage=st.booleans())
-    @precondition(lambda self: self.folders)
-    def load(self, name, pick, is_trainable, low_cpu_mem_usage):
-        if name in self.adapters:
-            return
+    @rule(pick=PICKS, is_trainable=st.booleans(), low_cpu_mem_usage=st.booleans())
+    @precondition(lambda self: self.folders and self.free_names)
+    def load(self, pick, is_trainable, low_cpu_mem_usage):
+        name = self.free_names[-1]
         folder, saved = self.folders[pick % len(self.folders)]
         is_trainable = is_trainable and not saved.is_frozen
-        self.model.load_adapter(
-            str(folder), name, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage
-        )
+        self.model.load_adapter(str(folder), name, is_trainable=is_trainable, low_cpu_mem_usage=low_cpu_mem_usage)
         self.reference.adapters[name] = self.loaded(saved)
+        self.has_added()
 
     @rule(picks=st.lists(PICKS, min_size=1, max_size=3))
     @precondition(lambda self: self.adapters)
@@ -162,6 +174,8 @@ class WholeModel(RuleBasedStateMachine):
         tuner = self.model.base_model
         (tuner.enable_adapter_layers if is_enabled else tuner.disable_adapter_layers)()
         self.reference.is_enabled = is_enabled
+        if not is_enabled:
+            self.reference.unmerge()
 
     @rule(picks=st.none() | st.lists(PICKS, min_size=1, max_size=3), safe_merge=st.booleans())
     @precondition(lambda self: self.reference.is_enabled and self.adapters)
@@ -176,22 +190,24 @@ class WholeModel(RuleBasedStateMachine):
         self.reference.unmerge()
 
     @rule(seed=PICKS, in_evaluation=st.booleans())
-    @precondition(lambda self: self.reference.is_enabled and not self.reference.merged)
+    @precondition(lambda self: self.is_trained and not self.reference.merged)
     def train_a_step(self, seed, in_evaluation):
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        if not trained:
-            return
         reference = self.reference
-        names = [n for n in reference.active if any(l.is_trained(n) for l in self.layers)]
+        names = [n for n in reference.active if any(layer.is_trained(n) for layer in self.layers)]
         for name in names:
             reference.adapters[name] = reference.adapters[name].map(lambda t: t.clone().requires_grad_())
         tokens = random_tokens(2, 6, seed)
         task_loss(self.model.train(not in_evaluation)(input_ids=tokens)[0]).backward()
-        task_loss(reference(reference.weights(reference.active), input_ids=tokens)).backward()
+        loss = task_loss(reference(reference.weights(reference.active), input_ids=tokens))
+        if loss.requires_grad:  # not if no token came to a selected expert that is a module of its own
+            loss.backward()
         torch.optim.SGD(trained, lr=0.05).step()
         self.model.eval()
         for name in names:
-            expected = reference.adapters[name].map(lambda t: (t - 0.05 * t.grad).detach())
+            expected = reference.adapters[name].map(
+                lambda t: t.detach() if t.grad is None else (t - 0.05 * t.grad).detach()
+            )
             self.adopt_if_close(name, expected)
         for parameter in trained:
             parameter.grad = None
@@ -218,12 +234,11 @@ class WholeModel(RuleBasedStateMachine):
             return
         self.model.delete_adapter(name)
         del self.reference.adapters[name]
-        if name in self.reference.active:
-            self.reference.unmerge()
         remaining = [other for other in self.reference.active if other != name]
-        # Which one takes the place of the last active adapter is PEFT's choice.
-        self.reference.active = remaining or list(self.model.active_adapters)
-        assert set(self.reference.active) <= set(self.adapters)
+        self.reference.active = remaining or sorted(self.adapters)[:1]
+        if len(remaining) > 1 and self.model.active_adapter == name:
+            # With several active adapters PEFT goes on with the deleted one's name, and fails in the next call.
+            self.model.active_adapter = remaining[0]
 
     @rule(dtype=st.sampled_from([torch.float32, torch.bfloat16]))
     def switch_dtype(self, dtype):
@@ -241,13 +256,13 @@ class WholeModel(RuleBasedStateMachine):
             return
         hotswap_adapter(self.model, folder, name)
         self.reference.adapters[name] = self.loaded(saved)
+        self.has_added()
 
     @rule(pick=PICKS)
     @precondition(lambda self: self.own)
     def freeze(self, pick):
         (name,) = self.pick(self.own, [pick])
-        touched = set(self.reference.adapters[name].experts)
-        if any(touched & set(self.reference.adapters[other].experts) for other in self.reference.merged):
+        if self.reference.merged:
             with pytest.raises(ValueError, match="merged"):
                 self.model.base_model.freeze_adapter(name)
             return
@@ -266,15 +281,15 @@ class WholeModel(RuleBasedStateMachine):
         self.model.base_model.set_scale(name, scale)
         self.reference.adapters[name].scale = scale
 
-    @rule(name=st.sampled_from(NAMES), picks=st.lists(PICKS, min_size=1, max_size=3))
-    @precondition(lambda self: self.adapters)
-    def add_weighted_adapter(self, name, picks):
-        if name in self.adapters:
-            return
+    @rule(picks=st.lists(PICKS, min_size=1, max_size=3))
+    @precondition(lambda self: self.free_names)
+    def add_weighted_adapter(self, picks):
+        name = self.free_names[0]
         names = self.pick(self.adapters, picks)
         factors = [1.0, 0.5, -0.25][: len(names)]
         self.model.base_model.add_weighted_adapter(names, factors, name)
         self.adopt_if_close(name, self.reference.combine(names, factors))
+        self.has_added()
 
     @rule(picks=st.lists(PICKS, min_size=1, max_size=3))
     def mixed_forward(self, picks):
@@ -316,8 +331,7 @@ class WholeModel(RuleBasedStateMachine):
                 # What is merged ends with it, as in PEFT.
                 with pytest.raises(error), self.model.disable_adapter():
                     self.model(input_ids=TOKENS)
-                if self.reference.active:
-                    self.reference.unmerge()
+                self.reference.unmerge()
             elif how == "mixed" and self.can_mix and not self.reference.merged:
                 with pytest.raises(error):
                     self.model(input_ids=TOKENS, adapter_names=[self.adapters[pick % len(self.adapters)]] * 3)
@@ -329,7 +343,7 @@ class WholeModel(RuleBasedStateMachine):
             self.model.eval()
 
     @rule(pick=PICKS, folder_pick=PICKS)
-    @precondition(lambda self: self.folders and self.can_mix)
+    @precondition(lambda self: self.folders and self.can_mix and not self.reference.merged)
     def use_the_pool(self, pick, folder_pick):
         if self.pool is None:
             self.pool = AdapterPool(self.model, 10**8)
@@ -338,8 +352,6 @@ class WholeModel(RuleBasedStateMachine):
             folder, saved = self.folders[folder_pick % len(self.folders)]
             self.pool.add(name, folder)
             self.pooled[name] = copy.deepcopy(saved)
-        if self.reference.merged and name not in self.adapters:
-            return
         with self.pool.using(name):
             if name not in self.adapters:
                 self.reference.adapters[name] = self.loaded(self.pooled[name])
@@ -347,12 +359,14 @@ class WholeModel(RuleBasedStateMachine):
                     self.reference.freeze(name)
             self.check_adapters()
 
+    @property
+    def droppable(self) -> list[str]:
+        return [name for name in self.adapters if name in self.pooled and name not in self.reference.active]
+
     @rule(pick=PICKS)
-    @precondition(lambda self: self.pool is not None)
+    @precondition(lambda self: self.droppable and not self.reference.merged)
     def drop_from_the_pool(self, pick):
-        name = f"pool{pick % 3}"
-        if name not in self.adapters or name in self.reference.merged or name in self.reference.active:
-            return
+        (name,) = self.pick(self.droppable, [pick])
         self.pool.drop(name)
         del self.reference.adapters[name]
 
@@ -411,16 +425,15 @@ class WholeModel(RuleBasedStateMachine):
 
     @invariant()
     def equals_the_reference(self):
-        type(self).steps += 1
+        type(self).operations += 1
         self.check_adapters()
         self.check_base()
+        assert self.model.active_adapters == self.reference.active
         assert all(layer.active_adapters == self.reference.active for layer in self.layers)
         assert all(layer.merged_adapters == self.reference.merged for layer in self.layers)
-        mode = [torch.no_grad, torch.inference_mode, torch.enable_grad][self.steps % 3]
+        mode = [torch.no_grad, torch.inference_mode, torch.enable_grad][self.operations % 3]
         with mode():
             found = self.model(input_ids=TOKENS)[0].detach()
-        if not self.reference.is_enabled:
-            self.reference.unmerge()
         with torch.no_grad():
             expected = self.reference(self.reference.current_weights(), input_ids=TOKENS)
         assert torch.equal(found, expected), (found - expected).abs().max()
@@ -441,8 +454,8 @@ class WholeModel(RuleBasedStateMachine):
 
 
 def run(family: str, examples: int, steps: int) -> int:
-    """Runs the machine on a family; returns how many operations it took."""
-    machine = type("WholeModel", (WholeModel,), {"family": family, "steps": 0})
+    """Runs the machine on a family; returns how many operations it took, all examples together."""
+    machine = type("WholeModel", (WholeModel,), {"family": family, "operations": 0})
     options = settings(
         max_examples=examples,
         stateful_step_count=steps,
@@ -451,7 +464,7 @@ def run(family: str, examples: int, steps: int) -> int:
         suppress_health_check=list(HealthCheck),
     )
     run_state_machine_as_test(machine, settings=options)
-    return machine.steps
+    return machine.operations
 
 
 @pytest.mark.parametrize("family", ["olmoe", "listed"])
