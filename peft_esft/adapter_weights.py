@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,21 @@ from .weights import ExpertWeight, StackedWeight, expert_index, is_spread
 
 
 PREFIX = "esft_"
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterState:
+    """All that a layer has of an adapter.
+
+    Attributes:
+        tensors: one for each dict of tensors, None where it has none, and whether it is trained.
+        values: copies of them, if asked for.
+        settings: one for each dict of settings; empty if it has none.
+    """
+
+    tensors: list[tuple[Tensor, bool] | None]
+    values: list[Tensor | None]
+    settings: list[Any]
 
 
 class AdapterWeights(nn.Module, BaseTunerLayer):
@@ -62,9 +78,6 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         # What deltas are multiplied with: of low-rank factors by the config, and what `set_scale` asks for.
         self.scaling: dict[str, float] = {}
         self.scale: dict[str, float] = {}
-        # The rows that merging replaced: the expert ids, and each weight's rows before the first merge.
-        self._replaced_ids: list[int] = []
-        self._replaced_rows: dict[str, Tensor] = {}
         self._active_adapter = adapter_name
 
     def forget_calls(self) -> None:
@@ -107,6 +120,42 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
             settings.pop(adapter_name, None)
         self._forget_adapter(adapter_name)
 
+    def discard_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter and leaves the choice of the active ones as it is."""
+        for tensors in self._all_tensors():
+            if adapter_name in tensors:
+                del tensors[adapter_name]
+        for settings in self._settings():
+            settings.pop(adapter_name, None)
+        self._forget_adapter(adapter_name)
+
+    def adapter_state(self, adapter_name: str, *, copy: bool) -> AdapterState:
+        """What `restore_adapter` needs; with `copy` also the values of the tensors."""
+        # PEFT's dict of buffers has no `get`.
+        own = [
+            tensors[adapter_name] if adapter_name in tensors else None  # noqa: SIM401
+            for tensors in self._all_tensors()
+        ]
+        return AdapterState(
+            [None if tensor is None else (tensor, tensor.requires_grad) for tensor in own],
+            [tensor.detach().clone() if copy and tensor is not None else None for tensor in own],
+            [settings[adapter_name] for settings in self._settings() if adapter_name in settings],
+        )
+
+    @torch.no_grad()
+    def restore_adapter(self, adapter_name: str, state: AdapterState) -> None:
+        """Gives an adapter back what it had."""
+        self.discard_adapter(adapter_name)
+        for tensors, own, value in zip(self._all_tensors(), state.tensors, state.values, strict=True):
+            if own is not None:
+                tensor, is_trained = own
+                tensors[adapter_name] = tensor.requires_grad_(is_trained)
+                if value is not None:
+                    tensor.data.copy_(value)
+        for settings, setting in zip(self._settings(), state.settings, strict=False):
+            settings[adapter_name] = setting
+        self._forget_adapter(adapter_name)
+
     def replace_adapter(self, adapter_name: str, incoming: str, is_trained: bool) -> None:
         """Gives an adapter the experts and weights of another one, which ends; either may have none in this layer."""
         for tensors in self._all_tensors():
@@ -141,8 +190,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None:
         """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
         if self.storage[adapter_name] != "delta":
-            own = self.expert_ids[adapter_name]
-            rows = self._base_rows_of(self._replaced_rows.get(weight_name), self._replaced_ids, weight_name, own)
+            rows = self.base_rows(weight_name, self.expert_ids[adapter_name])
             return self._stored_delta(weight_name, adapter_name, rows)
         factors = self._delta_parameters(weight_name, adapter_name)
         if not factors:
@@ -150,6 +198,10 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         scale = self.scaling[adapter_name] * self.scale[adapter_name]
         delta = factors[0] if len(factors) == 1 else factors[1] @ factors[0]
         return delta if scale == 1 else scale * delta
+
+    def base_rows(self, weight_name: str, expert_ids: Sequence[int]) -> Tensor:
+        """A copy of the base's rows of some experts, `[n, ...]`."""
+        return self.weights[weight_name].read(self.get_base_layer(), expert_ids)
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained."""
@@ -266,10 +318,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         deltas: list[tuple[Tensor | None, Tensor]] = []
         for name in adapter_names:
             own = self.expert_ids[name]
-            if self.storage[name] == "delta":
-                delta = self.get_delta_weight(name, weight_name)
-            else:
-                delta = self._stored_delta(weight_name, name, self._base_rows_of(rows, ids, weight_name, own))
+            delta = self.get_delta_weight(name, weight_name)
             if delta is None:
                 continue
             places = [place for place, expert in enumerate(own) if expert in ids]
@@ -290,14 +339,6 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
             scales = getattr(self, f"{PREFIX}{weight_name}_scales")[adapter_name]
             delta = decode(self.storage[adapter_name], codes, scales, rows.shape[-1])
         return self.scale[adapter_name] * delta
-
-    def _base_rows_of(self, rows: Tensor | None, ids: list[int], weight_name: str, own: list[int]) -> Tensor:
-        """The base's rows of the experts `own`; from `rows` where it has them, since merging changes the base."""
-        own_rows = self.weights[weight_name].read(self.get_base_layer(), own)
-        for place, expert in enumerate(own):
-            if rows is not None and expert in ids:
-                own_rows[place] = rows[ids.index(expert)]
-        return own_rows
 
     def _add_delta(
         self, weight_name: str, suffix: str, adapter_name: str, shape: tuple[int, ...], *, zero: bool

@@ -53,8 +53,14 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
     is_writer = kwargs.pop("is_main_process", processes == 1 or dist.get_rank() == 0)
     if any(map(is_spread, model.parameters())):
         kwargs["state_dict"] = adapter_weights(model, keep=is_writer)
-    if is_writer:
-        _replace(target, lambda partial: model.save_pretrained(partial, **kwargs))
+    # PEFT sets this of each config while it is written, and leaves it so after an error.
+    modes = [(config, config.inference_mode) for config in model.peft_config.values()]
+    try:
+        if is_writer:
+            _replace(target, lambda partial: model.save_pretrained(partial, **kwargs))
+    finally:
+        for config, mode in modes:
+            config.inference_mode = mode
     if processes > 1:
         dist.barrier()
 
@@ -96,13 +102,19 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
         raise ValueError(f"{target} exists and holds no adapter, so it is not replaced; name another folder")
     partial, previous = (target.with_name(target.name + suffix) for suffix in (_PARTIAL_SUFFIX, PREVIOUS_SUFFIX))
     shutil.rmtree(partial, ignore_errors=True)
-    write(partial)
-    for path in [*partial.rglob("*"), partial]:
-        _flush(path)
-    if target.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(target, previous)
-    os.rename(partial, target)
+    try:
+        write(partial)
+        for path in [*partial.rglob("*"), partial]:
+            _flush(path)
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.rename(target, previous)
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if previous.exists() and not target.exists():
+            os.rename(previous, target)
+        raise
     _flush(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 

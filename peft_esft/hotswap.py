@@ -7,8 +7,9 @@ from typing import Any
 
 from peft import PeftModel
 
-from .config import ESFTConfig
 from .layer import ESFTLayer
+from .model import ESFTModel
+from .undo import undoing_changes, undoing_injection
 
 
 def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> None:
@@ -26,28 +27,28 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
 
     Raises:
         ValueError: if there is no such adapter, it is merged, or the new one is not ESFT's or does not fit the model.
-            The model is then unchanged.
+
+    After any error, and after an interrupt, the model is unchanged.
 
     Example:
         >>> hotswap_adapter(model, "intent", adapter_name="task")
     """
+    if not isinstance(model.base_model, ESFTModel):
+        raise ValueError(f"the adapters of this model are of type {model.peft_type}, not ESFT")
     if adapter_name not in model.peft_config:
         raise ValueError(f"there is no adapter {adapter_name!r} to replace; there are {sorted(model.peft_config)}")
+    tuner = model.base_model
     layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before it is replaced")
     incoming = f"{adapter_name}_incoming"
-    try:
+    with undoing_injection(tuner, incoming):
         model.load_adapter(str(path), incoming, **kwargs)
         config = model.peft_config[incoming]
-        if not isinstance(config, ESFTConfig):
-            raise ValueError(f"{path} holds an adapter of type {config.peft_type}, not ESFT")
-    except BaseException:
-        if incoming in model.peft_config:
-            model.delete_adapter(incoming)
-        raise
-    config.inference_mode = model.peft_config[adapter_name].inference_mode
-    is_trained = any(layer.is_trained(adapter_name) for layer in layers)
-    for layer in [module for module in model.modules() if isinstance(module, ESFTLayer)]:
-        layer.replace_adapter(adapter_name, incoming, is_trained)
-    model.peft_config[adapter_name] = model.peft_config.pop(incoming)
+        is_trained = any(layer.is_trained(adapter_name) for layer in layers)
+        layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+        with undoing_changes(layers, adapter_name, in_place=True):
+            for layer in layers:
+                layer.replace_adapter(adapter_name, incoming, is_trained)
+            config.inference_mode = model.peft_config[adapter_name].inference_mode
+            model.peft_config[adapter_name] = model.peft_config.pop(incoming)

@@ -1,32 +1,29 @@
-"""`ESFTLayer`: which adapters a forward pass uses, and merging; what all kinds of experts layers share."""
+"""`ESFTLayer`: which adapters a forward pass uses; what all kinds of experts layers share."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .adapter_weights import PREFIX, AdapterWeights
+from .adapter_weights import PREFIX
 from .calls import AdapterCall, MixedPlan
 from .config import ESFTConfig
 from .containers import ExpertsContainer
+from .merging_layer import MergingLayer
 from .mixed_batch import AdapterBatch, current_batch
 from .offload import at_hand, compute_device
-from .resident import Key, Resident, RowBank, planning
+from .resident import Key, Resident, planning
 from .weights import StackedWeight, expert_index
 
 
-class ESFTLayer(AdapterWeights):
-    """An experts container whose forward pass uses the weights of the active adapters' experts.
-
-    The base is only written to by `merge` and `unmerge`.
-    """
+class ESFTLayer(MergingLayer):
+    """An experts container whose forward pass uses the weights of the active adapters' experts."""
 
     def __init__(
         self,
@@ -37,14 +34,10 @@ class ESFTLayer(AdapterWeights):
         config: ESFTConfig,
     ) -> None:
         super().__init__(base_layer, adapter_name, container)
-        self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self.bank = RowBank()
         self._call: AdapterCall | None = None
         self._calls: dict[Key, AdapterCall] = {}
         self._plan: MixedPlan | None = None
-        # The memory of the last merge, for the next one: writing to new memory takes longer than the copy itself.
-        self._spare_rows: dict[str, Tensor] = {}
         self.in_features = self.out_features = container.hidden_size
         self.register_load_state_dict_post_hook(_forget_calls)
         self.update_layer(adapter_name, expert_ids, config)
@@ -65,6 +58,10 @@ class ESFTLayer(AdapterWeights):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches all adapters on or off, see `peft.tuners.tuners_utils.BaseTunerLayer.enable_adapters`."""
+        if not enabled and self.merged:
+            # Now and not in the forward, as PEFT's layers do: an error there would leave half of the layers merged.
+            with onload_layer(self):
+                self.unmerge()
         super().enable_adapters(enabled)
         self.prepare()
 
@@ -125,13 +122,13 @@ class ESFTLayer(AdapterWeights):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ESFTLayer:
         super()._apply(fn, *args, **kwargs)
-        self._replaced_rows = {name: fn(rows) for name, rows in self._replaced_rows.items()}
         self.forget_calls()
         return self
 
     def _forget_adapter(self, *adapter_names: str) -> None:
         """To be called whenever the rows of an adapter change."""
         for name in adapter_names:
+            self._take_stored_rows_out(name)
             self.bank.remove_adapter(name)
         self.forget_calls()
 
@@ -211,6 +208,14 @@ class ESFTLayer(AdapterWeights):
                 sources = self._sources(key)
                 self.bank.put(key, resident.expert_ids, resident.rows, self._state(sources), sources)
 
+    def _take_stored_rows_out(self, adapter_name: str) -> None:
+        """Gives an adapter that is stored as rows memory of its own, before its place in the bank is given away."""
+        resident = self.bank.residents.get((adapter_name,))
+        for name, rows in {} if resident is None else resident.rows.items():
+            buffers = self._tensors(f"{PREFIX}{name}_rows")
+            if adapter_name in buffers and buffers[adapter_name] is rows:
+                buffers[adapter_name] = rows.clone()
+
     def _sources(self, key: Key) -> list[Tensor]:
         """All tensors that the effective rows of some adapters depend on."""
         base = self.get_base_layer()
@@ -288,69 +293,6 @@ class ESFTLayer(AdapterWeights):
 
     def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Writes the effective rows of the adapters into the base, keeping the rows that they replace.
-
-        Args:
-            safe_merge: check first that all merged rows are finite.
-            adapter_names: the adapters to merge; None means the active ones.
-
-        Raises:
-            ValueError: with `safe_merge`, if a merged row is not finite. The base is then unchanged.
-        """
-        names = self.adapters_here(check_adapters_to_merge(self, adapter_names))
-        if not names:
-            return
-        if safe_merge:
-            self.check_finite(names)
-        all_names = [*self.merged_adapters, *names]
-        ids = self.union_of_experts(all_names)
-        new_ids = ids[len(self._replaced_ids) :]
-        known = self.resident(tuple(all_names), in_training=False) if len(all_names) == 1 else None
-        originals, merged = {}, {}
-        for weight_name, weight in self.weights.items():
-            rows = self._replaced_rows.get(weight_name)
-            if new_ids or rows is None:  # the latter without new ones where other processes own the experts
-                spare = self._spare_rows.get(weight_name)
-                out = None if spare is None or rows is not None else spare[: len(new_ids)]
-                new_rows = weight.read(self.get_base_layer(), new_ids, out=out)
-                rows = new_rows if rows is None else torch.cat([rows.to(new_rows), new_rows])
-            originals[weight_name] = rows
-            with_deltas = (
-                self._with_deltas(rows, ids, weight_name, all_names) if known is None else known.rows[weight_name]
-            )
-            merged[weight_name] = with_deltas
-        self._replaced_ids, self._replaced_rows, self._spare_rows = ids, originals, {}
-        self.merged_adapters = all_names
-        self._write_rows(ids, merged)
-        if known is not None and self.is_trained(names[0]):
-            self.bank.remove(known.key)
-        self.prepare()
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Puts the replaced rows back: the base is then bit for bit what it was."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._write_rows(self._replaced_ids, self._replaced_rows)
-        self.merged_adapters = []
-        self._replaced_ids, self._replaced_rows, self._spare_rows = [], {}, self._replaced_rows
-        self.prepare()
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base module, with the adapters merged into it if asked for."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self.get_base_layer()
-
-    def _write_rows(self, ids: list[int], rows: dict[str, Tensor]) -> None:
-        for weight_name, values in rows.items():
-            self.weights[weight_name].write(self.get_base_layer(), ids, values)
 
     def __repr__(self) -> str:
         # PEFT reads the layer's type from the part before the bracket.

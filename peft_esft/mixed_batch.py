@@ -39,12 +39,12 @@ class AdapterBatch:
         self.names = [name for name in names for _ in range(repeats)]
         self.adapters = list(dict.fromkeys(names))
         self._unrepeated = unrepeated
-        self._single = AdapterBatch(names, plans=plans) if repeats > 1 else self
+        self._single = AdapterBatch(names, plans=plans) if repeats > 1 else None
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
     def of_layer(self, layer: nn.Module) -> AdapterBatch:
         """The batch that a layer sees."""
-        return self._single if layer in self._unrepeated else self
+        return self if self._single is None or layer not in self._unrepeated else self._single
 
     def adapter_of_row(self, num_rows: int, device: torch.device) -> Tensor:
         """The place in `adapters` of each row's adapter, int64 `[num_rows]`; rows lie sample after sample.

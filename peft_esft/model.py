@@ -36,6 +36,7 @@ from .substituted import SubstitutedExperts
 from .targets import match_options, modules_trained_whole, resolve_target_experts
 from .tied import TiedLayer
 from .trainable import check_trainable, warn_of_slow_layouts
+from .undo import undoing_changes, undoing_injection, undoing_merges, undoing_unloading
 from .untrusted import check_header, check_rank
 
 
@@ -252,10 +253,11 @@ class ESFTModel(BaseTuner):
         configs: list[Any] = [self.peft_config[name] for name in adapters]
         by_name = dict(zip(adapters, weights, strict=True))
         config = combined_config(configs, by_name, target_experts, combination_type, density)
-        self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
-        for layer in layers:
-            layer.combine(adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+        with undoing_injection(self, adapter_name):
+            self.peft_config[adapter_name] = config
+            self.inject_adapter(self.model, adapter_name)
+            for layer in layers:
+                layer.combine(adapters, weights, adapter_name, combination_type, density, majority_sign_method)
 
     def freeze_adapter(self, adapter_name: str) -> None:
         """Turns an adapter into one for inference, which holds its effective rows in place of deltas.
@@ -272,8 +274,9 @@ class ESFTModel(BaseTuner):
         layers = self._layers_of(adapter_name)
         if any(layer.merged for layer in layers):
             raise ValueError("an adapter is merged, so the base's rows are not known; call unmerge_adapter first")
-        for layer in layers:
-            layer.freeze_adapter(adapter_name)
+        with undoing_changes(layers, adapter_name):
+            for layer in layers:
+                layer.freeze_adapter(adapter_name)
         config = self.peft_config[adapter_name]
         config.storage, config.inference_mode = "rows", True
         # Of no meaning to rows, and refused beside them when the config is read.
@@ -297,8 +300,10 @@ class ESFTModel(BaseTuner):
         Raises:
             ValueError: if there is no such adapter, or it is merged.
         """
-        for layer in self._layers_of(adapter_name):
-            layer.set_scale(adapter_name, scale)
+        layers = self._layers_of(adapter_name)
+        with undoing_changes(layers, adapter_name):
+            for layer in layers:
+                layer.set_scale(adapter_name, scale)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`."""
@@ -315,27 +320,72 @@ class ESFTModel(BaseTuner):
             module.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Adds an adapter, see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`."""
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, see `peft.tuners.tuners_utils.BaseTuner.delete_adapter`.
+
+        If it was the only active one another takes its place, the same in all layers: PEFT has each layer choose among
+        those that it has.
+        """
+        layers = self._layers()
+        is_deletable = adapter_name in self.peft_config and not any(
+            adapter_name in layer.merged_adapters for layer in layers
+        )
+        if is_deletable and adapter_name in self.active_adapters:
+            active = [name for name in self.active_adapters if name != adapter_name]
+            if not active:
+                active = sorted(name for name in self.peft_config if name != adapter_name)[:1]
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to "
+                    f"{', '.join(active) or 'none'}.",
+                    stacklevel=2,
+                )
+            for layer in layers:
+                layer.set_adapter(active)
+        super().delete_adapter(adapter_name)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`.
+
+        If that fails or is interrupted in the middle the model is what it was, without the adapter's config.
+        """
         is_disabled = any(layer.disable_adapters for layer in self._layers())
-        self._with_adapters = None
+        self.forget_modules()
         try:
-            super().inject_adapter(*args, **kwargs)
+            with undoing_injection(self, adapter_name):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                self.forget_modules()
+                if is_disabled:
+                    # Layers that are new are enabled otherwise.
+                    for module in self._modules_with_adapters():
+                        module.enable_adapters(False)
         finally:
-            self._with_adapters = None
-            if is_disabled:
-                # Those that are new are enabled otherwise.
-                for module in self._modules_with_adapters():
-                    module.enable_adapters(False)
+            self.forget_modules()
+
+    def forget_modules(self) -> None:
+        """To be called when layers were put into the model or taken out."""
+        self._with_adapters = None
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base, see `peft.tuners.tuners_utils.BaseTuner.merge_adapter`.
 
-        With `safe_merge`, all layers are checked before the first one is changed.
+        With `safe_merge`, all layers are checked before the first one is changed. If the merge fails or is interrupted
+        in the middle, no layer is changed.
+
+        Raises:
+            ValueError: if there is no adapter of one of the names, or with `safe_merge` a merged row is not finite.
         """
+        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"there are no adapters {unknown} to merge; there are {sorted(self.peft_config)}")
         if safe_merge:
             self._check_finite(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        with undoing_merges(self._layers()):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Unmerges all adapters, see `peft.tuners.tuners_utils.BaseTuner.unmerge_adapter`."""
+        with undoing_merges(self._layers()):
+            super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
         self,
@@ -346,9 +396,10 @@ class ESFTModel(BaseTuner):
     ) -> Any:
         if merge and safe_merge:
             self._check_finite(adapter_names)
-        return super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
-        )
+        with undoing_unloading(self.model, self._layers()):
+            return super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
@@ -374,7 +425,7 @@ class ESFTModel(BaseTuner):
     def _layers(self) -> list[ESFTLayer]:
         return [module for module in self._modules_with_adapters() if isinstance(module, ESFTLayer)]
 
-    def _modules_with_adapters(self) -> list[nn.Module]:
+    def _modules_with_adapters(self) -> list[ESFTLayer | AuxiliaryTrainingWrapper]:
         """Found once, until an adapter is added."""
         if self._with_adapters is None:
             kinds = (ESFTLayer, AuxiliaryTrainingWrapper)

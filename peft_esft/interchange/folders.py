@@ -19,13 +19,16 @@ def new_folder(target: str | Path) -> Iterator[Path]:
     target = Path(target)
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target} exists already; name a new folder, or remove it first")
+    is_there = target.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        if target.exists():
-            target.rmdir()
         temporary.chmod(0o755)  # mkdtemp's is private
+        if is_there:
+            target.rmdir()
         temporary.rename(target)
     finally:
+        if is_there and not target.exists():
+            target.mkdir()
         shutil.rmtree(temporary, ignore_errors=True)

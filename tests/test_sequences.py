@@ -1,0 +1,137 @@
+"""Sequences of operations that once gave something wrong; most were found by `test_state_machine.py`."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from peft_esft import ESFTConfig, ESFTLayer
+
+from families import tiny_model
+from oracle import random_tokens
+
+
+TOKENS = random_tokens()
+FIRST, SECOND = {0: [5, 1, 6], 1: [2]}, {0: [7, 1]}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=TOKENS)[0]
+
+
+def two_adapters(first=FIRST, second=SECOND):
+    model = get_peft_model(tiny_model("olmoe"), ESFTConfig(target_experts=first, init_weights=False), adapter_name="a")
+    model.add_adapter("b", ESFTConfig(target_experts=second, init_weights=False))
+    return model.eval()
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, ESFTLayer)]
+
+
+def test_an_adapter_stored_as_rows_keeps_them_when_it_is_scaled():
+    """Its rows lie in the bank, where the scaled ones took their place."""
+    model = two_adapters()
+    model.base_model.freeze_adapter("a")
+    expected = logits(model)
+    with torch.no_grad():
+        model(input_ids=TOKENS, adapter_names=["a", "b"])
+    model.base_model.set_scale("a", -2.0)
+    logits(model)
+    model.base_model.set_scale("a", 1.0)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_layer_without_the_merged_adapter_adds_no_other_one():
+    model = two_adapters()
+    model.set_adapter("b")
+    expected = logits(model)
+    model.set_adapter("a")
+    model.merge_adapter(["b"])
+    torch.testing.assert_close(logits(model), expected)
+    assert model.get_model_status().merged_adapters == ["b"]
+    model.unmerge_adapter()
+    model.set_adapter("b")
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_name_that_no_adapter_has_cannot_be_merged():
+    model = two_adapters()
+    with pytest.raises(ValueError, match=r"no adapters \['c'\] to merge; there are \['a', 'b'\]"):
+        model.merge_adapter(["a", "c"])
+    assert not any(layer.merged for layer in layers_of(model))
+
+
+def test_all_layers_go_on_with_the_same_adapter_after_the_active_one_is_deleted():
+    model = two_adapters(first={0: [5]}, second={1: [2]})
+    model.add_adapter("c", ESFTConfig(target_experts=FIRST, init_weights=False))
+    expected = logits(model)
+    model.set_adapter("c")
+    with pytest.warns(UserWarning, match="Setting active adapter to a"):
+        model.delete_adapter("c")
+    assert all(layer.active_adapters == ["a"] for layer in layers_of(model))
+    assert model.active_adapters == ["a"]
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_layer_that_loses_its_only_adapter_keeps_the_model_s_active_one():
+    model = two_adapters(first={1: [2]}, second={0: [5]})
+    model.set_adapter("b")
+    with pytest.warns(UserWarning, match="Setting active adapter to a"):
+        model.delete_adapter("b")
+    assert all(layer.active_adapters == ["a"] for layer in layers_of(model))
+    assert model.active_adapters == ["a"]
+
+
+def test_a_call_with_adapter_names_lets_go_of_the_rows_when_it_ends():
+    """What it held would keep their memory until Python looks for cycles."""
+    model = two_adapters()
+    with torch.no_grad():
+        model(input_ids=TOKENS, adapter_names=["a", "b"])
+    places = [weakref.ref(layer.bank.residents["a",].place) for layer in layers_of(model)]
+    gc.disable()
+    try:
+        model.set_adapter("b")
+        model.delete_adapter("a")
+        assert places and all(place() is None for place in places)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("where", ["embed_tokens", "layers.0", "layers.1"])
+def test_an_error_while_adapters_are_disabled_leaves_no_part_of_the_model_merged(where):
+    model = two_adapters()
+    base, expected = logits(tiny_model("olmoe")), logits(model)
+    model.merge_adapter()
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().model.get_submodule(where).register_forward_hook(fail)
+    with pytest.raises(KeyboardInterrupt), model.disable_adapter():
+        model(input_ids=TOKENS)
+    handle.remove()
+    assert not any(layer.merged for layer in layers_of(model))
+    assert torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+
+
+def test_merging_goes_on_in_the_dtype_that_the_model_has_by_then():
+    """Also where the second adapter has no experts that the first one has not."""
+    model = two_adapters(first={0: [5, 1, 6]}, second={0: [1, 5]}).to(torch.bfloat16)
+    expected = copy.deepcopy(model).to(torch.float32)
+    model.merge_adapter(["a"])
+    model.to(torch.float32)
+    with pytest.warns(UserWarning, match="additionally merging"):
+        model.merge_adapter(["b"])
+    expected.merge_adapter(["a", "b"])
+    found = dict(model.named_parameters())
+    for name, value in expected.named_parameters():
+        assert torch.equal(found[name], value), name
