@@ -425,7 +425,7 @@ class ESFTModel(BaseTuner):
     def _layers(self) -> list[ESFTLayer]:
         return [module for module in self._modules_with_adapters() if isinstance(module, ESFTLayer)]
 
-    def _modules_with_adapters(self) -> list[ESFTLayer | AuxiliaryTrainingWrapper]:
+    def _modules_with_adapters(self) -> list[Any]:
         """Found once, until an adapter is added."""
         if self._with_adapters is None:
             kinds = (ESFTLayer, AuxiliaryTrainingWrapper)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -58,7 +58,7 @@ def undoing_injection(tuner: ESFTModel, adapter_name: str) -> Iterator[None]:
     So are wrappers that were put around modules for it; and what was merged before is merged again.
     """
     modules = list(tuner.model.modules())
-    known: set[nn.Module] = {module for module in modules if isinstance(module, WRAPPERS)}
+    known: set[Any] = {module for module in modules if isinstance(module, WRAPPERS)}
     are_trained = [(parameter, parameter.requires_grad) for parameter in tuner.model.parameters()]
     targeted = list(tuner.targeted_module_names)
     try:
