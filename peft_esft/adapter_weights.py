@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from .combination import CombinationType, MajoritySignMethod, combine_deltas
 from .config import ESFTConfig
 from .containers import ExpertsContainer
 from .deltas import add_deltas, rows_with_delta
-from .offload import compute_device
+from .offload import at_hand, compute_device
 from .storage import FROZEN_SUFFIXES, decode, stored_layout
 from .weights import ExpertWeight, StackedWeight, expert_index, is_spread
 
@@ -32,11 +33,13 @@ class AdapterState:
         tensors: one for each dict of tensors, None where it has none, and whether it is trained.
         values: copies of them, if asked for.
         settings: one for each dict of settings; empty if it has none.
+        resident: holds the adapter's place in the bank, if it has one.
     """
 
     tensors: list[tuple[Tensor, bool] | None]
     values: list[Tensor | None]
     settings: list[Any]
+    resident: Any = None
 
 
 class AdapterWeights(nn.Module, BaseTunerLayer):
@@ -100,7 +103,6 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         self.expert_ids[adapter_name] = list(expert_ids)
         self.scaling[adapter_name] = config.scaling
         self.scale[adapter_name] = 1.0
-        self._forget_adapter(adapter_name)
         for name, weight in self.weights.items():
             shape = (len(expert_ids), *weight.shape(self.get_base_layer()))
             if config.storage != "delta":
@@ -111,6 +113,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
                 # As LoRA does: A random, B zero.
                 self._add_delta(name, "_A", adapter_name, (shape[0], config.rank, shape[2]), zero=False)
                 self._add_delta(name, "_B", adapter_name, (*shape[:2], config.rank), zero=config.init_weights)
+        self._forget_adapter(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -130,7 +133,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         self._forget_adapter(adapter_name)
 
     def adapter_state(self, adapter_name: str, *, copy: bool) -> AdapterState:
-        """What `restore_adapter` needs; with `copy` also the values of the tensors."""
+        """What `restore_adapter` needs; with `copy` also the values of the parameters."""
         # PEFT's dict of buffers has no `get`.
         own = [
             tensors[adapter_name] if adapter_name in tensors else None  # noqa: SIM401
@@ -138,30 +141,36 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         ]
         return AdapterState(
             [None if tensor is None else (tensor, tensor.requires_grad) for tensor in own],
-            [tensor.detach().clone() if copy and tensor is not None else None for tensor in own],
+            [tensor.detach().clone() if copy and isinstance(tensor, nn.Parameter) else None for tensor in own],
             [settings[adapter_name] for settings in self._settings() if adapter_name in settings],
         )
 
     @torch.no_grad()
     def restore_adapter(self, adapter_name: str, state: AdapterState) -> None:
-        """Gives an adapter back what it had."""
-        self.discard_adapter(adapter_name)
+        """Gives an adapter back what it had, in its old place among the others."""
         for tensors, own, value in zip(self._all_tensors(), state.tensors, state.values, strict=True):
             if own is not None:
                 tensor, is_trained = own
                 tensors[adapter_name] = tensor.requires_grad_(is_trained)
                 if value is not None:
                     tensor.data.copy_(value)
-        for settings, setting in zip(self._settings(), state.settings, strict=False):
-            settings[adapter_name] = setting
+            elif adapter_name in tensors:
+                del tensors[adapter_name]
+        for place, settings in enumerate(self._settings()):
+            if state.settings:
+                settings[adapter_name] = state.settings[place]
+            else:
+                settings.pop(adapter_name, None)
         self._forget_adapter(adapter_name)
 
     def replace_adapter(self, adapter_name: str, incoming: str, is_trained: bool) -> None:
         """Gives an adapter the experts and weights of another one, which ends; either may have none in this layer."""
         for tensors in self._all_tensors():
-            old = tensors.pop(adapter_name) if adapter_name in tensors else None
+            old = tensors[adapter_name] if adapter_name in tensors else None  # noqa: SIM401 (not all have `get`)
             new = tensors.pop(incoming) if incoming in tensors else None
             if new is None:
+                if old is not None:
+                    del tensors[adapter_name]
                 continue
             if isinstance(new, nn.Parameter):
                 if old is not None and old.shape == new.shape and old.dtype == new.dtype:
@@ -170,9 +179,10 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
                 new.requires_grad_(is_trained)
             tensors[adapter_name] = new
         for settings in self._settings():
-            settings.pop(adapter_name, None)
             if incoming in settings:
                 settings[adapter_name] = settings.pop(incoming)
+            else:
+                settings.pop(adapter_name, None)
         self._forget_adapter(adapter_name, incoming)
 
     def is_trained(self, adapter_name: str) -> bool:
@@ -203,6 +213,10 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         """A copy of the base's rows of some experts, `[n, ...]`."""
         return self.weights[weight_name].read(self.get_base_layer(), expert_ids)
 
+    def at_hand(self, base_layer: nn.Module) -> AbstractContextManager[None]:
+        """Has the weights of `base_layer`, this layer's or one tied to it, loaded if it is offloaded."""
+        return at_hand(base_layer, self.weights[self.weight_names[0]].parameters(base_layer)[0])
+
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained."""
         self.scale[adapter_name] = scale
@@ -224,7 +238,8 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
             target = self._delta_parameters(weight_name, adapter_name)[0]
             deltas, factors = [], []
             for name, weight in zip(adapters, weights, strict=True):
-                delta = self.get_delta_weight(name, weight_name) if name in self.expert_ids else None
+                with self.at_hand(self.get_base_layer()):
+                    delta = self.get_delta_weight(name, weight_name) if name in self.expert_ids else None
                 if delta is not None:
                     places = expert_index([ids.index(expert) for expert in self.expert_ids[name]], delta.device)
                     deltas.append((places, delta.to(target.dtype)))
@@ -278,13 +293,14 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: naming the adapter.
         """
-        for adapter_name in self.adapters_here(adapter_names):
-            for weight_name in self.weight_names:
-                if not bool(torch.isfinite(self.effective_rows(weight_name, [adapter_name])).all()):
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken "
-                        f"(in {weight_name} of {self.path})"
-                    )
+        with self.at_hand(self.get_base_layer()):
+            for adapter_name in self.adapters_here(adapter_names):
+                for weight_name in self.weight_names:
+                    if not bool(torch.isfinite(self.effective_rows(weight_name, [adapter_name])).all()):
+                        raise ValueError(
+                            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken "
+                            f"(in {weight_name} of {self.path})"
+                        )
 
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Stores an adapter's deltas in the base's dtype, at the price of updates that its rounding swallows."""
@@ -292,7 +308,8 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
             dtype = self._base_parameter(name).dtype
             for deltas in self._parameter_dicts(name):
                 if adapter_name in deltas:
-                    deltas[adapter_name] = deltas[adapter_name].to(dtype)
+                    delta = deltas[adapter_name]
+                    deltas[adapter_name] = nn.Parameter(delta.detach().to(dtype), requires_grad=delta.requires_grad)
         self.forget_calls()
 
     def restore_stored_dtypes(self, adapter_name: str) -> None:
@@ -401,7 +418,8 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
             target = compute_device(self.get_base_layer(), parameter) if device is None else device
             for deltas in self._parameter_dicts(weight_name):
                 if adapter_name in deltas and deltas[adapter_name].device != torch.device("meta"):
-                    deltas[adapter_name] = deltas[adapter_name].to(target)
+                    delta = deltas[adapter_name]
+                    deltas[adapter_name] = nn.Parameter(delta.detach().to(target), requires_grad=delta.requires_grad)
             for suffix in FROZEN_SUFFIXES:
                 buffers = getattr(self, f"{PREFIX}{weight_name}{suffix}")
                 if adapter_name in buffers and buffers[adapter_name].device != torch.device("meta"):

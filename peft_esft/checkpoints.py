@@ -61,8 +61,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
     finally:
         for config, mode in modes:
             config.inference_mode = mode
-    if processes > 1:
-        dist.barrier()
+        if processes > 1:
+            dist.barrier()
 
 
 def adapter_weights(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
@@ -102,21 +102,25 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
         raise ValueError(f"{target} exists and holds no adapter, so it is not replaced; name another folder")
     partial, previous = (target.with_name(target.name + suffix) for suffix in (_PARTIAL_SUFFIX, PREVIOUS_SUFFIX))
     shutil.rmtree(partial, ignore_errors=True)
+    has_moved = False
     try:
         write(partial)
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
         if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
+            if _holds_adapter(previous):
+                shutil.rmtree(previous)
+            has_moved = True
             os.rename(target, previous)
         os.rename(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if previous.exists() and not target.exists():
+        if has_moved and previous.exists() and not target.exists():
             os.rename(previous, target)
         raise
     _flush(target.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+    if has_moved or _holds_adapter(previous):  # the latter of a process that was killed
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:

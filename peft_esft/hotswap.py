@@ -26,7 +26,8 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
         **kwargs: passed to `PeftModel.load_adapter`, for example `torch_device`.
 
     Raises:
-        ValueError: if there is no such adapter, it is merged, or the new one is not ESFT's or does not fit the model.
+        ValueError: if there is no such adapter, it is merged, either trains whole modules too (`modules_to_save`), or
+            the new one is not ESFT's or does not fit the model.
 
     After any error, and after an interrupt, the model is unchanged.
 
@@ -38,6 +39,7 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
     if adapter_name not in model.peft_config:
         raise ValueError(f"there is no adapter {adapter_name!r} to replace; there are {sorted(model.peft_config)}")
     tuner = model.base_model
+    _check_experts_only(model.peft_config[adapter_name])
     layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before it is replaced")
@@ -45,6 +47,7 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
     with undoing_injection(tuner, incoming):
         model.load_adapter(str(path), incoming, **kwargs)
         config = model.peft_config[incoming]
+        _check_experts_only(config)
         is_trained = any(layer.is_trained(adapter_name) for layer in layers)
         layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
         with undoing_changes(layers, adapter_name, in_place=True):
@@ -52,3 +55,11 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
                 layer.replace_adapter(adapter_name, incoming, is_trained)
             config.inference_mode = model.peft_config[adapter_name].inference_mode
             model.peft_config[adapter_name] = model.peft_config.pop(incoming)
+
+
+def _check_experts_only(config: Any) -> None:
+    if config.modules_to_save:
+        raise ValueError(
+            f"an adapter with modules_to_save={config.modules_to_save} can neither be replaced nor replace another; "
+            "load_adapter the new one under a name of its own and delete_adapter the old one"
+        )

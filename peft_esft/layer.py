@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,13 +11,13 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .adapter_weights import PREFIX
+from .adapter_weights import PREFIX, AdapterState
 from .calls import AdapterCall, MixedPlan
 from .config import ESFTConfig
 from .containers import ExpertsContainer
 from .merging_layer import MergingLayer
 from .mixed_batch import AdapterBatch, current_batch
-from .offload import at_hand, compute_device
+from .offload import compute_device
 from .resident import Key, Resident, planning
 from .weights import StackedWeight, expert_index
 
@@ -75,7 +75,7 @@ class ESFTLayer(MergingLayer):
         if batch is None and call is None:
             return base_layer(*args, **kwargs)
         # The weights are read here and not by the module's own forward, around which accelerate loads them.
-        with self._at_hand(base_layer):
+        with self.at_hand(base_layer):
             if batch is not None:
                 return self._mixed_forward(base_layer, batch, *args, **kwargs)
             assert call is not None
@@ -84,7 +84,8 @@ class ESFTLayer(MergingLayer):
     def current_call(self) -> AdapterCall | None:
         """What a call has to add, if anything. If adapters are disabled, merged ones are unmerged first."""
         if self._disable_adapters and self.merged_adapters:
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         return self._call
 
     def _adapted_forward(self, base_layer: nn.Module, call: AdapterCall, *args: Any, **kwargs: Any) -> Any:
@@ -97,6 +98,8 @@ class ESFTLayer(MergingLayer):
         self._call = self.call_of(tuple(names)) if names else None
         if self._call is not None and self._call.rows is not None and any(self.is_trained(name) for name in names):
             self._call.rows = None
+        if self._call is not None:
+            self._call.deltas = None  # sharding may have put others in the place of those that were seen last
 
     def call_of(self, key: Key) -> AdapterCall:
         """What a forward pass with some adapters has to know, of which each has experts in this layer."""
@@ -104,7 +107,7 @@ class ESFTLayer(MergingLayer):
             ids = self.union_of_experts(key)
             index = expert_index(ids, self._table_device())
             slots = self._slots([(ids, 0)], len(ids))
-            self._calls[key] = AdapterCall(key, tuple(ids), index, slots, self._plain_deltas(key))
+            self._calls[key] = AdapterCall(key, tuple(ids), index, slots)
         return self._calls[key]
 
     def forget_calls(self) -> None:
@@ -147,6 +150,8 @@ class ESFTLayer(MergingLayer):
             return resident.rows, False
         deltas = self._plain_deltas(call.key)
         if deltas is not None:
+            if not torch.compiler.is_compiling():
+                call.deltas = deltas
             return deltas, True
         return {name: self.effective_rows(name, call.key) for name in self.weight_names}, False
 
@@ -183,15 +188,11 @@ class ESFTLayer(MergingLayer):
                 for other in [other for other in self.bank.residents if len(other) > 1]:
                     self.bank.remove(other)
             # A tensor made in inference mode could not take part in a later training step.
-            with torch.inference_mode(False), torch.no_grad(), self._at_hand(self.get_base_layer()):
+            with torch.inference_mode(False), torch.no_grad(), self.at_hand(self.get_base_layer()):
                 rows = {name: self.effective_rows(name, key) for name in self.weight_names}
             self.bank.put(key, tuple(self.union_of_experts(key)), rows, state, sources)
             self._share_stored_rows()
         return self.bank.residents[key]
-
-    def _at_hand(self, base_layer: nn.Module) -> AbstractContextManager[None]:
-        """Has the weights of `base_layer`, this layer's or one tied to it, loaded if it is offloaded."""
-        return at_hand(base_layer, self.weights[self.weight_names[0]].parameters(base_layer)[0])
 
     def _share_stored_rows(self) -> None:
         """Lets adapters that are stored as rows have theirs in the bank, and not a second time."""
@@ -208,13 +209,22 @@ class ESFTLayer(MergingLayer):
                 sources = self._sources(key)
                 self.bank.put(key, resident.expert_ids, resident.rows, self._state(sources), sources)
 
+    def adapter_state(self, adapter_name: str, *, copy: bool) -> AdapterState:
+        """What `restore_adapter` needs; with `copy` also the values of the parameters."""
+        state = super().adapter_state(adapter_name, copy=copy)
+        # Rows of the adapter may lie in the bank, where nothing else is to be put as long as they may come back.
+        return replace(state, resident=self.bank.residents.get((adapter_name,)))
+
     def _take_stored_rows_out(self, adapter_name: str) -> None:
         """Gives an adapter that is stored as rows memory of its own, before its place in the bank is given away."""
-        resident = self.bank.residents.get((adapter_name,))
-        for name, rows in {} if resident is None else resident.rows.items():
+        for name, bank in self.bank.tensors.items():
             buffers = self._tensors(f"{PREFIX}{name}_rows")
-            if adapter_name in buffers and buffers[adapter_name] is rows:
-                buffers[adapter_name] = rows.clone()
+            if adapter_name not in buffers:
+                continue
+            rows = buffers[adapter_name]
+            if rows.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
+                with torch.inference_mode(False), torch.no_grad():
+                    buffers[adapter_name] = rows.clone()
 
     def _sources(self, key: Key) -> list[Tensor]:
         """All tensors that the effective rows of some adapters depend on."""

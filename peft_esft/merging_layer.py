@@ -96,9 +96,11 @@ class MergingLayer(AdapterWeights):
             rows = self._replaced_rows.get(weight_name)
             if new_ids or rows is None:  # the latter without new ones where other processes own the experts
                 spare = self._spare_rows.get(weight_name)
-                out = None if spare is None or rows is not None else spare[: len(new_ids)]
+                out = None
+                if rows is None and spare is not None and len(spare) >= len(new_ids):
+                    out = spare[: len(new_ids)]
                 new_rows = weight.read(self.get_base_layer(), new_ids, out=out)
-                rows = new_rows if rows is None else torch.cat([rows, new_rows])
+                rows = new_rows if rows is None else torch.cat([rows.to(new_rows), new_rows])
             originals[weight_name] = rows
             with_deltas = (
                 self._with_deltas(rows, ids, weight_name, names) if known is None else known.rows[weight_name]
@@ -149,5 +151,10 @@ class MergingLayer(AdapterWeights):
         self.prepare()
 
     def _write_rows(self, ids: list[int], rows: dict[str, Tensor]) -> None:
+        if rows and self._base_parameter(self.weight_names[0]).device.type == "meta":
+            raise RuntimeError(
+                f"{self.path} is offloaded, and its weights are not loaded: call the model's merge_adapter or "
+                "unmerge_adapter, which load them, and not the layer's"
+            )
         for weight_name, values in rows.items():
             self.weights[weight_name].write(self.get_base_layer(), ids, values)

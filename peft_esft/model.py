@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, set_adapter
+from peft.tuners.tuners_utils import BaseTuner, onload_layer, set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -271,12 +271,16 @@ class ESFTModel(BaseTuner):
         Raises:
             ValueError: if there is no such adapter, or one is merged.
         """
+        with undoing_changes(self._layers_of(adapter_name), adapter_name):
+            self.freeze_layers(adapter_name)
+
+    def freeze_layers(self, adapter_name: str) -> None:
+        """`freeze_adapter`, letting go of each layer's deltas at once: for who deletes the adapter after an error."""
         layers = self._layers_of(adapter_name)
         if any(layer.merged for layer in layers):
             raise ValueError("an adapter is merged, so the base's rows are not known; call unmerge_adapter first")
-        with undoing_changes(layers, adapter_name):
-            for layer in layers:
-                layer.freeze_adapter(adapter_name)
+        for layer in layers:
+            layer.freeze_adapter(adapter_name)
         config = self.peft_config[adapter_name]
         config.storage, config.inference_mode = "rows", True
         # Of no meaning to rows, and refused beside them when the config is read.
@@ -316,7 +320,8 @@ class ESFTModel(BaseTuner):
                 warnings.warn(
                     "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
                 )
-                module.unmerge()
+                with onload_layer(module):
+                    module.unmerge()
             module.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
@@ -339,8 +344,9 @@ class ESFTModel(BaseTuner):
                     f"{', '.join(active) or 'none'}.",
                     stacklevel=2,
                 )
+            for_inference = all(self.peft_config[name].inference_mode for name in active)
             for layer in layers:
-                layer.set_adapter(active)
+                layer.set_adapter(active, inference_mode=for_inference)
         super().delete_adapter(adapter_name)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -374,9 +380,7 @@ class ESFTModel(BaseTuner):
         Raises:
             ValueError: if there is no adapter of one of the names, or with `safe_merge` a merged row is not finite.
         """
-        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"there are no adapters {unknown} to merge; there are {sorted(self.peft_config)}")
+        self._check_known(adapter_names)
         if safe_merge:
             self._check_finite(adapter_names)
         with undoing_merges(self._layers()):
@@ -394,6 +398,8 @@ class ESFTModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        if merge:
+            self._check_known(adapter_names)
         if merge and safe_merge:
             self._check_finite(adapter_names)
         with undoing_unloading(self.model, self._layers()):
@@ -404,6 +410,11 @@ class ESFTModel(BaseTuner):
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
         return []
+
+    def _check_known(self, adapter_names: list[str] | None) -> None:
+        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
+        if unknown:
+            raise ValueError(f"there are no adapters {unknown} to merge; there are {sorted(self.peft_config)}")
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():

@@ -244,7 +244,7 @@ class AdapterPool:
         with planning:
             try:
                 self._attach(name, own)
-                self._tuner.freeze_adapter(name)
+                self._tuner.freeze_layers(name)
             except BaseException:
                 if name in self.model.peft_config:
                     self.model.delete_adapter(name)

@@ -61,17 +61,30 @@ def undoing_injection(tuner: ESFTModel, adapter_name: str) -> Iterator[None]:
     known: set[Any] = {module for module in modules if isinstance(module, WRAPPERS)}
     are_trained = [(parameter, parameter.requires_grad) for parameter in tuner.model.parameters()]
     targeted = list(tuner.targeted_module_names)
+    config = tuner.peft_config.get(adapter_name)
+    states = {
+        module: module.adapter_state(adapter_name, copy=False)
+        for module in known
+        if isinstance(module, ESFTLayer) and adapter_name in module.expert_ids
+    }
     try:
         with undoing_merges([module for module in modules if isinstance(module, ESFTLayer)]):
             yield
     except BaseException:
         _replace_wrappers(tuner.model, known)
         for module in known:
-            if isinstance(module, ESFTLayer):
+            if module in states:
+                module.restore_adapter(adapter_name, states[module])
+            elif isinstance(module, ESFTLayer):
                 module.discard_adapter(adapter_name)
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                module.delete_adapter(adapter_name, new_active_adapters=None)
-        tuner.peft_config.pop(adapter_name, None)
+            elif isinstance(module, AuxiliaryTrainingWrapper) and not states:
+                active = [name for name in module.active_adapters if name != adapter_name]
+                module.delete_adapter(adapter_name, new_active_adapters=active)
+        # A config that was put there for this addition goes with it.
+        if config is None or not states:
+            tuner.peft_config.pop(adapter_name, None)
+        else:
+            tuner.peft_config[adapter_name] = config
         tuner.forget_modules()
         tuner.targeted_module_names[:] = targeted
         for parameter, is_trained in are_trained:
