@@ -48,6 +48,17 @@ def test_an_adapter_stored_as_rows_keeps_them_when_it_is_scaled():
     assert torch.equal(logits(model), expected)
 
 
+def test_an_adapter_stored_as_rows_keeps_what_it_was_given_while_its_old_rows_were_in_the_bank():
+    model = two_adapters()
+    model.base_model.freeze_adapter("a")
+    logits(model)
+    model.to(torch.bfloat16).to(torch.float32)
+    rounded = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model(input_ids=TOKENS, adapter_names=["b", "b"])
+    assert all(torch.equal(value, rounded[name]) for name, value in model.state_dict().items())
+
+
 def test_a_layer_without_the_merged_adapter_adds_no_other_one():
     model = two_adapters()
     model.set_adapter("b")

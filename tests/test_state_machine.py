@@ -107,7 +107,8 @@ class WholeModel(RuleBasedStateMachine):
 
     @property
     def is_trained(self) -> bool:
-        return self.reference.is_enabled and any(parameter.requires_grad for parameter in self.model.parameters())
+        active = self.reference.active
+        return self.reference.is_enabled and any(layer.is_trained(name) for name in active for layer in self.layers)
 
     @property
     def can_mix(self) -> bool:
