@@ -389,10 +389,15 @@ class ESFTModel(BaseTuner):
 
         If that fails or is interrupted in the middle the model is what it was, without the adapter's config.
         """
+        is_disabled = any(layer.disable_adapters for layer in self._layers())
         self.forget_modules()
         try:
             with undoing_injection(self, adapter_name):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if is_disabled:
+                    self.forget_modules()
+                    for layer in self._layers():
+                        layer.enable_adapters(False)  # the new ones are not
         finally:
             self.forget_modules()
 

@@ -115,6 +115,17 @@ def test_a_call_with_adapter_names_lets_go_of_the_rows_when_it_ends():
         gc.enable()
 
 
+def test_layers_that_get_their_first_adapter_while_all_are_disabled_are_disabled_too():
+    model = get_peft_model(tiny_model("olmoe"), ESFTConfig(target_experts={0: [5]}, init_weights=False)).eval()
+    model.base_model.disable_adapter_layers()
+    model.add_adapter("b", ESFTConfig(target_experts={1: [0, 1, 5, 6]}, init_weights=False))
+    model.set_adapter("b")
+    assert torch.equal(logits(model), logits(tiny_model("olmoe")))
+    assert model.get_model_status().enabled is False
+    model.base_model.enable_adapter_layers()
+    assert not torch.equal(logits(model), logits(tiny_model("olmoe")))
+
+
 @pytest.mark.parametrize("where", ["embed_tokens", "layers.0", "layers.1"])
 def test_an_error_while_adapters_are_disabled_leaves_no_part_of_the_model_merged(where):
     model = two_adapters()

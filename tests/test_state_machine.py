@@ -429,6 +429,7 @@ class WholeModel(RuleBasedStateMachine):
         type(self).operations += 1
         self.check_adapters()
         self.check_base()
+        assert all(layer.disable_adapters != self.reference.is_enabled for layer in self.layers)
         assert self.model.active_adapters == self.reference.active
         assert all(layer.active_adapters == self.reference.active for layer in self.layers)
         assert all(layer.merged_adapters == self.reference.merged for layer in self.layers)
