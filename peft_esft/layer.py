@@ -198,7 +198,9 @@ class ESFTLayer(MergingLayer):
         """Lets adapters that are stored as rows have theirs in the bank, and not a second time."""
         shared = set()
         for key, resident in self.bank.residents.items():
-            if len(key) == 1 and self.storage[key[0]] == "rows" and self.scale[key[0]] == 1:
+            is_stored = len(key) == 1 and self.storage[key[0]] == "rows" and self.scale[key[0]] == 1
+            # Not if the adapter got other rows since.
+            if is_stored and resident.state is not None and resident.state == self._state(self._sources(key)):
                 for name, rows in resident.rows.items():
                     buffers = getattr(self, f"{PREFIX}{name}_rows")
                     if buffers[key[0]] is not rows:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .substituted import SubstitutedExperts, call_with
+from .substituted import SubstitutedExperts, alone, call_with
 from .weights import ListedWeight
 
 
@@ -48,7 +48,11 @@ class ListedExperts(SubstitutedExperts):
         return [self[key] for key in self._experts]
 
     def call_expert(self, expert: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Runs one of the experts with the active adapters' deltas."""
+        """Runs one of the experts with the active adapters' deltas; one thread after another."""
+        with alone():
+            return self._call_expert(expert, *args, **kwargs)
+
+    def _call_expert(self, expert: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = self.current_call()
         if call is None:
             return expert(*args, **kwargs)

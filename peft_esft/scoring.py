@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
@@ -125,7 +126,7 @@ def score_experts(
 
     What counts is what is computed: the expert ids, and the values that multiply the experts' outputs, after whatever
     the router does to them. The model is scored as it is, active adapters included; it is put in eval mode for the
-    time of the call.
+    time of the call. Other threads may call it meanwhile, or score it too.
 
     Where `torch.distributed` is initialised, call it on every process, each with its own part of the data: the counts
     are summed and every process returns the same scores. `max_tokens` is then shared out evenly. Processes that see
@@ -223,6 +224,7 @@ class _Observer:
         self.num_tokens = self.num_samples = self._num_rows = 0
         self._decoder_tokens = 0
         self._is_counting = True
+        self._thread = get_ident()
         self._decoder_path = _decoder_path(model)
         self._streams: dict[str, TokenStream] = {}
         self._batch_size = 0
@@ -300,6 +302,10 @@ class _Observer:
         pairs = {path: accumulator.half_pairs.clone() for path, accumulator in self.accumulators.items()}
         self._noted.append((self._half_tokens.tolist(), pairs))
 
+    def _counts_here(self) -> bool:
+        """False for a batch that is not to be counted, and for calls of other threads, which are not ours."""
+        return self._is_counting and get_ident() == self._thread
+
     def _watch(self, container: ExpertsContainer, place: Place) -> list[Any]:
         source = container.routing
         if source is None:
@@ -312,12 +318,12 @@ class _Observer:
         return [source.watch(place.watched(source), partial(self._see, container.path, place.path))]
 
     def _see(self, container_path: str, path: str, routing: Routing) -> None:
-        if self._is_counting:
+        if self._counts_here():
             self.accumulators[container_path].update(routing, self._stream_of(path, routing))
 
     def _call_hook(self, container: ExpertsContainer, expert_id: int) -> Any:
         def observe(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if not self._is_counting:
+            if not self._counts_here():
                 return
             pairs = self._expert_calls.setdefault(container.path, [0] * container.num_experts)
             pairs[expert_id] += arguments[0].shape[:-1].numel()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from threading import RLock
 from typing import Any
 
 import torch
@@ -11,6 +13,15 @@ from torch import Tensor, nn
 from .calls import AdapterCall
 from .layer import ESFTLayer
 from .mixed_batch import AdapterBatch
+
+
+_substituting = RLock()
+"""Held while a module may run whose parameters are substituted, which other threads would see."""
+
+
+def alone() -> AbstractContextManager[Any]:
+    """Has calls of modules whose parameters may be substituted wait for those of other threads."""
+    return nullcontext() if torch.compiler.is_compiling() else _substituting
 
 
 def call_with(module: nn.Module, substitutes: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
@@ -37,6 +48,11 @@ class SubstitutedExperts(ESFTLayer):
     experts share a parameter, the whole parameter is written anew in each call, and its whole gradient too: correct,
     but slow.
     """
+
+    def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """See `ESFTLayer.forward_through`; one thread after another."""
+        with alone():
+            return super().forward_through(base_layer, *args, **kwargs)
 
     def _adapted_forward(self, base_layer: nn.Module, call: AdapterCall, *args: Any, **kwargs: Any) -> Any:
         output = self._substituted_forward(base_layer, call.expert_ids, self.rows_for(call), *args, **kwargs)

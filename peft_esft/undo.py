@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -15,10 +15,6 @@ from .layer import ESFTLayer
 
 if TYPE_CHECKING:
     from .model import ESFTModel
-
-
-WRAPPERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-"""What PEFT and we put around modules of the base."""
 
 
 @contextmanager
@@ -58,7 +54,7 @@ def undoing_injection(tuner: ESFTModel, adapter_name: str) -> Iterator[None]:
     So are wrappers that were put around modules for it; and what was merged before is merged again.
     """
     modules = list(tuner.model.modules())
-    known: set[Any] = {module for module in modules if isinstance(module, WRAPPERS)}
+    known = set(filter(_is_wrapper, modules))
     are_trained = [(parameter, parameter.requires_grad) for parameter in tuner.model.parameters()]
     targeted = list(tuner.targeted_module_names)
     config = tuner.peft_config.get(adapter_name)
@@ -99,7 +95,7 @@ def undoing_unloading(model: nn.Module, layers: Sequence[ESFTLayer]) -> Iterator
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if isinstance(child, WRAPPERS)
+        if _is_wrapper(child)
     ]
     peft_config = getattr(model, "peft_config", None)
     try:
@@ -113,10 +109,15 @@ def undoing_unloading(model: nn.Module, layers: Sequence[ESFTLayer]) -> Iterator
         raise
 
 
+def _is_wrapper(module: nn.Module) -> bool:
+    """True for what PEFT and we put around modules of the base."""
+    return isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+
+
 def _replace_wrappers(model: nn.Module, known: set[nn.Module]) -> None:
     """Puts the modules of the base in the place of all wrappers but the known ones."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, WRAPPERS) and child not in known:
-                is_auxiliary = isinstance(child, AuxiliaryTrainingWrapper)
-                setattr(parent, name, child.original_module if is_auxiliary else child.base_layer)
+            if _is_wrapper(child) and child not in known:
+                own = child.original_module if isinstance(child, AuxiliaryTrainingWrapper) else child.base_layer
+                setattr(parent, name, own)

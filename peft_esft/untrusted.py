@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -39,16 +40,33 @@ def find_header(folder: Path, *, pickled: bool = False) -> Header | None:
         pickled: accept pickled weights, which have no header.
 
     Raises:
-        ValueError: if the weights are malformed, or pickled without being asked for; or the config is too large.
+        ValueError: if the weights are malformed, or pickled without being asked for; or the config is too large or no
+            JSON object.
     """
     config = folder / "adapter_config.json"
     if config.is_file() and config.stat().st_size > MAX_CONFIG_BYTES:
         raise ValueError(f"{config} has {config.stat().st_size:,} bytes, more than {MAX_CONFIG_BYTES:,}")
+    if config.is_file():
+        _check_object(config)
     if (folder / WEIGHTS_NAME).is_file():
         return read_header(folder / WEIGHTS_NAME)
     if (folder / PICKLED_NAME).is_file() and not _is_allowed(pickled):
         raise _pickled_weights(folder)
     return None
+
+
+def _check_object(file: Path) -> None:
+    """Refuses a file that is not a JSON object.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
 
 
 def find_hub_header(name: str, subfolder: str | None, *, pickled: bool = False, **download: Any) -> Header | None:

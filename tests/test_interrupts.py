@@ -245,8 +245,7 @@ def test_a_base_can_be_used_after_its_first_adapter_was_interrupted(number, mate
     expected = state_of(PeftModel.from_pretrained(copy.deepcopy(base), material.folder / "a").eval())
     with Interrupting() as whole:
         PeftModel.from_pretrained(copy.deepcopy(base), material.folder / "a")
-    with torch.no_grad():
-        outputs = base(input_ids=TOKENS)[0], expected["tensors"]["output"]
+    weights = dict(base.named_parameters())
     for at in points(whole.steps, number):
         model = copy.deepcopy(base)
         with Interrupting(at):
@@ -256,9 +255,9 @@ def test_a_base_can_be_used_after_its_first_adapter_was_interrupted(number, mate
                 pass
             else:
                 continue
-        with torch.no_grad():
-            found = model(input_ids=TOKENS)[0]
-        assert any(torch.equal(found, output) for output in outputs), at
+        # The adapter may be attached, and some of its weights read; the base's are what they were.
+        found = {name.replace(".base_layer", ""): value for name, value in model.named_parameters()}
+        assert all(torch.equal(found[name], value) for name, value in weights.items()), at
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             again = PeftModel.from_pretrained(model, material.folder / "a").eval()

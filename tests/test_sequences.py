@@ -48,6 +48,17 @@ def test_an_adapter_stored_as_rows_keeps_them_when_it_is_scaled():
     assert torch.equal(logits(model), expected)
 
 
+def test_an_adapter_stored_as_rows_keeps_what_it_was_given_while_its_old_rows_were_in_the_bank():
+    model = two_adapters()
+    model.base_model.freeze_adapter("a")
+    logits(model)
+    model.to(torch.bfloat16).to(torch.float32)
+    rounded = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        model(input_ids=TOKENS, adapter_names=["b", "b"])
+    assert all(torch.equal(value, rounded[name]) for name, value in model.state_dict().items())
+
+
 def test_a_layer_without_the_merged_adapter_adds_no_other_one():
     model = two_adapters()
     model.set_adapter("b")
@@ -102,6 +113,17 @@ def test_a_call_with_adapter_names_lets_go_of_the_rows_when_it_ends():
         assert places and all(place() is None for place in places)
     finally:
         gc.enable()
+
+
+def test_layers_that_get_their_first_adapter_while_all_are_disabled_are_disabled_too():
+    model = get_peft_model(tiny_model("olmoe"), ESFTConfig(target_experts={0: [5]}, init_weights=False)).eval()
+    model.base_model.disable_adapter_layers()
+    model.add_adapter("b", ESFTConfig(target_experts={1: [0, 1, 5, 6]}, init_weights=False))
+    model.set_adapter("b")
+    assert torch.equal(logits(model), logits(tiny_model("olmoe")))
+    assert model.get_model_status().enabled is False
+    model.base_model.enable_adapter_layers()
+    assert not torch.equal(logits(model), logits(tiny_model("olmoe")))
 
 
 @pytest.mark.parametrize("where", ["embed_tokens", "layers.0", "layers.1"])

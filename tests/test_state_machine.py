@@ -107,7 +107,8 @@ class WholeModel(RuleBasedStateMachine):
 
     @property
     def is_trained(self) -> bool:
-        return self.reference.is_enabled and any(parameter.requires_grad for parameter in self.model.parameters())
+        active = self.reference.active
+        return self.reference.is_enabled and any(layer.is_trained(name) for name in active for layer in self.layers)
 
     @property
     def can_mix(self) -> bool:
@@ -428,6 +429,7 @@ class WholeModel(RuleBasedStateMachine):
         type(self).operations += 1
         self.check_adapters()
         self.check_base()
+        assert all(layer.disable_adapters != self.reference.is_enabled for layer in self.layers)
         assert self.model.active_adapters == self.reference.active
         assert all(layer.active_adapters == self.reference.active for layer in self.layers)
         assert all(layer.merged_adapters == self.reference.merged for layer in self.layers)
@@ -475,4 +477,5 @@ def test_some_sequences_of_operations(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ten_thousand_operations(family):
-    assert run(family, examples=60, steps=50) >= 2500
+    # Fewer operations apply to lists of experts, so its sequences are shorter.
+    assert run(family, examples=80 if family == "listed" else 60, steps=50) >= 2500

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import struct
 import tempfile
 from pathlib import Path
@@ -24,10 +23,7 @@ from peft_esft.tensor_files import TensorFolder, read_header, write_tensors
 
 from families import tiny_model
 from oracle import config_for
-
-
-WEIGHTS = "adapter_model.safetensors"
-REFUSALS = (ValueError, NotImplementedError, FileNotFoundError)
+from refusals import REFUSALS, WEIGHTS, copied, load_or_refuse, rewrite_config
 
 
 @pytest.fixture(scope="module")
@@ -40,36 +36,6 @@ def adapter(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base():
     return tiny_model("olmoe")
-
-
-def copied(adapter, folder):
-    shutil.copytree(adapter, folder, dirs_exist_ok=True)
-    return Path(folder)
-
-
-def rewrite_config(folder, **fields):
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-
-
-def snapshot(model):
-    return {name: (value.data_ptr(), value._version) for name, value in model.state_dict().items()}
-
-
-def load_or_refuse(base, folder):
-    """Loads an adapter; returns the error if it is refused, with the base as it was."""
-    before = snapshot(base)
-    try:
-        model = PeftModel.from_pretrained(base, str(folder))
-    except REFUSALS as error:
-        assert not any(isinstance(module, ESFTLayer) for module in base.modules())
-        assert snapshot(base) == before
-        assert not hasattr(base, "peft_config")
-        return error
-    model.unload()
-    if hasattr(base, "peft_config"):
-        del base.peft_config
-    return None
 
 
 JSON_VALUES = st.recursive(
