@@ -130,9 +130,10 @@ class ESFTLayer(MergingLayer):
 
     def _forget_adapter(self, *adapter_names: str) -> None:
         """To be called whenever the rows of an adapter change."""
-        for name in adapter_names:
-            self._take_stored_rows_out(name)
-            self.bank.remove_adapter(name)
+        with planning:
+            for name in adapter_names:
+                self._take_stored_rows_out(name)
+                self.bank.remove_adapter(name)
         self.forget_calls()
 
     def weights_for(self, call: AdapterCall) -> tuple[dict[str, Tensor], bool]:
@@ -171,7 +172,9 @@ class ESFTLayer(MergingLayer):
         # Not even without gradients, as in an evaluation between steps: fused optimizers, FSDP and ZeRO write into
         # deltas without raising their version.
         if in_training and is_trained:
-            self.bank.remove(key)
+            if key in self.bank.residents:
+                with planning:
+                    self.bank.remove(key)
             return None
         sources = self._sources(key)
         state = None if is_trained else self._state(sources)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapter_weights import AdapterWeights
 from .containers import ExpertsContainer
-from .resident import Key, Resident, RowBank
+from .resident import Key, Resident, RowBank, planning
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,8 @@ class MergingLayer(AdapterWeights):
         self.merged_adapters = merged_adapters
         self._write_rows(ids, merged)
         if known is not None and self.is_trained(names[0]):
-            self.bank.remove(known.key)
+            with planning:
+                self.bank.remove(known.key)
         self.prepare()
 
     @torch.no_grad()

@@ -279,12 +279,11 @@ class ESFTModel(BaseTuner):
         layers = self._layers_of(adapter_name)
         if any(layer.merged for layer in layers):
             raise ValueError("an adapter is merged, so the base's rows are not known; call unmerge_adapter first")
+        # The ranks are of no meaning to rows, and refused beside them when the config is read.
+        fields = {"storage": "rows", "inference_mode": True, "rank": None, "alpha": None, "use_rslora": False}
         for layer in layers:
             layer.freeze_adapter(adapter_name)
-        config = self.peft_config[adapter_name]
-        config.storage, config.inference_mode = "rows", True
-        # Of no meaning to rows, and refused beside them when the config is read.
-        config.rank, config.alpha, config.use_rslora = None, None, False
+        vars(self.peft_config[adapter_name]).update(fields)  # all at once
 
     def rows_nbytes(self, peft_config: ESFTConfig) -> int:
         """Bytes of the effective rows of an adapter over this model, which need not have it."""

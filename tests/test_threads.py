@@ -73,7 +73,7 @@ def test_each_thread_has_adapters_of_its_own_in_its_batch():
     def answers(thread):
         settings = {} if names[thread] is None else {"adapter_names": names[thread]}
         with torch.no_grad():
-            return [model(input_ids=tokens_of(thread, call), **settings)[0] for call in range(CALLS)]
+            return [model(input_ids=tokens_of(thread, call), **settings)[0] for call in range(5 * CALLS)]
 
     found = in_threads(answers)
     for thread in range(THREADS):

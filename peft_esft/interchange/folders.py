@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +21,11 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         raise FileExistsError(f"{target} exists already; name a new folder, or remove it first")
     is_there = target.exists()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")  # known before it is there
     try:
+        temporary.mkdir(mode=0o700)
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp's is private
+        temporary.chmod(0o755)
         if is_there:
             target.rmdir()
         temporary.rename(target)
