@@ -348,6 +348,8 @@ CONVERSIONS = {
 }
 
 
+# A file that is opened when the interrupt comes is closed when Python finds that nobody has it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("number", [12, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("conversion", CONVERSIONS)
 def test_converting_leaves_a_whole_folder_or_none(conversion, number, checkpoints, tmp_path):
