@@ -20,8 +20,8 @@ class AdapterCall:
         expert_ids: the experts that at least one of them trains.
         index: the same as int64 `[n]`.
         slots: the layer's `functional.expert_slots` of them, if it needs any.
-        deltas: by weight name, if the effective rows are the base's and these: those of the last forward pass outside
-            a compiled graph, for graphs to read. Whatever moves or shards parameters replaces them.
+        deltas: by weight name, if the effective rows are the base's and these; for compiled graphs, since whatever
+            moves or shards parameters replaces them.
         rows: the effective rows by weight name, if they are known to hold.
     """
 
@@ -29,7 +29,7 @@ class AdapterCall:
     expert_ids: tuple[int, ...]
     index: Tensor
     slots: Tensor | None
-    deltas: dict[str, Tensor] | None = None
+    deltas: dict[str, Tensor] | None
     rows: dict[str, Tensor] | None = None
 
 

@@ -98,8 +98,6 @@ class ESFTLayer(MergingLayer):
         self._call = self.call_of(tuple(names)) if names else None
         if self._call is not None and self._call.rows is not None and any(self.is_trained(name) for name in names):
             self._call.rows = None
-        if self._call is not None:
-            self._call.deltas = None  # sharding may have put others in the place of those that were seen last
 
     def call_of(self, key: Key) -> AdapterCall:
         """What a forward pass with some adapters has to know, of which each has experts in this layer."""
@@ -107,7 +105,7 @@ class ESFTLayer(MergingLayer):
             ids = self.union_of_experts(key)
             index = expert_index(ids, self._table_device())
             slots = self._slots([(ids, 0)], len(ids))
-            self._calls[key] = AdapterCall(key, tuple(ids), index, slots)
+            self._calls[key] = AdapterCall(key, tuple(ids), index, slots, self._plain_deltas(key))
         return self._calls[key]
 
     def forget_calls(self) -> None:
@@ -145,16 +143,27 @@ class ESFTLayer(MergingLayer):
         if torch.compiler.is_compiling():
             if call.rows is not None:
                 return call.rows, False
-            if call.deltas is not None and not any(isinstance(delta, DTensor) for delta in call.deltas.values()):
+            if call.deltas is not None and self._knows_its_deltas():
                 return call.deltas, True
         elif (resident := self.resident(call.key)) is not None:
             return resident.rows, False
         deltas = self._plain_deltas(call.key)
         if deltas is not None:
             if not torch.compiler.is_compiling():
-                call.deltas = deltas
+                call.deltas = deltas  # lets go of those in whose place sharding has put others
             return deltas, True
         return {name: self.effective_rows(name, call.key) for name in self.weight_names}, False
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _knows_its_deltas(self) -> bool:
+        """Whether the deltas that the active adapters' call knows are the layer's still, and whole.
+
+        Sharding puts others in their place. Asked while a graph is made, and not in it, which would then depend on
+        the adapters' names.
+        """
+        assert self._call is not None
+        known, live = self._call.deltas or {}, self._plain_deltas(self._call.key) or {}
+        return all(live.get(name) is delta and not isinstance(delta, DTensor) for name, delta in known.items())
 
     def rows_for(self, call: AdapterCall) -> dict[str, Tensor]:
         """The selected experts' effective rows in a forward pass, `[n, ...]` by weight name."""

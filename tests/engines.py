@@ -188,6 +188,10 @@ def fsdp2(rank: int, folder: Path) -> Any:
         model = shard(adapted(base_model(), checkpointing))
         optimizer = train(model, batches)
         found[f"deltas, checkpointing {checkpointing}"] = whole_deltas(model)
+    # The graph is made before anything ran outside of it, and after sharding took the place of what was known.
+    compiled = shard(adapted(base_model()).to("cpu"))
+    train(torch.compile(compiled, backend="eager"), batches)
+    found["deltas, compiled"] = whole_deltas(compiled)
     found["base"] = base_of(model)
     found["held"] = {name: parameter.to_local().numel() for name, parameter in model.named_parameters()}
     found["scores"] = scores_of(model, own_rows)

@@ -92,6 +92,17 @@ def test_training_compiles_once_for_adapters_of_equal_size():
     assert compilations() == 1
 
 
+def test_training_compiles_once_where_nothing_ran_outside_of_the_graph():
+    model = adapters_of_equal_size()
+    compiled = compiled_inside(model)
+    for name in ("first", "second", "third", "first"):
+        model.set_adapter(name)
+        task_loss(run(compiled, random_tokens())).backward()
+        assert all(delta.grad is not None for delta in deltas_of(model, name).values())
+        model.zero_grad()
+    assert compilations() == 1
+
+
 def test_inference_compiles_once_for_adapters_of_equal_size():
     model = adapters_of_equal_size(inference_mode=True).eval()
     compiled = compiled_inside(model)

@@ -94,6 +94,7 @@ def test_fsdp2(tmp_path, single, single_scores, record_property):
             difference = largest_difference(found[f"deltas, checkpointing {checkpointing}"], single[0])
             report(record_property, "FSDP2", **{f"checkpointing {checkpointing}": difference})
             assert difference < 1e-6
+        assert largest_difference(found["deltas, compiled"], single[0]) < 1e-6
         assert largest_difference(found["base"], base_of(reference)) == 0
         check_scores(found["scores"], single_scores[0])
         check_scores(found["scores of uneven data"], single_scores[1])
