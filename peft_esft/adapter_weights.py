@@ -119,9 +119,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes an adapter from this layer."""
         super().delete_adapter(adapter_name)
-        for settings in self._settings():
-            settings.pop(adapter_name, None)
-        self._forget_adapter(adapter_name)
+        self.discard_adapter(adapter_name)
 
     def discard_adapter(self, adapter_name: str) -> None:
         """Removes an adapter and leaves the choice of the active ones as it is."""
@@ -187,7 +185,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
 
     def is_trained(self, adapter_name: str) -> bool:
         """True if a delta of the adapter requires a gradient."""
-        return any(d.requires_grad for name in self.weight_names for d in self._delta_parameters(name, adapter_name))
+        return any(delta.requires_grad for delta in self._deltas_of([adapter_name]))
 
     def adapters_here(self, adapter_names: Sequence[str]) -> list[str]:
         """Those of the named adapters that have experts in this layer, each once."""
@@ -277,7 +275,7 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
         No expert is named where a process sees parts of the deltas only.
         """
         ids = self.expert_ids.get(adapter_name, [])
-        deltas = [d for name in self.weight_names for d in self._delta_parameters(name, adapter_name)]
+        deltas = self._deltas_of([adapter_name])
         if self.storage.get(adapter_name, "delta") != "delta" or any(map(is_spread, deltas)):
             return []
         moved = torch.zeros(len(ids), dtype=torch.bool)
@@ -323,6 +321,10 @@ class AdapterWeights(nn.Module, BaseTunerLayer):
     def _settings(self) -> list[dict[str, Any]]:
         """What is kept of each adapter beside its tensors."""
         return [self.expert_ids, self.scaling, self.scale, self.storage]
+
+    def _deltas_of(self, adapter_names: Sequence[str]) -> list[nn.Parameter]:
+        """All deltas and factors of some adapters."""
+        return [d for own in adapter_names for name in self.weight_names for d in self._delta_parameters(name, own)]
 
     def _with_deltas(self, rows: Tensor, ids: list[int], weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """Adds the adapters' deltas to `rows`, the base's rows of the experts `ids`."""

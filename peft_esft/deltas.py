@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,22 @@ def rows_with_delta(weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
         `[n, ...]` in the dtype of `weight`.
     """
     return _RowsWithDelta.apply(weight, ids, delta)
+
+
+def connected(output: Tensor, deltas: Iterable[Tensor]) -> Tensor:
+    """The output, as a function of all deltas: one that had no part in it gets a zero gradient, not None.
+
+    Args:
+        output: any tensor.
+        deltas: those that require no gradient are passed over.
+
+    Returns:
+        Its values, unchanged.
+    """
+    if not torch.is_grad_enabled():
+        return output
+    nothing = sum(delta.flatten()[:0].sum() for delta in deltas if delta.requires_grad)
+    return output + nothing.to(output.dtype) if isinstance(nothing, Tensor) else output
 
 
 class _RowsWithDelta(torch.autograd.Function):

@@ -21,6 +21,7 @@ from .architectures import READABLE_DTYPES
 from .calls import AdapterCall
 from .config import ESFTConfig
 from .containers import ExpertsContainer
+from .deltas import connected
 from .fused import FusedExperts
 from .weights import StackedWeight
 
@@ -243,24 +244,14 @@ class ExpertParallelExperts(FusedExperts):
             output = super(ExpertParallelExperts, self)._adapted_forward(
                 base_layer, call, hidden_states, top_k_index, top_k_weights
             )
-            return self._connected(output, call.key)
+            # Without own experts too, gradients of others pass through here.
+            return connected(output, map(_to_local, self._deltas_of(call.key)))
 
         experts = SimpleNamespace(forward=own_experts, num_experts=self.num_owned, config=None)
         exchange = self.exchange.implementation(experts, self.exchange.ep_mesh, self.exchange.tp_mesh)
         hidden_states, top_k_weights = _to_local(hidden_states), _to_local(top_k_weights)
         output: Tensor = exchange(hidden_states, top_k_index, top_k_weights)
         return output.to(hidden_states.dtype)
-
-    def _connected(self, output: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        """The output, as a function of the deltas: without own experts too, gradients of others pass through here."""
-        if not torch.is_grad_enabled():
-            return output
-        for name in adapter_names:
-            for weight_name in self.weight_names:
-                for delta in self._delta_parameters(weight_name, name):
-                    if delta.requires_grad:
-                        output = output + _to_local(delta).flatten()[:0].sum().to(output.dtype)
-        return output
 
     def _averaged(self, delta: Tensor) -> Tensor:
         """The gradient is the sum over the batches of all processes: divided by their number it is the mean's."""

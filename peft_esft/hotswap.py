@@ -7,7 +7,6 @@ from typing import Any
 
 from peft import PeftModel
 
-from .layer import ESFTLayer
 from .model import ESFTModel
 from .undo import undoing_changes, undoing_injection
 
@@ -40,7 +39,7 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
         raise ValueError(f"there is no adapter {adapter_name!r} to replace; there are {sorted(model.peft_config)}")
     tuner = model.base_model
     _check_experts_only(model.peft_config[adapter_name])
-    layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+    layers = tuner._layers()
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before it is replaced")
     incoming = f"{adapter_name}_incoming"
@@ -49,7 +48,7 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
         config = model.peft_config[incoming]
         _check_experts_only(config)
         is_trained = any(layer.is_trained(adapter_name) for layer in layers)
-        layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+        layers = tuner._layers()  # the incoming adapter may have brought new ones
         with undoing_changes(layers, adapter_name, in_place=True):
             for layer in layers:
                 layer.replace_adapter(adapter_name, incoming, is_trained)

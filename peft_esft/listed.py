@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .deltas import connected
 from .substituted import SubstitutedExperts, alone, call_with
 from .weights import ListedWeight
 
@@ -59,7 +60,7 @@ class ListedExperts(SubstitutedExperts):
         modules = self._weights()[0].expert_modules(self.base_layer)
         expert_id = next(number for number, module in enumerate(modules) if module is expert)
         if expert_id not in call.expert_ids:
-            return self._connected(expert(*args, **kwargs), call.key)
+            return connected(expert(*args, **kwargs), self._deltas_of(call.key))
         resident = self.resident(call.key)
         substitutes: dict[str, Tensor] = {}
         for weight in self._weights():
@@ -68,7 +69,7 @@ class ListedExperts(SubstitutedExperts):
             else:
                 row = resident.rows[weight.name][call.expert_ids.index(expert_id)]
             substitutes |= weight.substitutes_of_expert(self.base_layer, expert_id, row)
-        return self._connected(call_with(expert, substitutes, *args, **kwargs), call.key)
+        return connected(call_with(expert, substitutes, *args, **kwargs), self._deltas_of(call.key))
 
     def _weights(self) -> list[ListedWeight]:
         """The weights; those of a list are all listed."""

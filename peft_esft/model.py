@@ -174,6 +174,7 @@ class ESFTModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The deltas are created on the device of the rows they change; PEFT's own moves things to `child.weight`.
         setattr(parent, child_name, new_module)
+        self.forget_modules()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -238,9 +239,7 @@ class ESFTModel(BaseTuner):
             ValueError: if an adapter does not exist, the name is taken, or the settings do not fit.
         """
         check_combination(adapters, weights, combination_type, density, majority_sign_method)
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"there are no adapters {unknown}; there are {sorted(self.peft_config)}")
+        self._check_known(adapters)
         if adapter_name in self.peft_config:
             raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
         layers = [layer for layer in self._layers() if layer.adapters_here(adapters)]
@@ -354,17 +353,13 @@ class ESFTModel(BaseTuner):
         If that fails or is interrupted in the middle the model is what it was, without the adapter's config.
         """
         is_disabled = any(layer.disable_adapters for layer in self._layers())
-        self.forget_modules()
-        try:
-            with undoing_injection(self, adapter_name):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-                self.forget_modules()
-                if is_disabled:
-                    # Layers that are new are enabled otherwise.
-                    for module in self._modules_with_adapters():
-                        module.enable_adapters(False)
-        finally:
-            self.forget_modules()
+        with undoing_injection(self, adapter_name):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if is_disabled:
+                # Layers that are new are enabled otherwise.
+                for module in self._modules_with_adapters():
+                    module.enable_adapters(False)
+        self.forget_modules()  # PEFT puts its own wrappers around other modules next
 
     def forget_modules(self) -> None:
         """To be called when layers were put into the model or taken out."""
@@ -379,7 +374,7 @@ class ESFTModel(BaseTuner):
         Raises:
             ValueError: if there is no adapter of one of the names, or with `safe_merge` a merged row is not finite.
         """
-        self._check_known(adapter_names)
+        self._check_known(adapter_names or [], " to merge")
         if safe_merge:
             self._check_finite(adapter_names)
         with undoing_merges(self._layers()):
@@ -398,7 +393,7 @@ class ESFTModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._check_known(adapter_names)
+            self._check_known(adapter_names or [], " to merge")
         if merge and safe_merge:
             self._check_finite(adapter_names)
         with undoing_unloading(self.model, self._layers()):
@@ -410,10 +405,10 @@ class ESFTModel(BaseTuner):
         # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
         return []
 
-    def _check_known(self, adapter_names: list[str] | None) -> None:
-        unknown = [name for name in adapter_names or [] if name not in self.peft_config]
+    def _check_known(self, adapter_names: list[str], purpose: str = "") -> None:
+        unknown = [name for name in adapter_names if name not in self.peft_config]
         if unknown:
-            raise ValueError(f"there are no adapters {unknown} to merge; there are {sorted(self.peft_config)}")
+            raise ValueError(f"there are no adapters {unknown}{purpose}; there are {sorted(self.peft_config)}")
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():

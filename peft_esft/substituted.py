@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from threading import RLock
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .calls import AdapterCall
+from .deltas import connected
 from .layer import ESFTLayer
 from .mixed_batch import AdapterBatch
 
@@ -56,7 +56,7 @@ class SubstitutedExperts(ESFTLayer):
 
     def _adapted_forward(self, base_layer: nn.Module, call: AdapterCall, *args: Any, **kwargs: Any) -> Any:
         output = self._substituted_forward(base_layer, call.expert_ids, self.rows_for(call), *args, **kwargs)
-        return self._connected(output, call.key) if isinstance(output, Tensor) else output
+        return connected(output, self._deltas_of(call.key)) if isinstance(output, Tensor) else output
 
     def _substituted_forward(
         self, base_layer: nn.Module, expert_ids: tuple[int, ...], rows: dict[str, Tensor], *args: Any, **kwargs: Any
@@ -85,13 +85,3 @@ class SubstitutedExperts(ESFTLayer):
         adapter_of_row = batch.adapter_of_row(outputs[0].shape[0], outputs[0].device)
         rows = torch.arange(len(adapter_of_row), device=adapter_of_row.device)
         return torch.stack(outputs)[adapter_of_row, rows]
-
-    def _connected(self, output: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        """The output, as a function of all deltas: an expert that no token reaches gets a zero gradient, not None."""
-        if not torch.is_grad_enabled():
-            return output
-        deltas = [
-            d for name in adapter_names for weight in self.weight_names for d in self._delta_parameters(weight, name)
-        ]
-        nothing = sum(delta.flatten()[:0].sum() for delta in deltas if delta.requires_grad)
-        return output + nothing.to(output.dtype) if isinstance(nothing, Tensor) else output
