@@ -13,7 +13,7 @@ import copy
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -30,7 +30,7 @@ from peft_esft import ESFTConfig, score_experts
 from peft_esft.analysis import adapter_conflicts
 
 from reporting import versions, write_results
-from tasks import TASKS, batches, evaluate, load_base, load_task
+from tasks import TASKS, batches, endless_batches, evaluate, load_base, load_task
 
 
 LEARNING_RATES = (3e-4, 1e-3)
@@ -73,18 +73,12 @@ class Bench:
         model = get_peft_model(copy.deepcopy(self.base), self.configs[task]).train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-        for _, batch in zip(range(steps), self.endless(task, seed), strict=False):
+        data = endless_batches(self.training[task], self.tokenizer, BATCH_SIZES.get(task, 16), seed)
+        for batch in islice(data, steps):
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
         model.save_pretrained(out)
-
-    def endless(self, task: str, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Batches, each pass over the examples in another order."""
-        order = 1000 * seed
-        while True:
-            yield from batches(self.training[task], self.tokenizer, BATCH_SIZES.get(task, 16), seed=order)
-            order += 1
 
     def with_adapters(self, folders: dict[str, Path]) -> PeftModel:
         """The base with trained adapters, by task."""

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tiny_moe"))
 
 from peft_esft import ESFTConfig, score_experts
 
-from tasks import batches, evaluate, general_loss, load_base, load_task
+from tasks import batches, endless_batches, evaluate, general_loss, load_base, load_task
 
 
 DEMO_TASKS = ("sections", "verses")
@@ -42,18 +43,13 @@ def train(model: nn.Module, tokenizer, examples: list[tuple[str, str]], name: st
     """A plain training loop; `transformers.Trainer` works the same."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     model.train()
-    bar = tqdm(total=STEPS, desc=f"Training {name}", unit=" steps")
-    for epoch in range(STEPS):
-        for batch in batches(examples, tokenizer, seed=epoch):
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update()
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            if bar.n == STEPS:
-                bar.close()
-                return
+    bar = tqdm(islice(endless_batches(examples, tokenizer), STEPS), f"Training {name}", STEPS, unit=" steps")
+    for batch in bar:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:

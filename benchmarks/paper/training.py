@@ -124,10 +124,7 @@ class Workbench:
     def batches(self, task: str, seed: int) -> Any:
         """Batches without end; each pass over the examples is in another order."""
         examples, _ = self.split(task)
-        passes = 0
-        while True:
-            yield from tasks.batches(examples, self.tokenizer, self.sizes.batch[task], seed=1000 * seed + passes)
-            passes += 1
+        return tasks.endless_batches(examples, self.tokenizer, self.sizes.batch[task], seed)
 
     def _train(self, model: nn.Module, run: Run) -> float:
         """CPU seconds of the steps."""

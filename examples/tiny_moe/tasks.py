@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -63,6 +64,14 @@ def batches(
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     for start in range(0, len(order), batch_size):
         yield make_batch([examples[index] for index in order[start : start + batch_size]], tokenizer)
+
+
+def endless_batches(
+    examples: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, batch_size: int = 16, seed: int = 0
+) -> Iterator[Batch]:
+    """Pass after pass over the examples, each in another order: that of the seeds from `1000 * seed` on."""
+    for order in count(1000 * seed):
+        yield from batches(examples, tokenizer, batch_size, seed=order)
 
 
 @torch.no_grad()
