@@ -12,6 +12,8 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .hooks import in_this_thread
+
 
 BASE = "__base__"
 """PEFT's name for no adapter."""
@@ -136,6 +138,7 @@ def _count_calls(change: int) -> None:
 
 
 def _adding(name: str, value: Any) -> Any:
+    @in_this_thread
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         return args, {**kwargs, name: value}
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .hooks import in_this_thread
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -50,8 +52,9 @@ class RoutingSource:
     of_result: bool = False
 
     def watch(self, module: nn.Module, see: Callable[[Routing], None]) -> RemovableHandle:
-        """Calls `see` with the routing of every call of the watched module, until the handle is removed."""
+        """Calls `see` with the routing of each call of the module in this thread, until the handle is removed."""
 
+        @in_this_thread
         def observe(
             module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any = None
         ) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial, reduce
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from .batches import batch_size_of, text_batches, to_device, with_decoder_inputs
 from .containers import ExpertsContainer, Place, find_experts
+from .hooks import in_this_thread
 from .processes import ProcessShare, batches_in_step
 from .routing import Routing
 from .scores import Averaging, ContainerScores, ExpertScores, HalfCounts
@@ -224,7 +224,6 @@ class _Observer:
         self.num_tokens = self.num_samples = self._num_rows = 0
         self._decoder_tokens = 0
         self._is_counting = True
-        self._thread = get_ident()
         self._decoder_path = _decoder_path(model)
         self._streams: dict[str, TokenStream] = {}
         self._batch_size = 0
@@ -302,10 +301,6 @@ class _Observer:
         pairs = {path: accumulator.half_pairs.clone() for path, accumulator in self.accumulators.items()}
         self._noted.append((self._half_tokens.tolist(), pairs))
 
-    def _counts_here(self) -> bool:
-        """False for a batch that is not to be counted, and for calls of other threads, which are not ours."""
-        return self._is_counting and get_ident() == self._thread
-
     def _watch(self, container: ExpertsContainer, place: Place) -> list[Any]:
         source = container.routing
         if source is None:
@@ -318,12 +313,13 @@ class _Observer:
         return [source.watch(place.watched(source), partial(self._see, container.path, place.path))]
 
     def _see(self, container_path: str, path: str, routing: Routing) -> None:
-        if self._counts_here():
+        if self._is_counting:
             self.accumulators[container_path].update(routing, self._stream_of(path, routing))
 
     def _call_hook(self, container: ExpertsContainer, expert_id: int) -> Any:
+        @in_this_thread
         def observe(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            if not self._counts_here():
+            if not self._is_counting:
                 return
             pairs = self._expert_calls.setdefault(container.path, [0] * container.num_experts)
             pairs[expert_id] += arguments[0].shape[:-1].numel()

@@ -11,6 +11,7 @@ import torch
 from peft import get_peft_model
 
 from peft_esft import ESFTConfig, score_experts
+from peft_esft.containers import find_experts
 
 from families import tiny_model
 from listed import listed_model
@@ -103,6 +104,43 @@ def test_scoring_counts_the_calls_of_its_own_thread_only(build):
             assert all(torch.equal(a, b) for a, b in zip(found[thread], alone, strict=True))
         else:
             assert found[thread] == alone
+
+
+def test_a_hook_called_without_keywords_in_another_thread_sees_nothing():
+    """As PyTorch calls it while the thread that registered it removes it."""
+    model = listed_model()
+    container = next(iter(find_experts(model).values()))
+    gate = container.places[0].watched(container.routing)
+    seen = []
+    handle = container.routing.watch(gate, seen.append)
+    gate._forward_hooks_with_kwargs.clear()
+    hidden_states = torch.randn(3, model.config.hidden_size)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(gate, hidden_states).result()
+    handle.remove()
+    assert not seen
+
+
+def test_a_call_beside_one_with_adapter_names_uses_the_active_adapter_throughout():
+    model = get_peft_model(
+        tiny_model("olmoe"), ESFTConfig(target_experts={0: [1]}, modules_to_save=["lm_head"])
+    ).eval()
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.neg_()
+    tokens = tokens_of(0, 0)
+    beside = []
+
+    def call_beside(*_):
+        handle.remove()
+        with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+            beside.append(pool.submit(lambda: model(input_ids=tokens)[0]).result())
+
+    with torch.no_grad():
+        alone = model(input_ids=tokens)[0]
+        handle = model.base_model.model.model.layers[0].register_forward_hook(call_beside)
+        mixed = model(input_ids=tokens, adapter_names=["__base__", "__base__"])[0]
+    assert torch.equal(beside[0], alone)
+    assert not torch.equal(mixed, alone)
 
 
 def test_gradients_of_several_threads_are_each_their_own():
