@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .adapter_weights import PREFIX
-from .combination import CombinationType, MajoritySignMethod, check_combination, combined_config
+from .combination import CombinationType, MajoritySignMethod, check_combinable, check_combination, combined_config
 from .config import ESFTConfig
 from .containers import (
     ContainerKind,
@@ -236,10 +236,13 @@ class ESFTModel(BaseTuner):
             majority_sign_method (`str`): `"total"` or `"frequency"`; for `"ties"` and `"dare_ties"`.
 
         Raises:
-            ValueError: if an adapter does not exist, the name is taken, or the settings do not fit.
+            ValueError: if an adapter does not exist or has `modules_to_save`, the name is taken, or the settings do not
+                fit.
         """
         check_combination(adapters, weights, combination_type, density, majority_sign_method)
         self._check_known(adapters)
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        check_combinable(dict(zip(adapters, configs, strict=True)))
         if adapter_name in self.peft_config:
             raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
         layers = [layer for layer in self._layers() if layer.adapters_here(adapters)]
@@ -249,7 +252,6 @@ class ESFTModel(BaseTuner):
             for layer in layers
             if layer.path in experts
         }
-        configs: list[Any] = [self.peft_config[name] for name in adapters]
         by_name = dict(zip(adapters, weights, strict=True))
         config = combined_config(configs, by_name, target_experts, combination_type, density)
         with undoing_injection(self, adapter_name):
