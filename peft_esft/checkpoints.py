@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .adapter_weights import PREFIX
+from .adapter_tensors import PREFIX
 from .interchange.adapter import AdapterFolder
 from .weights import is_spread
 

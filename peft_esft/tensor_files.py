@@ -177,7 +177,8 @@ class TensorFolder:
 def find_not_finite(entries: Mapping[str, TensorEntry]) -> str | None:
     """The key of the first tensor that holds a NaN or an infinity; None if there is none. Reads in small chunks."""
     buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
-    window = memoryview(buffer.numpy())
+    data: Any = buffer.numpy()
+    window = memoryview(data)
     for key, entry in entries.items():
         if not entry.dtype.is_floating_point:
             continue

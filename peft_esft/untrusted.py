@@ -252,8 +252,8 @@ def check_header(
     broken = find_not_finite(config.header or {})
     if broken is not None:
         raise ValueError(
-            f"the adapter's weights are broken: {broken} holds a NaN or an infinity. Training diverged, or the file is "
-            "damaged; load an earlier checkpoint"
+            f"the adapter's weights are broken: {broken} holds a NaN or an infinity. Training diverged, or the file "
+            "is damaged; load an earlier checkpoint"
         )
 
 

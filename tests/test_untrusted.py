@@ -294,7 +294,9 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.flo
 def test_a_value_that_is_not_finite_is_found_wherever_it_is(sizes, dtype, data, tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 16)
     largest = torch.finfo(dtype).max
-    tensors = {f"w{place}": torch.full((size,), largest, dtype=torch.float64).to(dtype) for place, size in enumerate(sizes)}
+    tensors = {
+        f"w{place}": torch.full((size,), largest, dtype=torch.float64).to(dtype) for place, size in enumerate(sizes)
+    }
     save_file({**tensors, "codes": torch.full((9,), 255, dtype=torch.uint8)}, tmp_path / WEIGHTS)
     assert find_not_finite(read_header(tmp_path / WEIGHTS)) is None
 
