@@ -244,18 +244,19 @@ class ESFTModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`."""
-        # The same, on the modules that have adapters: PEFT's own walks through all modules, twice.
+        merged = [layer for layer in self._layers() if layer.merged]
+        if merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        with undoing_merges(merged):
+            for layer in merged:
+                with onload_layer(layer):
+                    layer.unmerge()
+        # As PEFT's own does, but on the modules that have adapters: that walks through all modules, twice.
         for module in self._modules_with_adapters():
-            if not isinstance(module, ESFTLayer):
+            if isinstance(module, ESFTLayer):
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+            else:
                 set_adapter(module, adapter_name, inference_mode, layer_cls=ESFTLayer)
-                continue
-            if module.merged:
-                warnings.warn(
-                    "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
-                )
-                with onload_layer(module):
-                    module.unmerge()
-            module.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -294,6 +295,7 @@ class ESFTModel(BaseTuner):
                 # Layers that are new are enabled otherwise.
                 for module in self._modules_with_adapters():
                     module.enable_adapters(False)
+        self._containers = {}
         self.forget_modules()  # PEFT puts its own wrappers around other modules next
 
     def forget_modules(self) -> None:
@@ -332,9 +334,11 @@ class ESFTModel(BaseTuner):
         if merge and safe_merge:
             self._check_finite(adapter_names)
         with undoing_unloading(self.model, self._layers()):
-            return super()._unload_and_optionally_merge(
+            model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
+        self.forget_modules()
+        return model
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
