@@ -20,7 +20,7 @@ from .fused import FusedExperts
 from .layer import ESFTLayer
 from .listed import ListedExperts
 from .mixed_batch import calling_with, check_adapter_names
-from .preparation import prepare_config
+from .preparation import check_layers, prepare_config
 from .resident import planning
 from .substituted import SubstitutedExperts
 from .targets import match_options, modules_trained_whole, resolve_target_experts
@@ -394,5 +394,6 @@ class ESFTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        check_layers(model, adapter_name, state_dict)
         weights = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return rows_from_file(model, adapter_name, weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,9 +11,10 @@ from .config import ESFTConfig
 from .containers import ExpertsContainer, find_experts
 from .expert_parallel import check_expert_parallel, shares_out_experts
 from .fingerprint import check_num_experts, compare_base
+from .layer import ESFTLayer
 from .targets import match_options, modules_trained_whole, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
-from .untrusted import check_header, check_rank
+from .untrusted import KEY_PREFIX, MARK, check_header, check_rank
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,29 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> PreparedConfig:
     compare_base(peft_config, model, experts, target_experts)
     warn_of_slow_layouts(containers.values())
     return PreparedConfig(target_experts, selection, containers)
+
+
+def check_layers(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
+    """Refuses weights for layers that an adapter does not have: those of another adapter, under this one's name.
+
+    PEFT reads no config where it loads weights for a name that exists.
+
+    Args:
+        model: with adapters.
+        adapter_name: of the adapter that the weights are for.
+        keys: of the weights, as in a file.
+
+    Raises:
+        ValueError: naming the first few layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+    known = {layer.path for layer in layers if adapter_name in layer.expert_ids}
+    paths = {key.removeprefix(KEY_PREFIX).partition(MARK)[0] for key in keys if MARK in key}
+    if strangers := sorted(paths - known):
+        raise ValueError(
+            f"adapter {adapter_name!r} has no weights in {strangers[:4]}, for which there are some: they are another "
+            "adapter's. Load it under a name of its own, or put it in this one's place with hotswap_adapter"
+        )
 
 
 def _not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) -> list[str]:
