@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,7 +123,9 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
         """Removes an adapter and leaves the choice of the active ones as it is."""
         for tensors in self._all_tensors():
             if adapter_name in tensors:
-                del tensors[adapter_name]
+                # torch notes a key before it takes the parameter, and may be interrupted in between.
+                with suppress(AttributeError):
+                    del tensors[adapter_name]
         for settings in self._settings():
             settings.pop(adapter_name, None)
         self._forget_adapter(adapter_name)
