@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -100,8 +101,8 @@ def check_factors(factors: Sequence[float]) -> None:
     Raises:
         ValueError: naming the factors.
     """
-    if not all(isinstance(factor, int | float) and math.isfinite(factor) for factor in factors):
-        raise ValueError(f"deltas are multiplied with finite numbers, not with {factors}")
+    if not all(isinstance(factor, Real) and math.isfinite(factor) for factor in factors):
+        raise ValueError(f"deltas are multiplied with finite numbers, Python's or numpy's, not with {factors}")
 
 
 def check_combinable(configs: Mapping[str, ESFTConfig]) -> None:

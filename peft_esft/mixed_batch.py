@@ -108,9 +108,13 @@ def calling_with(model: nn.Module, adapter_names: Sequence[str], plans: Mapping[
 
 
 def check_adapter_names(
-    adapter_names: Sequence[str], known: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]
+    adapter_names: Sequence[str],
+    known: Sequence[str],
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> None:
-    """Refuses names that no adapter has, and another number of them than of samples in the call's arguments.
+    """Refuses names that no adapter has, and another number of them than of samples in a call of the model.
 
     Raises:
         ValueError: with PEFT's own words.
@@ -120,7 +124,8 @@ def check_adapter_names(
     unknown = sorted({name for name in adapter_names if name != BASE and name not in known})
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-    inputs = [*(kwargs.get(name) for name in _INPUTS), *args[:1]]
+    main = getattr(model, "main_input_name", "input_ids")  # an image model has other inputs than text
+    inputs = [*(kwargs.get(name) for name in (main, *_INPUTS)), *args[:1]]
     for value in inputs:
         if isinstance(value, Tensor) and value.shape[0] != len(adapter_names):
             raise ValueError(

@@ -130,7 +130,7 @@ class ESFTModel(AdapterOperations):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         with planning:
-            check_adapter_names(adapter_names, list(self.peft_config), args, kwargs)
+            check_adapter_names(adapter_names, list(self.peft_config), self.model, args, kwargs)
             layers = self._layers()
             if any(layer.merged for layer in layers):
                 raise ValueError(

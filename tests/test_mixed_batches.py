@@ -193,6 +193,15 @@ def test_arguments_that_have_no_row_for_each_sample_are_no_batch():
 
 
 @torch.no_grad()
+def test_images_are_counted_too():
+    model = zoo.build("vitpose_backbone")
+    model = get_peft_model(model, ESFTConfig(target_experts={next(iter(find_experts(model))): [0]})).eval()
+    inputs = zoo.inputs_for(model.get_base_model())
+    with pytest.raises(ValueError, match="should be the same as the number of inputs"):
+        model(**inputs, adapter_names=["default"] * (len(inputs["pixel_values"]) + 1))
+
+
+@torch.no_grad()
 def test_low_rank_and_whole_modules_mix_too():
     for family, settings_ in (("olmoe", {"rank": 2}), ("glm4_moe", {"train_shared_experts": True})):
         model = with_adapters(tiny_model(family), **settings_)

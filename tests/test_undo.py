@@ -260,3 +260,33 @@ def test_room_is_asked_for_the_layers_that_options_leave(options, share):
     model.base_model.freeze_adapter("b")
     held = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("_rows.b"))
     assert held == share * of_all
+
+
+INTERRUPTED = {
+    "add": ("b", lambda model, folder: model.add_adapter("b", ESFTConfig(target_experts=FIRST))),
+    "swap": ("a", lambda model, folder: hotswap_adapter(model, folder / "low", "a")),
+}
+
+
+@pytest.mark.parametrize("way", INTERRUPTED)
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_torch_may_be_interrupted_between_a_key_and_its_parameter(at, way, tmp_path, monkeypatch):
+    adapted("low", rank=2).save_pretrained(tmp_path)
+    model = adapted("a")
+    expected, before = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
+    name, act = INTERRUPTED[way]
+    take, left = torch.nn.ParameterDict.__setattr__, [at]
+
+    def interrupted(self, key, value):
+        if key == name and isinstance(value, torch.nn.Parameter):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        take(self, key, value)
+
+    monkeypatch.setattr(torch.nn.ParameterDict, "__setattr__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        act(model, tmp_path)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.equal(logits(model), expected) and list(model.peft_config) == ["a"]
