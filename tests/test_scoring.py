@@ -10,12 +10,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_selection import GOLDEN
+from transformers import DataCollatorWithFlattening
 
 from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts, scoring, select_experts
 from peft_esft.routing import Routing
 from peft_esft.scores import ContainerScores
 from peft_esft.scoring import RoutingAccumulator
-from peft_esft.token_streams import TokenStream
+from peft_esft.token_streams import TokenStream, streams_of_batch
 
 import zoo
 from families import tiny_model
@@ -274,6 +275,18 @@ def test_packed_samples_are_told_apart_by_their_positions():
     # A row that is the continuation of another is a sample of its own.
     rows = {"input_ids": random_tokens(2, 4), "position_ids": torch.arange(8).view(2, 4)}
     assert score_experts(model, [rows], progress=False).num_samples == 2
+
+
+def test_answers_of_packed_samples_are_those_of_samples_in_rows():
+    samples = [{"input_ids": [4, 5, 6, 7], "labels": [-100, -100, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
+    packed = DataCollatorWithFlattening()([*samples, {"input_ids": [3], "labels": [3]}])
+    remaining = {"text": 100, "decoder": 100}
+    stream = streams_of_batch(packed, remaining, 0, answers_only=True)["text"]
+    # The collator puts -100 at the first token of each sample: the third has no answer, so it is no sample.
+    assert stream.sample_of_token.tolist() == [-1, -1, 0, 0, -1, 1, -1]
+    assert (stream.num_samples, stream.lengths.tolist()) == (2, [2, 1, 0])
+    scores = score_experts(tiny_model("olmoe"), [packed], answers_only=True, progress=False)
+    assert (scores.num_tokens, scores.num_samples) == (3, 2)
 
 
 def test_encoder_and_decoder_count_their_own_tokens():
