@@ -64,6 +64,11 @@ def batch_size_of(inputs: Mapping[str, Any]) -> int:
     raise ValueError(f"a batch holds no tensor, only {sorted(inputs)}")
 
 
+def is_encoder_decoder(model: Any) -> bool:
+    """True for models whose decoder is given tokens of its own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def with_decoder_inputs(inputs: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
     """Decoder inputs made from the labels where there are none, as the model itself does in training."""
     if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):

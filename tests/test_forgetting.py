@@ -11,15 +11,16 @@ from test_examples import ROOT
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoTokenizer
 
-from peft_esft import find_experts, score_experts
-from peft_esft.analysis import expert_usage, forgetting, token_view
+from peft_esft import ESFTConfig, ESFTLayer, find_experts, score_experts
+from peft_esft.analysis import co_occurrence, expert_usage, forgetting, token_view
 
+import zoo
 from families import tiny_model
 from oracle import config_for, random_tokens
 
 
-def perturbed(config=None):
-    base = tiny_model("olmoe")
+def perturbed(config=None, base=None):
+    base = tiny_model("olmoe") if base is None else base
     model = get_peft_model(base, config_for(base) if config is None else config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -51,6 +52,25 @@ def test_forgetting_of_any_adapter_equals_a_plain_computation(kind):
     assert point.kl == pytest.approx(kl.item(), rel=1e-4) and point.kl > 0
     same = (before.argmax(-1) == after.argmax(-1))[counted].double().mean()
     assert point.same_top == pytest.approx(same.item())
+
+
+@pytest.mark.parametrize("measure", ["score_experts", "co_occurrence", "forgetting"])
+def test_every_module_is_in_the_mode_it_was_in_after_a_measurement(measure):
+    model = perturbed().train()
+    model.base_model.model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    seen = []
+    layer = model.base_model.model.model.layers[1]
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
+    batches = [{"input_ids": random_tokens()}]
+    functions = {"score_experts": score_experts, "co_occurrence": co_occurrence, "forgetting": forgetting}
+    functions[measure](model, batches)
+    assert seen and not any(seen)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    layer.register_forward_pre_hook(lambda module, inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        functions[measure](model, batches)
+    assert {name: module.training for name, module in model.named_modules()} == modes
 
 
 def test_without_a_change_nothing_is_forgotten():
@@ -87,6 +107,38 @@ def test_two_models_can_be_compared():
         forgetting(tiny_model("olmoe"), [batch])
     with pytest.raises(ValueError, match="no token to predict"):
         forgetting(perturbed(), [])
+
+
+def test_a_decoder_predicts_its_labels_where_they_are():
+    base = zoo.build("switch_transformers")
+    base.config.decoder_start_token_id = 0
+    tokens, labels = random_tokens(2, 6), random_tokens(2, 5, seed=2)
+    labels[0, 3:] = -100
+    path = next(path for path in find_experts(base) if path.startswith("decoder"))
+    model = perturbed(ESFTConfig(target_experts={path: [0, 1]}), base)
+    point = forgetting(model, [{"input_ids": tokens, "labels": labels}]).points["text"]
+    with torch.no_grad():
+        inputs = {"input_ids": tokens, "labels": labels, "decoder_attention_mask": (labels != -100).long()}
+        # Without the auxiliary loss of the routers, which the model adds.
+        after = cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
+        with model.disable_adapter():
+            before = cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
+    assert point.num_tokens == 8
+    assert (point.loss_before, point.loss_after) == pytest.approx((before.item(), after.item()), rel=1e-5)
+    with pytest.raises(ValueError, match="needs labels"):
+        forgetting(model, [{"input_ids": tokens, "decoder_input_ids": tokens}])
+
+
+def test_a_merged_model_is_not_compared_with_itself():
+    model = perturbed()
+    batch = {"input_ids": random_tokens()}
+    expected = forgetting(model, [batch])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        forgetting(model, [batch])
+    assert all(layer.merged for layer in model.modules() if isinstance(layer, ESFTLayer))
+    given = forgetting(model, [batch], base=tiny_model("olmoe")).points["text"]
+    assert given.kl == pytest.approx(expected.points["text"].kl, rel=1e-3)
 
 
 def test_usage_is_the_norm_of_the_delta_over_the_base_and_the_scored_counts():
