@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import batch_size_of, is_encoder_decoder, text_batches, to_device, with_decoder_inputs
+from .batches import batch_size_of, check_batch, is_encoder_decoder, text_batches, to_device, with_decoder_inputs
 from .containers import ExpertsContainer, Place, find_experts
 from .eval_mode import eval_mode
 from .hooks import in_this_thread
@@ -148,8 +148,8 @@ def score_experts(
         The scores of all containers.
 
     Raises:
-        ValueError: if the model has no experts containers that can be scored, `batches` holds no tokens, or a
-            container sees tokens of which it is not known whose they are.
+        ValueError: if the model has no experts containers that can be scored, `batches` holds no tokens or something
+            else than batches, or a container sees tokens of which it is not known whose they are.
 
     Example:
         >>> scores = score_experts(model, loader)
@@ -256,6 +256,7 @@ class _Observer:
         self._is_counting = True
 
     def _with_all_streams(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        check_batch(inputs)
         return inputs if self._decoder_path is None else with_decoder_inputs(inputs, self.model)
 
     def run(self, inputs: Mapping[str, Any], in_step: bool = False) -> None:

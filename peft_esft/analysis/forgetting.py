@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..batches import is_encoder_decoder, to_device, with_decoder_inputs
+from ..batches import check_batch, is_encoder_decoder, to_device, with_decoder_inputs
 from ..eval_mode import eval_mode
 from ..token_streams import IGNORED_LABEL
 
@@ -83,7 +83,7 @@ def forgetting(
 
     Raises:
         ValueError: if there is neither an adapter to disable nor `base`, adapters are merged into what would be the
-            base, or a text has no token to predict.
+            base, a text has no token to predict, or something is no batch.
 
     Example:
         >>> print(forgetting(model, {"general": general_batches, "code": code_batches}))
@@ -103,6 +103,7 @@ def _measure(model: Any, base: Any, name: str, batches: Iterable[Batch]) -> Forg
     num_tokens = 0
     of_decoder = is_encoder_decoder(model)
     for batch in batches:
+        check_batch(batch)
         inputs = to_device(with_decoder_inputs(batch, model) if of_decoder else batch, model)
         targets = _targets(batch, of_decoder)
         after = model(**inputs).logits

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import to_device
+from ..batches import check_batch, to_device
 from ..containers import ExpertsContainer, find_experts
 from ..eval_mode import eval_mode
 from ..routing import Routing
@@ -59,7 +59,7 @@ def run_batches(
         The number of counted tokens.
 
     Raises:
-        ValueError: if the model has no containers, or a container sees other tokens than the text's.
+        ValueError: if the model has no containers, something is no batch, or a container sees other tokens than the text's.
     """
     containers = find_experts(model)
     if not containers:
@@ -78,7 +78,7 @@ def run_batches(
             remaining = max_tokens - num_tokens
             if remaining <= 0:
                 break
-            streams = streams_of_batch(inputs, {"text": remaining, "decoder": remaining}, 0, False)
+            streams = streams_of_batch(check_batch(inputs), {"text": remaining, "decoder": remaining}, 0, False)
             model(**to_device(inputs, model))
             num_tokens += max((stream.num_tokens for stream in streams.values()), default=0)
     return num_tokens
