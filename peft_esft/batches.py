@@ -45,8 +45,8 @@ def text_batches(
         raise ValueError("data is a single string, whose samples would be its characters; give a list of texts")
     if isinstance(data, Mapping):
         raise ValueError(
-            f"data is a {type(data).__name__} of {list(data)}, which is no sequence of samples; give one of its splits, "
-            "or a list of rows"
+            f"data is a {type(data).__name__} of {list(data)}, which is no sequence of samples; give one of its "
+            "splits, or a list of rows"
         )
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:

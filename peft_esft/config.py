@@ -115,6 +115,7 @@ class ESFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.ESFT
+        check_fields(self)
         # What is adapted in the model at hand, by module path, once the adapter is attached. No field: of no meaning
         # in a file.
         self.adapted_paths: dict[str, list[int]] = {}
@@ -127,8 +128,6 @@ class ESFTConfig(PeftConfig):
             self.exclude_modules = sorted(self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank is {self.rank!r}; it is None for full-rank deltas or a positive integer")
         if self.storage not in FORMS:
             raise ValueError(f"storage is {self.storage!r}; it is one of {', '.join(FORMS)}")
         if self.storage != "delta" and self.rank is not None:
@@ -183,10 +182,7 @@ class ESFTConfig(PeftConfig):
         folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         header = find_header(folder, pickled=pickled)
         config: ESFTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if not isinstance(config, ESFTConfig):
-            return config
-        check_fields(config)
-        if kwargs.get("ignore_mismatched_sizes"):
+        if not isinstance(config, ESFTConfig) or kwargs.get("ignore_mismatched_sizes"):
             return config
         if (folder / CONFIG_NAME).is_file():
             config._header = header

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,15 +109,17 @@ def _pickled_weights(where: object) -> ValueError:
 
 
 def check_fields(config: ESFTConfig) -> None:
-    """Refuses fields of a config that have the wrong type.
+    """Refuses fields of a config that have the wrong type, or a value that would be of no use.
 
     Raises:
         ValueError: naming the field.
     """
-    for name, is_right in _FIELDS.items():
+    for name, (is_right, expected) in _FIELDS.items():
         value = getattr(config, name, None)
         if value is not None and not is_right(value):
-            raise ValueError(f"adapter_config.json: {name} is {str(value)[:100]!r}, a {type(value).__name__}")
+            raise ValueError(
+                f"the config's {name} is {repr(value)[:100]} ({type(value).__name__}); it is {expected}, or left out"
+            )
 
 
 def _is_bool(value: Any) -> bool:
@@ -132,7 +134,11 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_rank(value: Any) -> bool:
+    return _is_integer(value) and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
@@ -171,23 +177,26 @@ def _is_pattern(value: Any) -> bool:
         return False
 
 
-_FIELDS = {
-    "base_model_name_or_path": _is_string,
-    "revision": _is_string,
-    "task_type": _is_string,
-    "inference_mode": _is_bool,
-    "train_shared_experts": _is_bool,
-    "train_non_expert_modules": _is_bool,
-    "rank": _is_integer,
-    "alpha": _is_number,
-    "use_rslora": _is_bool,
-    "modules_to_save": _is_list_of_strings,
-    "exclude_modules": _is_pattern,
-    "layers_to_transform": _is_integers,
-    "layers_pattern": _is_pattern,
-    "init_weights": _is_bool,
-    "selection": _is_selection,
-    "base_fingerprint": _is_fingerprint,
+_BOOL = (_is_bool, "true or false")
+_STRING = (_is_string, "a string")
+_PATTERN = (_is_pattern, "a string or a list of strings, each a name or a regular expression")
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base_model_name_or_path": _STRING,
+    "revision": _STRING,
+    "task_type": _STRING,
+    "inference_mode": _BOOL,
+    "train_shared_experts": _BOOL,
+    "train_non_expert_modules": _BOOL,
+    "rank": (_is_rank, "a positive integer"),
+    "alpha": (_is_alpha, "a number above 0"),
+    "use_rslora": _BOOL,
+    "modules_to_save": (_is_list_of_strings, "a list of names of modules"),
+    "exclude_modules": _PATTERN,
+    "layers_to_transform": (_is_integers, "an integer or a list of integers"),
+    "layers_pattern": _PATTERN,
+    "init_weights": _BOOL,
+    "selection": (_is_selection, "a dict, its num_experts, if there, of integers by path"),
+    "base_fingerprint": (_is_fingerprint, "a record that attaching an adapter makes"),
 }
 
 

@@ -59,7 +59,8 @@ def run_batches(
         The number of counted tokens.
 
     Raises:
-        ValueError: if the model has no containers, something is no batch, or a container sees other tokens than the text's.
+        ValueError: if the model has no containers, something is no batch, or a container sees other tokens than
+            the text's.
     """
     containers = find_experts(model)
     if not containers:

@@ -17,7 +17,7 @@ from ..fingerprint import check_num_experts, compare_bases
 from ..storage import SUFFIXES, decode
 from ..targets import resolve_container
 from ..tensor_files import TensorFolder, write_tensors
-from ..untrusted import KEY_PREFIX, MARK, WEIGHTS_NAME, check_fields, expected_layout, fits
+from ..untrusted import KEY_PREFIX, MARK, WEIGHTS_NAME, expected_layout, fits
 from ..weights import ExpertWeight
 from .base import Base
 from .selections import read_json, shortened
@@ -215,11 +215,9 @@ def read_config(folder: Path) -> ESFTConfig:
         raise ValueError(f"{folder} is no ESFT adapter: its peft_type is {str(kind)[:100]!r}")
     known = inspect.signature(ESFTConfig).parameters
     try:
-        config = ESFTConfig(**{name: value for name, value in content.items() if name in known})
+        return ESFTConfig(**{name: value for name, value in content.items() if name in known})
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG_NAME} is malformed: {error}") from error
-    check_fields(config)
-    return config
 
 
 def write_adapter(
