@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -11,7 +10,7 @@ from .config import ESFTConfig
 from .containers import ExpertsContainer, find_experts
 from .expert_parallel import check_expert_parallel, shares_out_experts
 from .fingerprint import check_num_experts, compare_base
-from .targets import match_options, modules_trained_whole, resolve_target_experts
+from .targets import modules_trained_whole, not_excluded, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
 from .untrusted import check_header, check_rank
 
@@ -63,7 +62,7 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> PreparedConfig:
     target_experts = resolve_target_experts(peft_config.target_experts or {}, experts)
     check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, experts)
     selection = {**target_experts, **{path: [0] for path in whole}}
-    containers = {path: (experts | whole)[path] for path in _not_excluded(peft_config, selection)}
+    containers = {path: (experts | whole)[path] for path in not_excluded(peft_config, selection)}
     for container in containers.values():
         if shares_out_experts(container):
             check_expert_parallel(container)
@@ -71,24 +70,7 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> PreparedConfig:
             check_trainable(container)
     check_rank(peft_config.rank, containers.values())
     if peft_config.header is not None:
-        check_header(peft_config, {path: selection[path] for path in containers}, containers)
+        check_header(peft_config, peft_config.header, {path: selection[path] for path in containers}, containers)
     compare_base(peft_config, model, experts, target_experts)
     warn_of_slow_layouts(containers.values())
     return PreparedConfig(target_experts, selection, containers)
-
-
-def _not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) -> list[str]:
-    """The containers of a selection that the config's other options leave.
-
-    Raises:
-        ValueError: if they leave none.
-    """
-    # PEFT marks an excluded module by an object, which is true as a bool.
-    chosen = [path for path in selection if match_options(peft_config, path) is True]
-    if not chosen:
-        raise ValueError(
-            f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
-            f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(selection)} "
-            "containers of target_experts"
-        )
-    return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -97,6 +98,23 @@ def match_options(peft_config: ESFTConfig, path: str) -> Any:
         layers_pattern=peft_config.layers_pattern or r"[^.]+",
     )
     return check_target_module_exists(view, path)
+
+
+def not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) -> list[str]:
+    """The containers of a selection that the config's other options leave.
+
+    Raises:
+        ValueError: if they leave none.
+    """
+    # PEFT marks an excluded module by an object, which is true as a bool.
+    chosen = [path for path in selection if match_options(peft_config, path) is True]
+    if not chosen:
+        raise ValueError(
+            f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
+            f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(selection)} "
+            "containers of target_experts"
+        )
+    return chosen
 
 
 def _shortened(containers: dict[str, ExpertsContainer], shown: int = 4) -> str:

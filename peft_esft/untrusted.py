@@ -224,14 +224,15 @@ def expected_layout(
 
 
 def check_header(
-    config: ESFTConfig, selection: Mapping[str, list[int]], containers: Mapping[str, ExpertsContainer]
+    config: ESFTConfig, header: Header, selection: Mapping[str, list[int]], containers: Mapping[str, ExpertsContainer]
 ) -> None:
-    """Compares the header that belongs to a config with the model: no tensor missing, none too many, all shapes right.
+    """Compares an adapter's header with the model: no tensor missing, none too many, all shapes right.
 
     Then the values are looked at, those of `modules_to_save` too.
 
     Args:
-        config: with its `header`.
+        config: the adapter's.
+        header: of its weights.
         selection: the experts that are adapted, by path.
         containers: the model's.
 
@@ -245,20 +246,26 @@ def check_header(
             shape = (len(ids), *weight.shape(containers[path].module))
             for suffix, entry in expected_layout(config, shape, dtype).items():
                 expected[f"{KEY_PREFIX}{path}{MARK}{weight.name}{suffix}"] = entry
-    header = {key: entry for key, entry in (config.header or {}).items() if MARK in key}
     # Files that are made by transformers have the prefix too, those of an injected model do not.
-    header = {key if key.startswith(KEY_PREFIX) else f"{KEY_PREFIX}{key}": entry for key, entry in header.items()}
-    problems = [f"{key} is missing" for key in expected if key not in header]
-    problems += [f"{key} is none of this model and selection" for key in header if key not in expected]
+    found = {f"{KEY_PREFIX}{key.removeprefix(KEY_PREFIX)}": entry for key, entry in header.items() if MARK in key}
+    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is none of this model and selection" for key in found if key not in expected]
     for key, (dtype, shape) in expected.items():
-        if key in header and not fits(header[key], dtype, shape):
-            problems.append(
-                f"{key} is {header[key].dtype} {list(header[key].shape)}, expected is {dtype} {list(shape)}"
-            )
+        if key in found and not fits(found[key], dtype, shape):
+            problems.append(f"{key} is {found[key].dtype} {list(found[key].shape)}, expected is {dtype} {list(shape)}")
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"the adapter's weights do not fit the model: {'; '.join(problems[:4])}{more}")
-    broken = find_not_finite(config.header or {})
+    check_finite(header)
+
+
+def check_finite(header: Header) -> None:
+    """Refuses weights that are no numbers.
+
+    Raises:
+        ValueError: naming the first tensor that holds a NaN or an infinity.
+    """
+    broken = find_not_finite(header)
     if broken is not None:
         raise ValueError(
             f"the adapter's weights are broken: {broken} holds a NaN or an infinity. Training diverged, or the file "

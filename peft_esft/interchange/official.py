@@ -192,11 +192,7 @@ def _hint(key: str, base: Base) -> str:
 
 
 def _targets(config: ESFTConfig, base: Base, keys: Mapping[tuple[str, str | None, int | None], str]) -> list[_Target]:
-    selection = dict(config.target_experts or {})
-    if config.train_shared_experts:
-        selection |= {path: [0] for path in base.shared}
-    if config.train_non_expert_modules:
-        selection |= {path: [0] for path in base.others}
+    selection = (config.target_experts or {}) | {path: [0] for path in base.trained_whole(config)}
     present = {parameter for parameter, _, _ in keys}
     targets = []
     for path, ids in selection.items():
