@@ -9,19 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from .card import write_card
+from .scores import ExpertScores
 from .selection import DEFAULT_TOP_P, Metric, select_experts
 from .storage import FORMS
 from .untrusted import Header, check_fields, find_header, find_hub_header
-
-
-if TYPE_CHECKING:
-    from .scores import ExpertScores
 
 
 @dataclass
@@ -245,9 +242,17 @@ class ESFTConfig(PeftConfig):
         Returns:
             The config, its `selection` recording how the experts were chosen.
 
+        Raises:
+            ValueError: if `scores` are something else, and as `select_experts` does.
+
         Example:
             >>> config = ESFTConfig.from_scores(scores, task_type="CAUSAL_LM")
         """
+        if not isinstance(scores, ExpertScores):
+            raise ValueError(
+                f"scores are a {type(scores).__name__}, which does not say what was scored; give what score_experts "
+                "returns, or choose by yourself: ESFTConfig(target_experts=select_experts(scores))"
+            )
         target_experts = select_experts(
             scores,
             metric=metric,

@@ -194,6 +194,10 @@ class ExpertScores:
             halves=self.halves + [self.halves[-1] + half for half in other.halves] if self.halves else other.halves,
         )
 
+    def __radd__(self, other: object) -> ExpertScores:
+        """Lets `sum` join runs: it starts from 0."""
+        return self if type(other) is int and other == 0 else NotImplemented
+
     def to_dataframe(self) -> Any:
         """A `pandas.DataFrame` with a row for each expert: container, expert, selected_pairs, token, gate."""
         import pandas as pd

@@ -136,7 +136,9 @@ def test_joined_runs_equal_one_run_and_files_round_trip(tmp_path):
     model = tiny_model("olmoe")
     batches = [{"input_ids": random_tokens(2, 9, seed=seed)} for seed in range(3)]
     whole = score_experts(model, batches, progress=False)
-    joined = score_experts(model, batches[:1], progress=False) + score_experts(model, batches[1:], progress=False)
+    parts = [score_experts(model, part, progress=False) for part in (batches[:1], batches[1:])]
+    joined = parts[0] + parts[1]
+    assert sum(parts) == joined
     assert joined.num_tokens == whole.num_tokens == 54
     for path, values in whole.gate().items():
         torch.testing.assert_close(joined.gate()[path], values)
@@ -146,6 +148,15 @@ def test_joined_runs_equal_one_run_and_files_round_trip(tmp_path):
         "ExpertScores(2 containers of (experts, top_k) [(8, 2)], 54 tokens in 6 samples, "
         "averaging='sample', model=None)"
     )
+
+
+def test_a_plain_mapping_of_scores_is_no_record_for_a_config():
+    rows = {"model.layers.0.mlp.experts": [0.1, 0.9]}
+    with pytest.raises(ValueError, match=r"scores are a dict.*target_experts=select_experts\(scores\)"):
+        ESFTConfig.from_scores(rows)
+    assert ESFTConfig(target_experts=select_experts(rows)).target_experts == {"model.layers.0.mlp.experts": [1]}
+    with pytest.raises(ValueError, match="scores are a list"):
+        select_experts([0.1, 0.9])
 
 
 def test_config_from_scores_records_the_choice():
