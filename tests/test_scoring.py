@@ -13,6 +13,7 @@ from test_selection import GOLDEN
 from transformers import DataCollatorWithFlattening
 
 from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts, scoring, select_experts
+from peft_esft.cli import main
 from peft_esft.routing import Routing
 from peft_esft.scores import ContainerScores
 from peft_esft.scoring import RoutingAccumulator
@@ -255,6 +256,52 @@ def test_bad_input_is_refused(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"scores\.json"):
             ExpertScores.load(path)
+
+
+PATH = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.update(containers=[]), "containers is malformed"),
+        (lambda record: record.update(containers={}), "containers is malformed"),
+        (lambda record: record["containers"].update({PATH: 3}), "containers is malformed"),
+        (lambda record: record["containers"][PATH].update(extra=1), rf"{PATH} holds the fields \['extra'"),
+        (lambda record: record["containers"][PATH].pop("top_k"), f"{PATH} holds the fields"),
+        (lambda record: record["containers"][PATH].update(top_k=True), f"{PATH}: top_k is malformed: True"),
+        (lambda record: record["containers"][PATH].update(selected_pairs=[1.5] * 8), "selected_pairs is malformed"),
+        (lambda record: record["containers"][PATH].update(token_share_sum="abc"), "token_share_sum is malformed"),
+        (
+            lambda record: record["containers"][PATH].update(gate_share_sum=[math.nan] * 8),
+            "gate_share_sum is malformed",
+        ),
+        (
+            lambda record: record["containers"][PATH].update(gate_weight_sum=[0.5] * 7),
+            "8 experts, but rows of another",
+        ),
+        (lambda record: record["halves"].append(3), "halves holds the fields int"),
+        (lambda record: record["halves"][0].update(num_tokens=[1]), "halves: num_tokens is malformed"),
+        (lambda record: record["halves"][0]["selected_pairs"].update({PATH: [[1], [2]]}), "rows of another length"),
+        (lambda record: record["halves"][0]["selected_pairs"].pop(PATH), "rows of another length"),
+        (lambda record: record.update(num_tokens="3"), "num_tokens is malformed"),
+        (lambda record: record.update(averaging="mean"), "averaging is malformed: mean"),
+        (lambda record: record.update(model=3), "model is malformed"),
+        (lambda record: record.update(answers_only=1), "answers_only is malformed"),
+        (lambda record: record.pop("halves"), "holds the fields"),
+    ],
+)
+def test_a_malformed_score_file_is_refused_with_its_fault(change, message, tmp_path, capsys):
+    file = tmp_path / "scores.json"
+    score_experts(tiny_model("olmoe"), [{"input_ids": random_tokens()}], progress=False).save(file)
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"scores\.json.*{message}"):
+        ExpertScores.load(file)
+    assert main(["select", str(file), "--out", str(tmp_path / "config")]) == 1
+    assert "scores.json" in capsys.readouterr().err
+    assert not (tmp_path / "config").exists()
 
 
 def test_packed_samples_are_told_apart_by_their_positions():
