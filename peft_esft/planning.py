@@ -119,6 +119,9 @@ class Setup:
         share: of the routed experts' parameters that ESFT trains.
         rank: of LoRA.
         element: bytes of a weight of the base.
+
+    Raises:
+        ValueError: if a number is below 1, or the share no share.
     """
 
     gpus: int
@@ -128,15 +131,22 @@ class Setup:
     rank: int = 16
     element: int = 2
 
+    def __post_init__(self) -> None:
+        for name in ("gpus", "tokens", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is at least 1")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}; it is a share of the experts, above 0 and at most 1")
+
     @classmethod
     def parse(cls, gpus: str, **settings: Any) -> Setup:
         """From "8x80GB" (10^9 bytes).
 
         Raises:
-            ValueError: if it is of no such form, or nothing.
+            ValueError: if it is of no such form or no memory, or a setting is out of range.
         """
         match = _GPUS.fullmatch(gpus.strip())
-        if match is None or int(match[1]) < 1:
+        if match is None or int(match[1]) == 0 or float(match[2]) == 0:
             raise ValueError(f"--gpus is {gpus!r}; expected NUMBERxMEMORY, for example 8x80GB")
         return cls(gpus=int(match[1]), memory=float(match[2]) * 1e9, **settings)
 
