@@ -213,6 +213,12 @@ def test_the_token_view_counts_choices_and_escapes_text(embedded, tmp_path):
     assert view._repr_html_() in page
 
 
+@pytest.mark.parametrize("expert", [64, 99, -1])
+def test_the_token_view_refuses_experts_that_are_not_there(embedded, expert):
+    with pytest.raises(ValueError, match=rf"{expert}"):
+        token_view(*embedded, "a", experts={0: [1, expert]})
+
+
 def test_the_token_view_equals_the_scores_of_the_same_tokens(embedded):
     model, tokenizer = embedded
     text = "NAME\nls - list directory contents\n"
