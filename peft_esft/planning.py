@@ -224,9 +224,9 @@ def estimate(sizes: ModelSizes, setup: Setup, method: Method, engine: Engine) ->
     )
 
 
-def all_to_all_bytes(sizes: ModelSizes, setup: Setup, checkpointing: bool = True) -> float:
+def all_to_all_bytes(sizes: ModelSizes, setup: Setup) -> float:
     """What expert parallelism exchanges in a step: each pair there and back, forward, repeated and backward."""
-    passes = 3 if checkpointing else 2
+    passes = 3
     pairs = setup.tokens * sizes.top_k
     return 2.0 * passes * sizes.num_moe_layers * pairs * sizes.hidden_size * setup.element
 
@@ -256,9 +256,9 @@ def plan(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
     ]
 
 
-def recommended(estimates: Sequence[Estimate], setup: Setup, method: Method = "ESFT") -> Estimate | None:
-    """The engine that sends least among those that fit; None if none does."""
-    fitting = [e for e in estimates if e.method == method and e.fits(setup)]
+def recommended(estimates: Sequence[Estimate], setup: Setup) -> Estimate | None:
+    """The engine for ESFT that sends least among those that fit; None if none does."""
+    fitting = [e for e in estimates if e.method == "ESFT" and e.fits(setup)]
     return min(fitting, key=lambda e: e.sent, default=None)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from .config import ESFTConfig
 from .containers import ExpertsContainer, find_other_modules, find_shared_experts
+from .messages import shortened
 
 
 def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -> str:
@@ -33,7 +34,7 @@ def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -
         indices = sorted({c.layer_index for c in containers.values() if c.layer_index is not None})
         raise ValueError(f"layer {key} has no experts container; the layers that have one are {indices}")
     raise ValueError(
-        f"{key!r} is not the path of an experts container of this model. Its containers are {_shortened(containers)}; "
+        f"{key!r} is not the path of an experts container of this model. Its containers are {shortened(containers)}. "
         "`find_experts(model)` lists them"
     )
 
@@ -115,9 +116,3 @@ def not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) ->
             "containers of target_experts"
         )
     return chosen
-
-
-def _shortened(containers: dict[str, ExpertsContainer], shown: int = 4) -> str:
-    paths = list(containers)
-    more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
-    return f"{paths[:shown]}{more}"

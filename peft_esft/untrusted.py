@@ -15,6 +15,7 @@ from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load
 from huggingface_hub.errors import EntryNotFoundError
 
 from .containers import ExpertsContainer
+from .messages import shortened
 from .storage import stored_layout
 from .tensor_files import TensorEntry, find_not_finite, read_header
 
@@ -28,7 +29,7 @@ KEY_PREFIX = "base_model.model."
 MARK = ".esft_"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLED_NAME = "adapter_model.bin"
-MAX_CONFIG_BYTES = 50_000_000
+MAX_JSON_BYTES = 50_000_000
 ALLOW_PICKLED = "PEFT_ESFT_ALLOW_PICKLED"
 
 
@@ -44,10 +45,10 @@ def find_header(folder: Path, *, pickled: bool = False) -> Header | None:
             JSON object.
     """
     config = folder / "adapter_config.json"
-    if config.is_file() and config.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{config} has {config.stat().st_size:,} bytes, more than {MAX_CONFIG_BYTES:,}")
     if config.is_file():
-        _check_object(config)
+        content = read_json(config)
+        if not isinstance(content, dict):
+            raise ValueError(f"{config} holds a {type(content).__name__}, not an object")
     if (folder / WEIGHTS_NAME).is_file():
         return read_header(folder / WEIGHTS_NAME)
     if (folder / PICKLED_NAME).is_file() and not _is_allowed(pickled):
@@ -55,18 +56,19 @@ def find_header(folder: Path, *, pickled: bool = False) -> Header | None:
     return None
 
 
-def _check_object(file: Path) -> None:
-    """Refuses a file that is not a JSON object.
+def read_json(file: Path) -> Any:
+    """Reads a JSON file of bounded size.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: if it is too large or no JSON.
     """
+    size = file.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read")
     try:
-        content = json.loads(file.read_bytes())
+        return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
 
 
 def find_hub_header(name: str, subfolder: str | None, *, pickled: bool = False, **download: Any) -> Header | None:
@@ -254,8 +256,7 @@ def check_header(
         if key in found and not fits(found[key], dtype, shape):
             problems.append(f"{key} is {found[key].dtype} {list(found[key].shape)}, expected is {dtype} {list(shape)}")
     if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"the adapter's weights do not fit the model: {'; '.join(problems[:4])}{more}")
+        raise ValueError(f"the adapter's weights do not fit the model: {shortened(problems)}")
     check_finite(header)
 
 

@@ -160,6 +160,12 @@ def test_usage_is_the_norm_of_the_delta_over_the_base_and_the_scored_counts():
     assert {use.relative_change for use in expert_usage(get_peft_model(base, config_for(base)))} == {0.0}
 
 
+def test_usage_takes_no_scores_of_another_model():
+    other = score_experts(tiny_model("deepseek_v2"), [{"input_ids": random_tokens()}], progress=False)
+    with pytest.raises(ValueError, match=r"these scores, of .*, do not fit"):
+        expert_usage(perturbed(), other)
+
+
 def test_usage_needs_one_unmerged_adapter():
     model = perturbed()
     with pytest.raises(ValueError, match="no ESFT adapter named 'law'"):

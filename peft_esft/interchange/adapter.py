@@ -14,13 +14,13 @@ from ..config import ESFTConfig
 from ..containers import ExpertsContainer
 from ..deltas import add_deltas
 from ..fingerprint import check_num_experts, compare_bases
+from ..messages import shortened
 from ..storage import SUFFIXES, decode
 from ..targets import match_options, not_excluded, resolve_target_experts
 from ..tensor_files import TensorFolder, write_tensors
-from ..untrusted import KEY_PREFIX, MARK, WEIGHTS_NAME, check_finite, check_header
+from ..untrusted import KEY_PREFIX, MARK, WEIGHTS_NAME, check_finite, check_header, read_json
 from ..weights import ExpertWeight
 from .base import Base
-from .selections import read_json, shortened
 
 
 CONFIG_NAME = "adapter_config.json"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer
 from ..deltas import add_deltas
+from ..messages import shortened
 from ..storage import stored_layout
 from ..tensor_files import TensorFolder, sorted_tensor_files, write_tensors
 from ..untrusted import KEY_PREFIX, MARK
@@ -29,7 +30,6 @@ from .selections import (
     expert_cfg_from_selection,
     read_expert_cfg,
     selection_from_expert_cfg,
-    shortened,
 )
 
 
