@@ -70,8 +70,7 @@ def select_experts(
             stacklevel=2,
         )
         rows = {path: row for path, row in rows.items() if path not in unused}
-    # Falling scores, equal ones in order of id.
-    orders = {path: torch.sort(row, descending=True, stable=True).indices for path, row in rows.items()}
+    orders = {path: ranking(row) for path, row in rows.items()}
     bounds = {path: (min(min_experts, len(row)), min(max_experts or len(row), len(row))) for path, row in rows.items()}
     if budget is not None:
         sizes = dict.fromkeys(rows, 1) if isinstance(scores, Mapping) else scores.parameters_per_expert()
@@ -83,6 +82,11 @@ def select_experts(
         counts = {path: _count_by_top_p(row[orders[path]], top_p) for path, row in rows.items()}
         _warn_of_odd_sums(rows, counts, top_p, metric)
     return {path: orders[path][: min(max(counts[path], bounds[path][0]), bounds[path][1])].tolist() for path in rows}
+
+
+def ranking(row: Tensor) -> Tensor:
+    """Expert ids in falling order of score, equal ones in order of id; int64 `[E]`."""
+    return torch.sort(row, descending=True, stable=True).indices
 
 
 def random_experts(selection: Mapping[str, Sequence[int]], num_experts: Mapping[str, int], *, seed: int) -> Selection:

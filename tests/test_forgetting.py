@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
-
 import pytest
 import torch
+from pages import Page
 from peft import LoraConfig, get_peft_model
 from test_examples import ROOT
 from torch.nn.functional import cross_entropy, kl_div
@@ -177,26 +176,6 @@ def test_usage_needs_one_unmerged_adapter():
         expert_usage(tiny_model("olmoe"))
 
 
-class TextOf(HTMLParser):
-    """The text of a page, and the elements that are open at its end."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.text, self.open, self.titles = "", [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-        self.titles += [value for name, value in attributes if name == "title"]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-
 @pytest.fixture(scope="module")
 def embedded():
     from tasks import load_base
@@ -213,8 +192,8 @@ def test_the_token_view_counts_choices_and_escapes_text(embedded, tmp_path):
     assert view.spans[1] == []
     view.save(tmp_path / "view.html")
     page = (tmp_path / "view.html").read_text()
-    parsed = TextOf(page)
-    assert parsed.open == [] and text in parsed.text and "<script" not in page
+    parsed = Page(page)
+    assert text in parsed.text and "<script" not in page
     assert len(parsed.titles) == len(view.spans[0])
     assert view._repr_html_() in page
 
