@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,7 +13,7 @@ from .expert_parallel import check_expert_parallel, shares_out_experts
 from .fingerprint import check_num_experts, compare_base
 from .layer import ESFTLayer
 from .mixed_batch import BASE
-from .targets import match_options, modules_trained_whole, resolve_target_experts
+from .targets import modules_trained_whole, not_excluded, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
 from .untrusted import KEY_PREFIX, MARK, check_header, check_rank
 
@@ -64,7 +64,7 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     check_rank(peft_config.rank, resolved.containers.values())
     if peft_config.header is not None:
         selection = {path: resolved.selection[path] for path in resolved.containers}
-        check_header(peft_config, selection, resolved.containers)
+        check_header(peft_config, peft_config.header, selection, resolved.containers)
     compare_base(peft_config, model, find_experts(model), resolved.target_experts)
     warn_of_slow_layouts(resolved.containers.values())
     return resolved
@@ -91,7 +91,7 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     target_experts = resolve_target_experts(peft_config.target_experts or {}, experts)
     check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, experts)
     selection = {**target_experts, **{path: [0] for path in whole}}
-    containers = {path: (experts | whole)[path] for path in _not_excluded(peft_config, selection)}
+    containers = {path: (experts | whole)[path] for path in not_excluded(peft_config, selection)}
     return ResolvedConfig(target_experts, selection, containers)
 
 
@@ -130,20 +130,3 @@ def check_layers(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> No
             f"adapter {adapter_name!r} has no weights in {strangers[:4]}, for which there are some: they are another "
             "adapter's. Load it under a name of its own, or put it in this one's place with hotswap_adapter"
         )
-
-
-def _not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) -> list[str]:
-    """The containers of a selection that the config's other options leave.
-
-    Raises:
-        ValueError: if they leave none.
-    """
-    # PEFT marks an excluded module by an object, which is true as a bool.
-    chosen = [path for path in selection if match_options(peft_config, path) is True]
-    if not chosen:
-        raise ValueError(
-            f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
-            f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(selection)} "
-            "containers of target_experts"
-        )
-    return chosen

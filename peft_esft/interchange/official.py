@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer
 from ..deltas import add_deltas
+from ..messages import shortened
 from ..storage import stored_layout
 from ..tensor_files import TensorFolder, sorted_tensor_files, write_tensors
 from ..untrusted import KEY_PREFIX, MARK
@@ -29,7 +30,6 @@ from .selections import (
     expert_cfg_from_selection,
     read_expert_cfg,
     selection_from_expert_cfg,
-    shortened,
 )
 
 
@@ -192,11 +192,7 @@ def _hint(key: str, base: Base) -> str:
 
 
 def _targets(config: ESFTConfig, base: Base, keys: Mapping[tuple[str, str | None, int | None], str]) -> list[_Target]:
-    selection = dict(config.target_experts or {})
-    if config.train_shared_experts:
-        selection |= {path: [0] for path in base.shared}
-    if config.train_non_expert_modules:
-        selection |= {path: [0] for path in base.others}
+    selection = (config.target_experts or {}) | {path: [0] for path in base.trained_whole(config)}
     present = {parameter for parameter, _, _ in keys}
     targets = []
     for path, ids in selection.items():
