@@ -25,10 +25,10 @@ def add_deltas(rows: Tensor, deltas: Sequence[tuple[Tensor | None, Tensor]]) -> 
     """
     total = rows
     for positions, delta in deltas:
-        dtype = torch.promote_types(total.dtype, delta.dtype)
         if positions is None:
-            total = total.to(dtype) + delta.to(dtype)
+            total = total + delta
         else:
+            dtype = torch.promote_types(total.dtype, delta.dtype)
             total = total.to(dtype).index_add(0, positions, delta.to(dtype))
     return total.to(rows.dtype)
 
@@ -60,7 +60,8 @@ def connected(output: Tensor, deltas: Iterable[Tensor]) -> Tensor:
     if not torch.is_grad_enabled():
         return output
     nothing = sum(delta.flatten()[:0].sum() for delta in deltas if delta.requires_grad)
-    return output + nothing.to(output.dtype) if isinstance(nothing, Tensor) else output
+    # A difference, since -0.0 + 0.0 is 0.0.
+    return output - nothing.to(output.dtype) if isinstance(nothing, Tensor) else output
 
 
 class _RowsWithDelta(torch.autograd.Function):
@@ -79,8 +80,8 @@ def _sum_with_delta(weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
     if rows.device.type != "cpu" or rows.dtype == delta.dtype:
         return rows.add_(delta)
     # Here torch makes copies of mixed operands in the wider dtype: of one expert's they stay in the cache.
-    for row, change in zip(rows.unbind(), delta.unbind(), strict=True):
-        row.add_(change)
+    for place, change in enumerate(delta.unbind()):
+        rows[place].add_(change)
     return rows
 
 

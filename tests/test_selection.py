@@ -73,20 +73,28 @@ def test_recorded_scores_are_read_by_the_metric_and_sized_by_their_experts():
 @pytest.mark.parametrize("number", range(1, 101))
 def test_scores_that_add_up_on_paper_add_up(number):
     """Also where fp32 or plain binary sums would miss the threshold by a rounding."""
-    assert len(select_experts({"layer": [0.01] * 100}, top_p=number / 100)["layer"]) == number
+    assert select_experts({"layer": [0.01] * 100}, top_p=number / 100) == {"layer": list(range(number))}
 
 
 def test_scores_that_sum_to_top_p_are_enough():
     assert select_experts({"layer": [0.3, 0.2]}, top_p=0.5) == {"layer": [0, 1]}
 
 
+@pytest.mark.parametrize("way", ["top_p", "budget"])
+def test_a_share_of_one_takes_all(way):
+    assert select_experts({"layer": [0.25, 0.25, 0.5]}, **{way: 1}) == {"layer": [2, 0, 1]}
+
+
 @pytest.mark.parametrize(
-    ("row", "settings"),
-    [([0.0, 0.0], {}), ([0.1, 0.1], {"top_p": 0.5}), ([0.5, 0.5], {"metric": "gate"})],
-    ids=["no token", "too little", "renormalised"],
+    ("row", "settings", "message"),
+    [
+        ([0.0, 0.0], {}, "no token"),
+        ([0.1, 0.1], {"top_p": 0.5}, "sum to less"),
+        ([0.5, 0.5], {"metric": "gate"}, "sum to 1 or more"),
+    ],
 )
-def test_warnings_point_at_the_call(row, settings):
-    with pytest.warns(UserWarning) as caught:
+def test_warnings_point_at_the_call(row, settings, message):
+    with pytest.warns(UserWarning, match=message) as caught:
         select_experts({"layer": row}, **settings)
     assert [warning.filename for warning in caught] == [__file__]
 
@@ -154,16 +162,21 @@ def test_renormalised_gates_are_pointed_out_with_the_numbers():
 @pytest.mark.parametrize(
     ("scores", "settings", "message"),
     [
-        ({"a": [0.5, 0.5]}, {"top_p": 0.2, "top_k": 3}, "different ways of choosing"),
-        ({"a": [0.5, 0.5]}, {"budget": 0.2, "top_k": 3}, "different ways of choosing"),
+        ({"a": [0.5, 0.5]}, {"top_p": 0.2, "top_k": 3}, "'top_p': 0.2, 'top_k': 3} are different ways of choosing"),
+        ({"a": [0.5, 0.5]}, {"budget": 0.2, "top_k": 3}, "'top_k': 3, 'budget': 0.2} are different ways of choosing"),
         ({"a": [0.5, 0.5]}, {"budget": 2}, "budget is 2"),
         ({"a": [0.5, 0.5]}, {"budget": 0.4}, "does not hold 1 experts"),
         ({"a": [0.5, 0.5]}, {"top_k": 0}, "top_k is 0"),
         ({"a": [0.5, 0.5]}, {"min_experts": 0}, "min_experts is 0"),
+        ({"a": [0.5, 0.5]}, {"max_experts": 0}, "max_experts is 0"),
         ({"a": [0.5, 0.5]}, {"min_experts": 3, "max_experts": 2}, "max_experts is 2, less than min_experts, 3"),
         ({"a": [0.5, 0.5]}, {"top_p": 0.0}, "top_p is 0.0"),
         ({"a": [0.5, 0.5]}, {"top_p": 1.5}, "top_p is 1.5"),
-        ({"a": [0.5, 0.5]}, {"metric": "tokens"}, "metric is 'tokens'"),
+        (
+            {"a": [0.5, 0.5]},
+            {"metric": "tokens"},
+            r"metric is 'tokens'; it is one of \('token', 'gate', 'gate_share'\)",
+        ),
         ({"a": [0.5, float("nan")]}, {}, "scores of a"),
         ({"a": [0.5, -0.5]}, {}, "scores of a"),
         ({"a": []}, {}, "scores of a"),
