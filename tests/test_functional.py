@@ -224,6 +224,13 @@ def test_gradients_do_not_depend_on_which_others_are_asked_for(has_bias):
                 assert torch.equal(gradient, everything[place]) if place in needed else gradient is None
 
 
+def test_rows_are_ordered_on_the_device_that_they_are_on():
+    order = row_order.order_rows(torch.zeros(5, 2, dtype=torch.int64, device="meta"), 3)
+    tensors = [order.pairs, order.tokens, order.places, order.slots, order.ends]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert order.host_ends is None
+
+
 def test_rows_are_kept_only_for_gradients_that_need_them():
     """Where neither experts nor routing weights are trained, the input's gradient needs no row of any layer."""
     (states, gates, *rows), index, settings = small_problem()
