@@ -13,7 +13,7 @@ import pytest
 
 _ARITHMETIC = ["functional", "numerics", "oracle"]
 _LAYERS = [
-    "hazards", "plugin", "adapters", "undo", "mixed_batches", "hotswap", "compact", "combination", "kinds", "offload",
+    "layer", "hazards", "plugin", "adapters", "undo", "mixed_batches", "hotswap", "compact", "combination", "kinds", "offload",
     "sequences", "resident", "oracle",
 ]  # fmt: skip
 TESTS = {  # by file of the package

@@ -171,12 +171,12 @@ def test_deltas_give_what_their_effective_rows_give(dtype, has_bias):
 
 
 def small_problem(dtype=torch.float32, has_bias=False, num_rows=20):
-    """The arguments of a split forward of 8 experts, of which 5 and 1 are trained, and the leaves among them."""
+    """Leaves, routing and settings of a split forward: 8 experts, of which 5 and 1 are trained, and an identity."""
     shapes = [(8, 16, 8), (8, 8, 8), *([(8, 16), (8, 8)] if has_bias else [])]
     base = [torch.randn(shape).to(dtype) for shape in shapes]
     leaves = [torch.randn(num_rows, 8).to(dtype), torch.rand(num_rows, 2).to(dtype), *(w[[5, 1]] for w in base)]
-    settings = {"slots": expert_slots([([5, 1], 0)], 8, 2)[0], "body": ExpertBody(gate)}
-    return leaves, torch.randint(8, (num_rows, 2)), settings | {"frozen": ExpertWeights(*base)}
+    settings = {"slots": expert_slots([([5, 1], 0)], 8, 2, 1)[0], "body": ExpertBody(gate)}
+    return leaves, torch.randint(9, (num_rows, 2)), settings | {"frozen": ExpertWeights(*base)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
