@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -38,8 +39,26 @@ STEPS = 200
 LEARNING_RATE = 1e-3
 OUTPUT = Path("demo_output")
 
+Examples = list[tuple[str, str]]
+Weights = dict[str, Tensor]
+Checks = dict[str, bool]
+"""What the method promises, and whether it held."""
 
-def train(model: nn.Module, tokenizer, examples: list[tuple[str, str]], name: str) -> None:
+
+@dataclass(frozen=True)
+class Result:
+    """What a model gets right.
+
+    Attributes:
+        exact: share of each task's held-out answers that are exactly right.
+        general_loss: mean over the domains of general text.
+    """
+
+    exact: dict[str, float]
+    general_loss: float
+
+
+def train(model: nn.Module, tokenizer, examples: Examples, name: str) -> None:
     """A plain training loop; `transformers.Trainer` works the same."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     model.train()
@@ -52,7 +71,7 @@ def train(model: nn.Module, tokenizer, examples: list[tuple[str, str]], name: st
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def base_weights(model: nn.Module) -> dict[str, Tensor]:
+def base_weights(model: nn.Module) -> Weights:
     """The base's weights by their original names, whatever is wrapped around them."""
     return {
         name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter
@@ -61,7 +80,18 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def frequency_of_commonest(train: list[tuple[str, str]], held_out: list[tuple[str, str]]) -> float:
+def are_equal(first: Weights, second: Weights) -> bool:
+    """True if all weights are the same bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def measure(model: nn.Module, tokenizer, held_out: dict[str, Examples]) -> Result:
+    exact = {task: evaluate(model, tokenizer, held_out[task])["exact"] for task in DEMO_TASKS}
+    losses = general_loss(model, tokenizer).values()
+    return Result(exact, sum(losses) / len(losses))
+
+
+def frequency_of_commonest(train: Examples, held_out: Examples) -> float:
     """Share of the held-out answers that are the training answers' commonest one."""
     commonest, _ = Counter(answer for _, answer in train).most_common(1)[0]
     return sum(answer == commonest for _, answer in held_out) / len(held_out)
@@ -74,21 +104,8 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     print()
 
 
-def main() -> int:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.manual_seed(0)
-    started = time.monotonic()
-    shutil.rmtree(OUTPUT, ignore_errors=True)
-    base, tokenizer = load_base()
-    pristine = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
-    training = {task: load_task(task, "train") for task in DEMO_TASKS}
-    held_out = {task: load_task(task, "eval") for task in DEMO_TASKS}
-    checks: dict[str, bool] = {}
-
-    print(f"\nBase: {sum(p.numel() for p in base.parameters()) / 1e6:.1f} M parameters, {type(base).__name__}")
-    for task in DEMO_TASKS:
-        print(f"Task {task}: {EXPLANATIONS[task]}; {len(training[task])} examples to train on")
+def choose_experts(base: nn.Module, tokenizer, training: dict[str, Examples]) -> dict[str, ESFTConfig]:
+    """Scores each task by forward passes and takes the experts that its tokens choose most."""
     print("\n1. Which experts does each task use?\n")
     configs = {}
     for task in DEMO_TASKS:
@@ -101,7 +118,18 @@ def main() -> int:
     ]
     print()
     print_table(["experts of 64 that take 20 % of the choices", *DEMO_TASKS, "shared"], rows)
+    return configs
 
+
+def train_adapters(
+    base: nn.Module,
+    tokenizer,
+    training: dict[str, Examples],
+    configs: dict[str, ESFTConfig],
+    pristine: Weights,
+    checks: Checks,
+) -> dict[str, int]:
+    """Trains and saves an adapter for each task; returns the bytes of the files."""
     print("2. Train only these experts, save only these\n")
     sizes = {}
     for task in DEMO_TASKS:
@@ -112,59 +140,93 @@ def main() -> int:
         rows = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         sizes[task] = (OUTPUT / task / "adapter_model.safetensors").stat().st_size
         checks[f"the {task} file is at most 1 % larger than the trained rows"] = sizes[task] <= 1.01 * rows
-        trained = base_weights(model)
-        checks[f"training {task} left the base bit-identical"] = all(
-            torch.equal(trained[name], weight) for name, weight in pristine.items()
-        )
+        checks[f"training {task} left the base bit-identical"] = are_equal(base_weights(model), pristine)
+    return sizes
 
+
+def compare_on_one_base(
+    model: PeftModel, tokenizer, held_out: dict[str, Examples], guesses: dict[str, float], checks: Checks
+) -> dict[str, Result]:
+    """What the base, each adapter and both at once get right, all with one set of base weights in memory."""
     print("\n3. Both adapters on one frozen base\n")
-    model = PeftModel.from_pretrained(base, OUTPUT / DEMO_TASKS[0], adapter_name=DEMO_TASKS[0])
-    model.load_adapter(OUTPUT / DEMO_TASKS[1], adapter_name=DEMO_TASKS[1])
-    # What a model would score that has learnt nothing but the most frequent answer.
-    guesses = {task: frequency_of_commonest(training[task], held_out[task]) for task in DEMO_TASKS}
-    results: dict[str, dict[str, float]] = {"base": {}}
-    general: dict[str, float] = {}
+    results = {}
     with model.disable_adapter():
-        for task in DEMO_TASKS:
-            results["base"][task] = evaluate(model, tokenizer, held_out[task])["exact"]
-        general["base"] = sum(general_loss(model, tokenizer).values()) / 6
+        results["base"] = measure(model, tokenizer, held_out)
     for adapter in DEMO_TASKS:
         model.set_adapter(adapter)
-        results[adapter] = {task: evaluate(model, tokenizer, held_out[task])["exact"] for task in DEMO_TASKS}
-        general[adapter] = sum(general_loss(model, tokenizer).values()) / 6
+        results[adapter] = measure(model, tokenizer, held_out)
     model.base_model.set_adapter(list(DEMO_TASKS))
-    results["both"] = {task: evaluate(model, tokenizer, held_out[task])["exact"] for task in DEMO_TASKS}
-    general["both"] = sum(general_loss(model, tokenizer).values()) / 6
+    results["both"] = measure(model, tokenizer, held_out)
     for task, other in (DEMO_TASKS, DEMO_TASKS[::-1]):
-        own = results[task][task]
+        others = max(results["base"].exact[task], results[other].exact[task], guesses[task])
         checks[f"the {task} adapter lifts its task above the base, the other adapter and guessing"] = (
-            own >= max(results["base"][task], results[other][task], guesses[task]) + 0.1
+            results[task].exact[task] >= others + 0.1
         )
+    return results
 
+
+def merge_one(
+    model: PeftModel,
+    tokenizer,
+    held_out: dict[str, Examples],
+    results: dict[str, Result],
+    pristine: Weights,
+    checks: Checks,
+) -> float:
+    """Merges the first adapter into the base and saves that as an ordinary model; returns what it gets right."""
     print("4. Merge one\n")
     chosen = DEMO_TASKS[0]
     model.set_adapter(chosen)
-    before = {name: parameter.detach().clone() for name, parameter in base_weights(model).items()}
     model.merge_adapter(safe_merge=True)
     model.unmerge_adapter()
-    checks["unmerging restored the base bit for bit"] = all(
-        torch.equal(before[name], weight) and torch.equal(pristine[name], weight)
-        for name, weight in base_weights(model).items()
-    )
+    checks["unmerging restored the base bit for bit"] = are_equal(base_weights(model), pristine)
     merged = model.merge_and_unload()
-    merged_result = evaluate(merged, tokenizer, held_out[chosen])["exact"]
-    checks["merging gave equal results"] = merged_result == results[chosen][chosen]
+    exact = evaluate(merged, tokenizer, held_out[chosen])["exact"]
+    checks["merging gave equal results"] = exact == results[chosen].exact[chosen]
     merged.save_pretrained(OUTPUT / "merged")
+    return exact
 
+
+def print_results(
+    results: dict[str, Result], guesses: dict[str, float], merged_exact: float, sizes: dict[str, int]
+) -> None:
     header = ["answers that are exactly right (%)", *DEMO_TASKS, "loss on general text", "file"]
     names = {"base": "base", **{task: f"adapter {task}" for task in DEMO_TASKS}, "both": "both at once"}
     rows = [["the commonest answer", *(f"{100 * guesses[task]:.1f}" for task in DEMO_TASKS), "", ""]]
     for key, name in names.items():
         file = f"{sizes[key] / 1e6:.2f} MB" if key in sizes else "-"
-        rows.append([name, *(f"{100 * results[key][task]:.1f}" for task in DEMO_TASKS), f"{general[key]:.3f}", file])
+        result = results[key]
+        exact = [f"{100 * result.exact[task]:.1f}" for task in DEMO_TASKS]
+        rows.append([name, *exact, f"{result.general_loss:.3f}", file])
     merged_size = (OUTPUT / "merged" / "model.safetensors").stat().st_size
-    rows.append([f"merged {chosen}", f"{100 * merged_result:.1f}", "", "", f"{merged_size / 1e6:.2f} MB"])
+    rows.append([f"merged {DEMO_TASKS[0]}", f"{100 * merged_exact:.1f}", "", "", f"{merged_size / 1e6:.2f} MB"])
     print_table(header, rows)
+
+
+def main() -> int:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    started = time.monotonic()
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    base, tokenizer = load_base()
+    pristine = {name: weight.detach().clone() for name, weight in base.named_parameters()}
+    training = {task: load_task(task, "train") for task in DEMO_TASKS}
+    held_out = {task: load_task(task, "eval") for task in DEMO_TASKS}
+    guesses = {task: frequency_of_commonest(training[task], held_out[task]) for task in DEMO_TASKS}
+    checks: Checks = {}
+    print(f"\nBase: {sum(p.numel() for p in base.parameters()) / 1e6:.1f} M parameters, {type(base).__name__}")
+    for task in DEMO_TASKS:
+        print(f"Task {task}: {EXPLANATIONS[task]}; {len(training[task])} examples to train on")
+
+    configs = choose_experts(base, tokenizer, training)
+    sizes = train_adapters(base, tokenizer, training, configs, pristine, checks)
+    model = PeftModel.from_pretrained(base, OUTPUT / DEMO_TASKS[0], adapter_name=DEMO_TASKS[0])
+    model.load_adapter(OUTPUT / DEMO_TASKS[1], adapter_name=DEMO_TASKS[1])
+    results = compare_on_one_base(model, tokenizer, held_out, guesses, checks)
+    merged_exact = merge_one(model, tokenizer, held_out, results, pristine, checks)
+
+    print_results(results, guesses, merged_exact, sizes)
     for check, holds in checks.items():
         print(f"  {'ok    ' if holds else 'FAILED'}  {check}")
     print(f"\n{time.monotonic() - started:.0f} seconds; the adapters are in {OUTPUT}/")

@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .adapter_weights import PREFIX
+from .adapter_tensors import PREFIX
 from .interchange.adapter import AdapterFolder
 from .weights import is_spread
 
 
+CARD_NAME = "README.md"
 PREVIOUS_SUFFIX = ".previous"
 _PARTIAL_SUFFIX = ".partial"
 _ADAPTER_MARKS = (f".{PREFIX}", ".modules_to_save.")
 """What PEFT puts into the names of an adapter's weights."""
+_WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -33,22 +36,25 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
     PEFT's `save_pretrained` writes file by file into the folder: killed between weights and config, it leaves neither
     the old adapter nor the new one. Here all files go to a folder beside it, which is then renamed. A folder that
     exists is moved to `FOLDER.previous` just before and deleted just after: a process killed exactly between leaves
-    the old adapter there.
+    the old adapter there. Whatever else is in the folder stays: checkpoints, a tokenizer, a card that you wrote,
+    adapters that are not saved now.
 
     Where `torch.distributed` is initialised, call it on every process: sharded weights are gathered tensor by tensor
     on the host of the first process, which writes the file. The base is not gathered.
 
     Args:
         model: a `PeftModel`, as it is or prepared by DDP, FSDP2, expert parallelism or DeepSpeed.
-        folder: is created, or replaced if it holds an adapter.
+        folder: is created, or renewed; not the working directory or one around it, which would be lost to the process.
         **kwargs: see `peft.PeftModel.save_pretrained`.
 
     Raises:
-        ValueError: if the folder exists and holds something else than an adapter.
+        ValueError: if the folder holds the working directory.
     """
     if isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization"):
         model = model.module  # DeepSpeed's engine is known by that method
-    target = Path(folder)
+    target = Path(folder).resolve()
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(f"{target} is the working directory, or around it, and cannot be replaced; name another")
     processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     is_writer = kwargs.pop("is_main_process", processes == 1 or dist.get_rank() == 0)
     if any(map(is_spread, model.parameters())):
@@ -97,17 +103,21 @@ def _gather(tensor: Tensor) -> Tensor:
 
 
 def _replace(target: Path, write: Callable[[Path], None]) -> None:
-    """Puts a new folder in the place of a folder that holds an adapter, or of nothing."""
-    if target.exists() and not _holds_adapter(target):
-        raise ValueError(f"{target} exists and holds no adapter, so it is not replaced; name another folder")
+    """Puts a new folder in the place of another, or of nothing; what else was in the old one is in the new one too."""
     partial, previous = (target.with_name(target.name + suffix) for suffix in (_PARTIAL_SUFFIX, PREVIOUS_SUFFIX))
+    if previous.exists() and partial.exists() and not target.exists():
+        os.rename(previous, target)  # a process was killed between the two renames below
     shutil.rmtree(partial, ignore_errors=True)
     has_moved = False
     try:
+        if (target / CARD_NAME).is_file():
+            partial.mkdir(parents=True)
+            shutil.copy2(target / CARD_NAME, partial)  # is read, and only the project's part of it written anew
         write(partial)
         for path in [*partial.rglob("*"), partial]:
             _flush(path)
         if target.exists():
+            _keep_others(target, partial)
             if _holds_adapter(previous):
                 shutil.rmtree(previous)
             has_moved = True
@@ -121,6 +131,27 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
     _flush(target.parent)
     if has_moved or _holds_adapter(previous):  # the latter of a process that was killed
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def _keep_others(old: Path, new: Path) -> None:
+    """Has in `new` whatever is in `old` and was not written anew: the same files, linked, so that it takes no time."""
+    replaced = _WEIGHTS if (new / CONFIG_NAME).exists() else ()
+    for path in old.iterdir():
+        place = new / path.name
+        if path.is_dir() and not path.is_symlink():
+            if place.is_dir():
+                _keep_others(path, place)
+            else:
+                shutil.copytree(path, place, symlinks=True, copy_function=_link)
+        elif not place.exists() and path.name not in replaced:
+            _link(path, place)
+
+
+def _link(source: str | Path, place: str | Path) -> None:
+    try:
+        os.link(source, place, follow_symlinks=False)
+    except (OSError, NotImplementedError):  # not every file system has links
+        shutil.copy2(source, place, follow_symlinks=False)
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
@@ -149,7 +180,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
-        for config in checkpoint.rglob("adapter_config.json"):
+        for config in checkpoint.rglob(CONFIG_NAME):
             AdapterFolder(config.parent)  # reads the headers, which say how long the files have to be
     except (OSError, ValueError):
         return False
@@ -157,7 +188,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _holds_adapter(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.rglob("adapter_config.json"))
+    return (folder / CONFIG_NAME).is_file() or any(folder.glob(f"*/{CONFIG_NAME}"))
 
 
 def _flush(path: Path) -> None:

@@ -90,6 +90,20 @@ def check_combination(
         )
 
 
+def check_combinable(configs: Mapping[str, ESFTConfig]) -> None:
+    """Refuses adapters that have more than deltas: copies of whole modules are PEFT's, and have no common base.
+
+    Raises:
+        ValueError: naming the adapters.
+    """
+    with_modules = {name: config.modules_to_save for name, config in configs.items() if config.modules_to_save}
+    if with_modules:
+        raise ValueError(
+            f"adapters with modules_to_save cannot be combined: {with_modules}. Train such modules by deltas, with "
+            "train_shared_experts or train_non_expert_modules, or give each sample its adapter with adapter_names"
+        )
+
+
 def combined_config(
     configs: Sequence[ESFTConfig],
     weights: Mapping[str, float],

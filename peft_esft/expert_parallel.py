@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from .adapter_weights import PREFIX
+from .adapter_tensors import PREFIX
 from .architectures import READABLE_DTYPES
 from .calls import AdapterCall
 from .config import ESFTConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from .undo import undoing_changes, undoing_injection
 def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> None:
     """Puts the adapter in `path` in the place of a resident one, also if it has other experts or layers.
 
-    Where shapes are equal the new weights are copied into the old parameters, so whatever refers to them (an
-    optimizer, for example) sees the new values. Whether the adapter is active, and whether it is trained, does not
-    change.
+    Where shapes are equal the new weights are copied into the old parameters, in these' dtype, so whatever refers to
+    them (an optimizer, for example) sees the new values. Whether the adapter is active, and whether it is trained,
+    does not change; its scale is 1 again.
 
     Args:
         model: a `PeftModel` with the adapter.
@@ -33,16 +34,16 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
     Example:
         >>> hotswap_adapter(model, "intent", adapter_name="task")
     """
-    if not isinstance(model.base_model, ESFTModel):
-        raise ValueError(f"the adapters of this model are of type {model.peft_type}, not ESFT")
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(tuner, ESFTModel):
+        raise ValueError(f"{type(model).__name__} has no ESFT adapters; it is to be a PeftModel that has one")
     if adapter_name not in model.peft_config:
         raise ValueError(f"there is no adapter {adapter_name!r} to replace; there are {sorted(model.peft_config)}")
-    tuner = model.base_model
     _check_experts_only(model.peft_config[adapter_name])
     layers = tuner._layers()
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before it is replaced")
-    incoming = f"{adapter_name}_incoming"
+    incoming = next(name for n in count() if (name := f"{adapter_name}_incoming_{n}") not in model.peft_config)
     with undoing_injection(tuner, incoming):
         model.load_adapter(str(path), incoming, **kwargs)
         config = model.peft_config[incoming]

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .adapter_weights import PREFIX, AdapterState
+from .adapter_tensors import PREFIX, AdapterState
 from .calls import AdapterCall, MixedPlan
 from .config import ESFTConfig
 from .containers import ExpertsContainer

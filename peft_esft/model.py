@@ -11,33 +11,22 @@ from peft.tuners.tuners_utils import BaseTuner, onload_layer, set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .adapter_weights import PREFIX
-from .combination import CombinationType, MajoritySignMethod, check_combination, combined_config
+from .adapter_tensors import PREFIX
+from .combination import CombinationType, MajoritySignMethod, check_combinable, check_combination, combined_config
 from .config import ESFTConfig
-from .containers import (
-    ContainerKind,
-    find_experts,
-)
-from .expert_parallel import (
-    Exchange,
-    ExpertParallelExperts,
-    check_expert_parallel,
-    rows_from_file,
-    rows_to_file,
-    shares_out_experts,
-)
-from .fingerprint import check_num_experts, compare_base
+from .containers import ContainerKind, find_experts
+from .expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, rows_to_file, shares_out_experts
 from .fused import FusedExperts
 from .layer import ESFTLayer
 from .listed import ListedExperts
 from .mixed_batch import calling_with, check_adapter_names
+from .preparation import check_layers, prepare_config
 from .resident import planning
 from .substituted import SubstitutedExperts
 from .targets import match_options, modules_trained_whole, resolve_target_experts
 from .tied import TiedLayer
-from .trainable import check_trainable, warn_of_slow_layouts
 from .undo import undoing_changes, undoing_injection, undoing_merges, undoing_unloading
-from .untrusted import check_header, check_rank
+from .untrained import warn_of_shared_config, warn_of_unreached_experts
 
 
 LAYER_CLASSES: dict[ContainerKind, type[ESFTLayer]] = {
@@ -73,72 +62,16 @@ class ESFTModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: ESFTConfig, model_config: dict[str, Any]) -> ESFTConfig:
-        """Resolves and checks the selection against the model, before anything is changed.
-
-        Raises:
-            ValueError: if the config selects nothing, or something that this model does not have.
-            NotImplementedError: if weights that are to be trained cannot be read.
-        """
-        if peft_config.storage != "delta" and not peft_config.inference_mode:
-            raise ValueError(
-                f"an adapter stored as {peft_config.storage!r} is for inference only and cannot be trained; train the "
-                "one that it was made from"
-            )
-        containers = find_experts(self.model)
-        if not containers:
-            raise ValueError(
-                f"{type(self.model).__name__} has no experts container of a known kind. ESFT needs a "
-                "mixture-of-experts model whose experts are fused parameters or a list of modules beside a router."
-            )
-        whole = modules_trained_whole(self.model, peft_config)
-        if not peft_config.target_experts and not whole:
-            raise ValueError(
-                "target_experts is empty, so nothing would be trained. Choose experts with "
-                "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
-            )
-        target_experts = resolve_target_experts(peft_config.target_experts or {}, containers)
-        check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, containers)
-        selection = {**target_experts, **{path: [0] for path in whole}}
-        # PEFT marks an excluded module by an object, which is true as a bool.
-        chosen = {path: ids for path, ids in selection.items() if match_options(peft_config, path) is True}
-        if not chosen:
-            raise ValueError(
-                f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
-                f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(selection)} "
-                "containers of target_experts"
-            )
-        self._containers = {path: (containers | whole)[path] for path in chosen}
-        for container in self._containers.values():
-            if shares_out_experts(container):
-                check_expert_parallel(container)
-            else:
-                check_trainable(container)
-        check_rank(peft_config.rank, self._containers.values())
-        if peft_config.header is not None:
-            check_header(peft_config, chosen, self._containers)
-        self._warn_of_shared_config(peft_config)
-        compare_base(peft_config, self.model, containers, target_experts)
-        warn_of_slow_layouts(self._containers.values())
-        peft_config.target_experts = target_experts
-        # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
-        peft_config.adapted_paths = selection
-        return peft_config
-
-    def _warn_of_shared_config(self, peft_config: ESFTConfig) -> None:
-        """Says that an adapter has not the weights of another one with its config, as TRL takes for granted."""
+        """Resolves and checks the config against the model, see `preparation.prepare_config`."""
+        prepared = prepare_config(peft_config, self.model)
+        self._containers = prepared.containers
         names = [name for name, config in self.peft_config.items() if config is peft_config]
-        layers = self._layers() if len(names) > 1 else []
-        trained = [
-            name
-            for name in names[:-1]
-            if any(len(layer.untrained_experts(name)) < len(layer.expert_ids.get(name, [])) for layer in layers)
-        ]
-        if trained:
-            warnings.warn(
-                f"adapter {names[-1]!r} has the config of {trained[0]!r}, but not its weights: its deltas are new. "
-                "As the reference of a DPOTrainer it would be the base; see the page on training for a copy",
-                stacklevel=2,
-            )
+        if len(names) > 1:
+            warn_of_shared_config(self._layers(), names)
+        peft_config.target_experts = prepared.target_experts
+        # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
+        peft_config.adapted_paths = prepared.selection
+        return peft_config
 
     @staticmethod
     def _check_target_module_exists(peft_config: ESFTConfig, key: str) -> Any:
@@ -236,10 +169,13 @@ class ESFTModel(BaseTuner):
             majority_sign_method (`str`): `"total"` or `"frequency"`; for `"ties"` and `"dare_ties"`.
 
         Raises:
-            ValueError: if an adapter does not exist, the name is taken, or the settings do not fit.
+            ValueError: if an adapter does not exist or has `modules_to_save`, or the settings do not fit, or the name
+                is taken.
         """
         check_combination(adapters, weights, combination_type, density, majority_sign_method)
         self._check_known(adapters)
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
+        check_combinable(dict(zip(adapters, configs, strict=True)))
         if adapter_name in self.peft_config:
             raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
         layers = [layer for layer in self._layers() if layer.adapters_here(adapters)]
@@ -249,7 +185,6 @@ class ESFTModel(BaseTuner):
             for layer in layers
             if layer.path in experts
         }
-        configs: list[Any] = [self.peft_config[name] for name in adapters]
         by_name = dict(zip(adapters, weights, strict=True))
         config = combined_config(configs, by_name, target_experts, combination_type, density)
         with undoing_injection(self, adapter_name):
@@ -309,18 +244,19 @@ class ESFTModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`."""
-        # The same, on the modules that have adapters: PEFT's own walks through all modules, twice.
+        merged = [layer for layer in self._layers() if layer.merged]
+        if merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        with undoing_merges(merged):
+            for layer in merged:
+                with onload_layer(layer):
+                    layer.unmerge()
+        # As PEFT's own does, but on the modules that have adapters: that walks through all modules, twice.
         for module in self._modules_with_adapters():
-            if not isinstance(module, ESFTLayer):
+            if isinstance(module, ESFTLayer):
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+            else:
                 set_adapter(module, adapter_name, inference_mode, layer_cls=ESFTLayer)
-                continue
-            if module.merged:
-                warnings.warn(
-                    "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
-                )
-                with onload_layer(module):
-                    module.unmerge()
-            module.set_adapter(adapter_name, inference_mode=inference_mode)
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -359,6 +295,7 @@ class ESFTModel(BaseTuner):
                 # Layers that are new are enabled otherwise.
                 for module in self._modules_with_adapters():
                     module.enable_adapters(False)
+        self._containers = {}
         self.forget_modules()  # PEFT puts its own wrappers around other modules next
 
     def forget_modules(self) -> None:
@@ -397,9 +334,11 @@ class ESFTModel(BaseTuner):
         if merge and safe_merge:
             self._check_finite(adapter_names)
         with undoing_unloading(self.model, self._layers()):
-            return super()._unload_and_optionally_merge(
+            model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
+        self.forget_modules()
+        return model
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
@@ -447,14 +386,7 @@ class ESFTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # Called when an adapter is saved: the place where a user can still act on what training did not do.
-        layers = [m for m in model.modules() if isinstance(m, ESFTLayer) and adapter_name in m.expert_ids]
-        unused = {layer.path: experts for layer in layers if (experts := layer.untrained_experts(adapter_name))}
-        if unused and sum(map(len, unused.values())) < sum(len(layer.expert_ids[adapter_name]) for layer in layers):
-            warnings.warn(
-                f"adapter {adapter_name!r}: {sum(map(len, unused.values()))} selected experts received no token in "
-                f"training and are unchanged: {unused}. Score on the data that you train on, or train longer.",
-                stacklevel=2,
-            )
+        warn_of_unreached_experts([m for m in model.modules() if isinstance(m, ESFTLayer)], adapter_name)
         weights = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return rows_to_file(model, adapter_name, weights)
 
@@ -462,5 +394,6 @@ class ESFTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        check_layers(model, adapter_name, state_dict)
         weights = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return rows_from_file(model, adapter_name, weights)

@@ -242,6 +242,8 @@ class AdapterPool:
 
     def _insert(self, name: str, own: _HostCopy) -> None:
         with planning:
+            if name in self.model.peft_config:
+                raise ValueError(f"an adapter {name!r} was loaded beside the pool's; delete it or rename either")
             try:
                 self._attach(name, own)
                 self._tuner.freeze_layers(name)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+CHUNK_BYTES = 1 << 22  # what is looked at in one step
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
@@ -171,6 +172,31 @@ class TensorFolder:
             if stream.readinto(buffer) != data.numel():
                 raise ValueError(f"{entry.file} is cut short")
         return data.view(entry.dtype).reshape(tuple(shape))
+
+
+def find_not_finite(entries: Mapping[str, TensorEntry]) -> str | None:
+    """The key of the first tensor that holds a NaN or an infinity; None if there is none. Reads in small chunks."""
+    buffer = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    data: Any = buffer.numpy()
+    window = memoryview(data)
+    for key, entry in entries.items():
+        if not entry.dtype.is_floating_point:
+            continue
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.offset)
+            for start in range(0, entry.num_bytes, CHUNK_BYTES):
+                size = min(CHUNK_BYTES, entry.num_bytes - start)
+                if stream.readinto(window[:size]) != size:
+                    raise ValueError(f"{entry.file} is cut short")
+                if not _is_finite(buffer[:size].view(entry.dtype)):
+                    return key
+    return None
+
+
+def _is_finite(values: Tensor) -> bool:
+    values = values.float() if values.dtype.itemsize == 1 else values  # 8-bit floats have no sum
+    # A sum is quicker than looking at each, and not finite if one of them is not; but it may also overflow.
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
 
 
 def block_shape(shape: Sequence[int], num_blocks: int) -> tuple[int, ...]:

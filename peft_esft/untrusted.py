@@ -16,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from .containers import ExpertsContainer
 from .storage import stored_layout
-from .tensor_files import TensorEntry, read_header
+from .tensor_files import TensorEntry, find_not_finite, read_header
 
 
 if TYPE_CHECKING:
@@ -219,13 +219,15 @@ def check_header(
 ) -> None:
     """Compares the header that belongs to a config with the model: no tensor missing, none too many, all shapes right.
 
+    Then the values are looked at, those of `modules_to_save` too.
+
     Args:
         config: with its `header`.
         selection: the experts that are adapted, by path.
         containers: the model's.
 
     Raises:
-        ValueError: naming the first few misfits.
+        ValueError: naming the first few misfits, or the first tensor that is not finite.
     """
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for path, ids in selection.items():
@@ -247,6 +249,12 @@ def check_header(
     if problems:
         more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(f"the adapter's weights do not fit the model: {'; '.join(problems[:4])}{more}")
+    broken = find_not_finite(config.header or {})
+    if broken is not None:
+        raise ValueError(
+            f"the adapter's weights are broken: {broken} holds a NaN or an infinity. Training diverged, or the file "
+            "is damaged; load an earlier checkpoint"
+        )
 
 
 def fits(entry: TensorEntry, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:

@@ -100,13 +100,91 @@ def test_a_failed_save_leaves_the_old_adapter(stage, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+def adapted(*names):
     base = tiny_model("olmoe")
-    model = get_peft_model(base, config_for(base))
-    (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds no adapter"):
-        save_adapter(model, tmp_path)
-    assert (tmp_path / "thesis.txt").exists()
+    model = get_peft_model(base, config_for(base, init_weights=False), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config_for(tiny_model("olmoe"), init_weights=False))
+    return model
+
+
+def test_a_run_keeps_its_checkpoints_and_whatever_else_it_holds(tmp_path):
+    run, model = tmp_path / "run", adapted("default")
+    checkpoint(run / "checkpoint-10", model)
+    (run / "log.txt").write_text("years of work")
+    (run / "latest").symlink_to("checkpoint-10")
+    with (run / "log.txt").open("a") as log:
+        save_adapter(model, run)
+        log.write(", and on")  # by another process, which has it open
+    assert (run / "log.txt").read_text() == "years of work, and on"
+    assert os.readlink(run / "latest") == "checkpoint-10"
+    assert last_complete_checkpoint(run) == str(run / "checkpoint-10")
+    PeftModel.from_pretrained(tiny_model("olmoe"), run / "checkpoint-10")
+    PeftModel.from_pretrained(tiny_model("olmoe"), run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_other_adapters_of_the_folder_stay(tmp_path):
+    model = adapted("law", "intent")
+    for name in ("law", "intent"):
+        save_adapter(model, tmp_path / "both", selected_adapters=[name])
+    for name in ("law", "intent"):
+        PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path / "both" / name)
+
+
+def test_a_card_that_was_written_by_hand_stays_and_the_old_one_is_not_written_to(tmp_path, monkeypatch):
+    model, folder = adapted("default"), tmp_path / "adapter"
+    save_adapter(model, folder)
+    card = (folder / "README.md").read_text() + "\nTrained on law.\n"
+    (folder / "README.md").write_text(card)
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("peft_esft.checkpoints.os.rename", None)
+    with pytest.raises(TypeError):
+        save_adapter(model, folder)
+    assert (folder / "README.md").read_text() == card
+    monkeypatch.undo()
+    save_adapter(model, folder)
+    assert "Trained on law." in (folder / "README.md").read_text()
+    assert (folder / "tokenizer.json").exists()
+
+
+def test_old_weights_do_not_stay_beside_new_ones_of_another_form(tmp_path):
+    base = tiny_model("olmoe")
+    save_adapter(adapted("default"), tmp_path / "adapter")
+    save_adapter(adapted("default"), tmp_path / "adapter", safe_serialization=False)
+    assert not (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    PeftModel.from_pretrained(base, tmp_path / "adapter", use_safetensors=False)
+
+
+def test_files_are_copied_where_there_are_no_links(tmp_path, monkeypatch):
+    def link(*_, **__):
+        raise OSError("no links")
+
+    (tmp_path / "run" / "logs").mkdir(parents=True)
+    (tmp_path / "run" / "logs" / "log.txt").write_text("years of work")
+    monkeypatch.setattr("peft_esft.checkpoints.os.link", link)
+    save_adapter(adapted("default"), tmp_path / "run")
+    assert (tmp_path / "run" / "logs" / "log.txt").read_text() == "years of work"
+
+
+def test_a_process_killed_between_the_renames_loses_nothing(tmp_path, monkeypatch):
+    model, folder = adapted("default"), tmp_path / "run"
+    save_adapter(model, folder)
+    (folder / "log.txt").write_text("years of work")
+    shutil.copytree(folder, tmp_path / "run.partial")
+    folder.rename(tmp_path / f"run{PREVIOUS_SUFFIX}")
+    save_adapter(model, folder)
+    assert (folder / "log.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_the_working_directory_is_not_replaced(place, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="is the working directory, or around it"):
+        save_adapter(adapted("default"), place)
+    assert Path.cwd() == tmp_path / "here"
 
 
 def test_other_processes_than_the_main_one_touch_no_disk(tmp_path):

@@ -153,6 +153,16 @@ def test_bad_combinations_are_refused_and_nothing_is_changed(arguments, message)
     assert set(model.peft_config) == {"a", "b"}
 
 
+@pytest.mark.parametrize("adapters", [["a", "b"], ["b"]], ids=str)
+def test_modules_to_save_are_not_lost_in_silence(adapters):
+    model = two_adapters()
+    model.delete_adapter("b")
+    model.add_adapter("b", config_for(tiny_model("olmoe"), modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match=r"modules_to_save cannot be combined: \{'b': \['lm_head'\]\}"):
+        model.base_model.add_weighted_adapter(adapters, [1.0] * len(adapters), "c")
+    assert set(model.peft_config) == {"a", "b"}
+
+
 def test_conflicts_name_the_shared_experts_and_how_alike_their_changes_are():
     base = tiny_model("gpt_oss")
     model = get_peft_model(base, config_for(base, experts=[5, 1, 6], init_weights=False), adapter_name="a")

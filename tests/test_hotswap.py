@@ -145,4 +145,47 @@ def test_weights_of_another_shape_are_refused_and_nothing_is_changed(tmp_path):
         hotswap_adapter(model, tmp_path)
     assert torch.equal(logits(model), expected)
     assert list(model.peft_config) == ["default"]
-    assert all("default_incoming" not in m.expert_ids for m in model.modules() if isinstance(m, ESFTLayer))
+    assert all([*m.expert_ids] == ["default"] for m in model.modules() if isinstance(m, ESFTLayer))
+
+
+def test_an_adapter_of_any_name_stays(tmp_path):
+    model = get_peft_model(tiny_model("olmoe"), ESFTConfig(target_experts={0: [1, 2]}, init_weights=False), "a").eval()
+    for name in ("a_incoming", "a_incoming_0"):
+        model.add_adapter(name, ESFTConfig(target_experts={0: [1, 2]}, init_weights=False))
+    expected = save(tmp_path, lambda: tiny_model("olmoe"), target_experts={0: [5, 6], 1: [3]})
+    others = {name: p.clone() for name, p in model.named_parameters() if "_incoming" in name}
+    hotswap_adapter(model, tmp_path, adapter_name="a")
+    torch.testing.assert_close(logits(model), expected)
+    assert set(model.peft_config) == {"a", "a_incoming", "a_incoming_0"}
+    found = {name: p for name, p in model.named_parameters() if "_incoming" in name}
+    assert found.keys() == others.keys() and all(torch.equal(found[name], p) for name, p in others.items())
+
+
+def test_parameters_stay_the_same_objects_in_half_precision_too(tmp_path):
+    base = tiny_model("olmoe", torch.bfloat16)
+    save(tmp_path, lambda: tiny_model("olmoe", torch.bfloat16), target_experts={0: [5, 6]})
+    model = get_peft_model(base, ESFTConfig(target_experts={0: [1, 2]}), autocast_adapter_dtype=False)
+    before = deltas_of(model)
+    model.base_model.set_scale("default", 2.0)
+    hotswap_adapter(model, tmp_path)
+    after = deltas_of(model)
+    assert all(after[key] is delta and delta.dtype == torch.bfloat16 and delta.any() for key, delta in before.items())
+    assert {layer.scale["default"] for layer in model.modules() if isinstance(layer, ESFTLayer)} == {1.0}
+
+
+def test_a_model_without_adapters_has_none_to_replace(tmp_path):
+    with pytest.raises(ValueError, match="OlmoeForCausalLM has no ESFT adapters"):
+        hotswap_adapter(tiny_model("olmoe"), tmp_path)
+
+
+def test_weights_for_layers_that_an_adapter_lacks_are_not_loaded_in_its_name(tmp_path):
+    """Where the name exists PEFT loads weights alone, and drops in silence what has no place."""
+    save(tmp_path / "law", lambda: tiny_model("olmoe"), target_experts={0: [1, 2]})
+    save(tmp_path / "intent", lambda: tiny_model("olmoe"), target_experts={0: [5, 6], 1: [3]})
+    model = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path / "law", adapter_name="law").eval()
+    expected = logits(model)
+    with pytest.raises(ValueError, match=r"'law' has no weights in \['model.layers.1.mlp.experts'\].*hotswap_adapter"):
+        model.load_adapter(str(tmp_path / "intent"), adapter_name="law")
+    assert torch.equal(logits(model), expected)
+    model.load_adapter(str(tmp_path / "law"), adapter_name="law")
+    assert torch.equal(logits(model), expected)

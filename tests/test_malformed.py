@@ -181,6 +181,16 @@ def test_a_tensor_is_refused_by_its_name(case, adapter, base, tmp_path):
     assert is_named(error, re.escape(key)), error
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_value_that_is_not_finite_is_refused(key, value, adapter, base, tmp_path):
+    folder = copied(adapter, tmp_path / "x")
+    tensors = load_file(folder / WEIGHTS)
+    tensors[key][-1, 2, -1] = value
+    save_file(tensors, folder / WEIGHTS)
+    assert is_named(load_or_refuse(base, folder), rf"{re.escape(key)} holds a NaN")
+
+
 BAD_ENTRIES = {
     "dtype": [None, 3, "", "F31", "f32", "U64", [], {}, "F64", True],
     "shape": [None, 3, "", [3], [-3, 32, 24], [3, 32, 24.0], [3, 32, "24"], [2**62, 2**62], {}, [3, 32, None], [[3]]],

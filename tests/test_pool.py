@@ -263,6 +263,17 @@ def test_what_cannot_be_loaded_changes_nothing(folder, expected, tmp_path):
     check(pool, ["law", "__base__"], expected)
 
 
+def test_an_adapter_of_the_same_name_that_was_loaded_beside_it_stays(folder, expected):
+    pool = make_pool(folder, 6 * ROW)
+    pool.add("q", folder / "math")
+    pool.model.load_adapter(str(folder / "law"), adapter_name="q")
+    before = {name: id(parameter) for name, parameter in pool.model.named_parameters()}
+    with pytest.raises(ValueError, match="an adapter 'q' was loaded beside the pool's"):
+        pool.get("q")
+    assert {name: id(parameter) for name, parameter in pool.model.named_parameters()} == before
+    assert "q" in pool.model.peft_config
+
+
 def test_only_models_with_an_esft_adapter_have_pools():
     with pytest.raises(ValueError, match="without an ESFT adapter"):
         AdapterPool(tiny_model("olmoe"), 10)

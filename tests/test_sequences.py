@@ -72,6 +72,14 @@ def test_a_layer_without_the_merged_adapter_adds_no_other_one():
     assert torch.equal(logits(model), expected)
 
 
+def test_what_was_unloaded_is_let_go():
+    model = two_adapters()
+    layers = [weakref.ref(layer) for layer in layers_of(model)]
+    model.unload()
+    gc.collect()
+    assert not any(layer() for layer in layers)
+
+
 def test_a_name_that_no_adapter_has_cannot_be_merged():
     model = two_adapters()
     with pytest.raises(ValueError, match=r"no adapters \['c'\] to merge; there are \['a', 'b'\]"):

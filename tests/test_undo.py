@@ -78,6 +78,20 @@ def test_rows_that_came_back_are_not_overwritten_later(monkeypatch, tmp_path, me
     assert torch.equal(logits(model), expected)
 
 
+def test_a_switch_that_cannot_unmerge_all_layers_unmerges_none(monkeypatch):
+    model = adapted("a", "b")
+    model.merge_adapter()
+    merged = logits(model)
+    with (
+        failing_in_the_second_layer(monkeypatch, model, "unmerge"),
+        pytest.warns(UserWarning, match="Unmerging the model first"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        model.set_adapter("b")
+    assert torch.equal(logits(model), merged)
+    assert model.get_model_status().merged_adapters == ["a"]
+
+
 def test_a_failed_swap_leaves_the_order_of_parameters(monkeypatch, tmp_path):
     model = adapted("a", "b")
     model.save_pretrained(tmp_path, selected_adapters=["b"])

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_esft import ESFTConfig, ESFTLayer
+from peft_esft import ESFTConfig, ESFTLayer, hotswap_adapter, tensor_files
 from peft_esft.cli import main
 from peft_esft.interchange.adapter import AdapterFolder
-from peft_esft.tensor_files import TensorFolder, read_header, write_tensors
+from peft_esft.tensor_files import TensorFolder, find_not_finite, read_header, write_tensors
 
 from families import tiny_model
 from oracle import config_for
@@ -280,3 +280,63 @@ def test_files_are_written_as_the_library_writes_them(layout):
         assert all(torch.equal(folder.read(key), value) for key, value in tensors.items())
         with pytest.raises(ValueError, match="no tensor was given"):
             write_tensors(file, {"a": (torch.float32, (1,))}, [])
+
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4),
+    dtype=st.sampled_from(FLOATS),
+    data=st.data(),
+)
+def test_a_value_that_is_not_finite_is_found_wherever_it_is(sizes, dtype, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "CHUNK_BYTES", 16)
+    largest = torch.finfo(dtype).max
+    tensors = {
+        f"w{place}": torch.full((size,), largest, dtype=torch.float64).to(dtype) for place, size in enumerate(sizes)
+    }
+    save_file({**tensors, "codes": torch.full((9,), 255, dtype=torch.uint8)}, tmp_path / WEIGHTS)
+    assert find_not_finite(read_header(tmp_path / WEIGHTS)) is None
+
+    key = data.draw(st.sampled_from([key for key, tensor in tensors.items() if len(tensor)] or [None]))
+    if key is not None:
+        place = data.draw(st.integers(0, len(tensors[key]) - 1))
+        tensors[key][place] = data.draw(st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+        if dtype == torch.float8_e4m3fn:
+            tensors[key][place] = float("nan")  # it has no infinity
+        save_file(tensors, tmp_path / WEIGHTS)
+        assert find_not_finite(read_header(tmp_path / WEIGHTS)) == key
+
+
+DELTA = "base_model.model.model.layers.1.mlp.experts.esft_down_proj"
+HEAD = "base_model.model.lm_head.weight"
+
+
+def load(model, folder):
+    model.load_adapter(folder, adapter_name="second")
+
+
+def swap(model, folder):
+    hotswap_adapter(model, folder, adapter_name="default")
+
+
+@pytest.mark.parametrize(
+    ("replace", "key", "modules_to_save"), [(load, DELTA, None), (swap, DELTA, None), (load, HEAD, ["lm_head"])]
+)
+def test_broken_weights_leave_the_adapters_as_they_are(replace, key, modules_to_save, tmp_path):
+    adapter = tmp_path / "sound"
+    config = config_for(tiny_model("olmoe"), init_weights=False, modules_to_save=modules_to_save)
+    get_peft_model(tiny_model("olmoe"), config).save_pretrained(adapter)
+    model = PeftModel.from_pretrained(tiny_model("olmoe"), str(adapter))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    folder = copied(adapter, tmp_path / "broken")
+    tensors = load_file(folder / WEIGHTS)
+    tensors[key].view(-1)[0] = float("nan")
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"{re.escape(key)} holds a NaN.*earlier checkpoint"):
+        replace(model, str(folder))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_weights import PREFIX
+from ..adapter_tensors import PREFIX
 from ..config import ESFTConfig
 from ..containers import find_experts
 from ..layer import ESFTLayer

@@ -1,0 +1,118 @@
+"""What a config means in a model, found and checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from .config import ESFTConfig
+from .containers import ExpertsContainer, find_experts
+from .expert_parallel import check_expert_parallel, shares_out_experts
+from .fingerprint import check_num_experts, compare_base
+from .layer import ESFTLayer
+from .targets import match_options, modules_trained_whole, resolve_target_experts
+from .trainable import check_trainable, warn_of_slow_layouts
+from .untrusted import KEY_PREFIX, MARK, check_header, check_rank
+
+
+@dataclass(frozen=True)
+class PreparedConfig:
+    """A config, resolved against a model.
+
+    Attributes:
+        target_experts: the config's, by module path.
+        selection: the same, and modules that are trained whole, each as its only expert.
+        containers: those of the selection that no option of the config excludes.
+    """
+
+    target_experts: dict[str, list[int]]
+    selection: dict[str, list[int]]
+    containers: dict[str, ExpertsContainer]
+
+
+def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> PreparedConfig:
+    """Resolves a config against a model and checks it.
+
+    Args:
+        peft_config: of the adapter that is to be added.
+        model: the base, with or without adapters.
+
+    Raises:
+        ValueError: if the config selects nothing, or something that this model does not have, or weights that go with
+            it do not fit.
+        NotImplementedError: if weights that are to be trained cannot be read.
+    """
+    if peft_config.storage != "delta" and not peft_config.inference_mode:
+        raise ValueError(
+            f"an adapter stored as {peft_config.storage!r} is for inference only and cannot be trained; train the "
+            "one that it was made from"
+        )
+    experts = find_experts(model)
+    if not experts:
+        raise ValueError(
+            f"{type(model).__name__} has no experts container of a known kind. ESFT needs a "
+            "mixture-of-experts model whose experts are fused parameters or a list of modules beside a router."
+        )
+    whole = modules_trained_whole(model, peft_config)
+    if not peft_config.target_experts and not whole:
+        raise ValueError(
+            "target_experts is empty, so nothing would be trained. Choose experts with "
+            "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
+        )
+    target_experts = resolve_target_experts(peft_config.target_experts or {}, experts)
+    check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, experts)
+    selection = {**target_experts, **{path: [0] for path in whole}}
+    containers = {path: (experts | whole)[path] for path in _not_excluded(peft_config, selection)}
+    for container in containers.values():
+        if shares_out_experts(container):
+            check_expert_parallel(container)
+        else:
+            check_trainable(container)
+    check_rank(peft_config.rank, containers.values())
+    if peft_config.header is not None:
+        check_header(peft_config, {path: selection[path] for path in containers}, containers)
+    compare_base(peft_config, model, experts, target_experts)
+    warn_of_slow_layouts(containers.values())
+    return PreparedConfig(target_experts, selection, containers)
+
+
+def check_layers(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
+    """Refuses weights for layers that an adapter does not have: those of another adapter, under this one's name.
+
+    PEFT reads no config where it loads weights for a name that exists.
+
+    Args:
+        model: with adapters.
+        adapter_name: of the adapter that the weights are for.
+        keys: of the weights, as in a file.
+
+    Raises:
+        ValueError: naming the first few layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+    known = {layer.path for layer in layers if adapter_name in layer.expert_ids}
+    paths = {key.removeprefix(KEY_PREFIX).partition(MARK)[0] for key in keys if MARK in key}
+    if strangers := sorted(paths - known):
+        raise ValueError(
+            f"adapter {adapter_name!r} has no weights in {strangers[:4]}, for which there are some: they are another "
+            "adapter's. Load it under a name of its own, or put it in this one's place with hotswap_adapter"
+        )
+
+
+def _not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) -> list[str]:
+    """The containers of a selection that the config's other options leave.
+
+    Raises:
+        ValueError: if they leave none.
+    """
+    # PEFT marks an excluded module by an object, which is true as a bool.
+    chosen = [path for path in selection if match_options(peft_config, path) is True]
+    if not chosen:
+        raise ValueError(
+            f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
+            f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(selection)} "
+            "containers of target_experts"
+        )
+    return chosen
