@@ -67,12 +67,11 @@ def connected(output: Tensor, deltas: Iterable[Tensor]) -> Tensor:
 class _RowsWithDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
-        ctx.dtype = delta.dtype
         return _sum_with_delta(weight, ids, delta)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, grad_outputs[0].to(ctx.dtype)
+        return None, None, grad_outputs[0]  # autograd casts it to the delta's dtype
 
 
 def _sum_with_delta(weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class _LinearAndSum(torch.autograd.Function):
             grad_rows = grouped_mm(grad, tokens, frozen, matrices, ends, ctx.host_ends, ctx.is_transposed)
             if ctx.needs_input_grad[1]:
                 grad_of_row = (grad_rows * rows).sum(dim=1)
-                grad_weights = grad_of_row.index_select(0, places.reshape(-1)).view(places.shape).to(weights.dtype)
+                grad_weights = grad_of_row.index_select(0, places.reshape(-1)).view(places.shape)
             grad_rows *= weight_of_row
         if ctx.needs_input_grad[3]:
             part = _trained_part(frozen.shape[0], ends, ctx.host_ends)

@@ -160,7 +160,7 @@ def test_deltas_give_what_their_effective_rows_give(dtype, has_bias):
             trained=ExpertWeights(*trained),
             trained_ids=trained_ids,
             frozen=ExpertWeights(*base),
-            slots=expert_slots([(ids.tolist(), 0)], 8, 2)[0],
+            slots=expert_slots([(ids.tolist(), 0)], 8, 2, 0)[0],
             body=ExpertBody(gate),
         )
         return [output, *torch.autograd.grad(output.float().square().sum(), [*leaves, *deltas])]
@@ -168,6 +168,31 @@ def test_deltas_give_what_their_effective_rows_give(dtype, has_bias):
     rows = [rows_with_delta(weight, ids, delta) for weight, delta in zip(base, deltas, strict=True)]
     for own, expected in zip(run(deltas, ids), run(rows, None), strict=True):
         assert torch.equal(own, expected)
+
+
+def test_slots_are_places_of_own_rows_then_ids_and_one_for_all_identity_experts():
+    slots = expert_slots([([3, 0], 0), ([], 0), ([1], 4)], num_experts=4, num_rows=5, num_identity_experts=2)
+    assert slots.tolist() == [[5, 1, 2, 4, 9, 9], [0, 1, 2, 3, 9, 9], [0, 8, 2, 3, 9, 9]]
+    assert slots.dtype == torch.int64
+
+
+def test_tokens_of_several_adapters_get_what_each_adapter_alone_gives_them():
+    """Adapter 0 has the rows of experts 5 and 1, adapter 1 that of 1 alone, adapter 2 none."""
+    (states, gates, *rows), index, settings = small_problem()
+    rows = [torch.cat([row, torch.randn_like(row[:1])]) for row in rows]
+    selections, own_rows = [([5, 1], 0), ([1], 2), ([], 0)], [slice(0, 2), slice(2, 3), slice(0, 0)]
+    adapter_of_token = torch.arange(20) % 3
+    settings["slots"] = expert_slots(selections, 8, 3, 1)
+    output = split_experts_forward(
+        states, index, gates, trained=ExpertWeights(*rows), adapter_of_token=adapter_of_token, **settings
+    )
+    for adapter, ((ids, _), own) in enumerate(zip(selections, own_rows, strict=True)):
+        dense = [w.clone() for w in (settings["frozen"].up, settings["frozen"].down)]
+        for weight, row in zip(dense, rows, strict=True):
+            weight[ids] = row[own]
+        expected = loop_forward(states, index, gates, ExpertWeights(*dense), settings["body"])
+        here = adapter_of_token == adapter
+        torch.testing.assert_close(output[here], expected[here])
 
 
 def small_problem(dtype=torch.float32, has_bias=False, num_rows=20):
