@@ -34,7 +34,6 @@ class ESFTLayer(MergingLayer):
         config: ESFTConfig,
     ) -> None:
         super().__init__(base_layer, adapter_name, container)
-        self._disable_adapters = False
         self._call: AdapterCall | None = None
         self._calls: dict[Key, AdapterCall] = {}
         self._plan: MixedPlan | None = None
@@ -71,7 +70,7 @@ class ESFTLayer(MergingLayer):
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
         batch = None if self._disable_adapters else current_batch(base_layer)
-        call = self.current_call() if batch is None else None
+        call = self.current_call()
         if batch is None and call is None:
             return base_layer(*args, **kwargs)
         # The weights are read here and not by the module's own forward, around which accelerate loads them.

@@ -13,9 +13,9 @@ import pytest
 
 _ARITHMETIC = ["functional", "numerics", "oracle"]
 _LAYERS = [
-    "layer", "hazards", "plugin", "adapters", "undo", "mixed_batches", "hotswap", "compact", "combination", "kinds", "offload",
-    "sequences", "resident", "oracle",
-]  # fmt: skip
+    *("layer", "hazards", "plugin", "adapters", "undo", "mixed_batches", "hotswap", "compact", "combination", "kinds"),
+    *("offload", "sequences", "resident", "oracle"),
+]
 TESTS = {  # by file of the package
     "selection": ["selection"],
     "functional": _ARITHMETIC,
@@ -24,13 +24,14 @@ TESTS = {  # by file of the package
     "layer": _LAYERS,
     "merging_layer": _LAYERS,
     "adapter_weights": _LAYERS,
+    "adapter_tensors": _LAYERS,
     "fused": _LAYERS,
 }
 _LIKE_OLMOE = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2")
 _OTHER_PROCESSES = ("fresh_process", "trainer")
 _OTHER_CALLERS = ("point_at_the_call",)
 _OF_OTHER_FILES = (
-    "every_sample_equals", "leaves_the_output_unchanged", "beam_search", "generation", "all_other_modules",
+    "every_sample_equals", "leaves_the_output_unchanged", "generation", "all_other_modules",
     "weight_decay", "every_loader", "routers_that_return", "tied_embeddings", "modules_to_save", "named_like",
 )  # fmt: skip
 _LEFT_OUT = (*_LIKE_OLMOE, *_OTHER_PROCESSES, *_OTHER_CALLERS, *_OF_OTHER_FILES)
