@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 CORE_TESTS = $(addprefix tests/test_,plugin.py packaging.py adapters.py functional.py grouped.py oracle.py compile.py scoring.py \
 	official.py merge_checkpoint.py)
 
-.PHONY: demo test test-slow coverage test-oldest test-newest contract lint types docs package bench paper clean
+.PHONY: demo test test-slow coverage test-oldest test-newest contract mutation lint types docs package bench paper clean
 
 demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
 	$(RUN) examples/demo.py
@@ -35,6 +35,10 @@ test-newest: ## the same on the newest releases that the package index has
 contract: $(VENV)/.installed ## PEFT's own tests, fetched for the version that is installed, on ESFT's configs
 	$(RUN) tools/fetch_peft_tests.py
 	$(RUN) -m pytest -q --disable-warnings tests/contract
+
+mutation: $(VENV)/.installed ## do tests fail where the arithmetic, the selection or a layer is changed? An hour on one core
+	$(VENV)/bin/mutmut run --max-children 1
+	$(RUN) tools/mutation_results.py
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
@@ -72,7 +76,7 @@ paper: $(VENV)/.installed ## the paper's comparison on the embedded model: some 
 	$(RUN) benchmarks/paper/run.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest dist site demo_output .peft_tests
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest dist site demo_output .peft_tests mutants
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

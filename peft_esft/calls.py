@@ -38,13 +38,11 @@ class MixedPlan:
     """Where the rows of the adapters of a batch lie; holding it keeps them there.
 
     Attributes:
-        adapters: their names.
         residents: the rows of each; None for one that leaves this layer as it is.
         bank: by weight name, all rows `[n, ...]`.
         slots: int64 `[adapters, E + identity experts]`, the layer's `functional.expert_slots`, if it needs any.
     """
 
-    adapters: list[str]
     residents: list[Resident | None]
     bank: dict[str, Tensor]
     slots: Tensor | None

@@ -25,10 +25,10 @@ def add_deltas(rows: Tensor, deltas: Sequence[tuple[Tensor | None, Tensor]]) -> 
     """
     total = rows
     for positions, delta in deltas:
-        dtype = torch.promote_types(total.dtype, delta.dtype)
         if positions is None:
-            total = total.to(dtype) + delta.to(dtype)
+            total = total + delta
         else:
+            dtype = torch.promote_types(total.dtype, delta.dtype)
             total = total.to(dtype).index_add(0, positions, delta.to(dtype))
     return total.to(rows.dtype)
 
@@ -60,18 +60,18 @@ def connected(output: Tensor, deltas: Iterable[Tensor]) -> Tensor:
     if not torch.is_grad_enabled():
         return output
     nothing = sum(delta.flatten()[:0].sum() for delta in deltas if delta.requires_grad)
-    return output + nothing.to(output.dtype) if isinstance(nothing, Tensor) else output
+    # A difference, since -0.0 + 0.0 is 0.0.
+    return output - nothing.to(output.dtype) if isinstance(nothing, Tensor) else output
 
 
 class _RowsWithDelta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
-        ctx.dtype = delta.dtype
         return _sum_with_delta(weight, ids, delta)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, grad_outputs[0].to(ctx.dtype)
+        return None, None, grad_outputs[0]  # autograd casts it to the delta's dtype
 
 
 def _sum_with_delta(weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ def _sum_with_delta(weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
     if rows.device.type != "cpu" or rows.dtype == delta.dtype:
         return rows.add_(delta)
     # Here torch makes copies of mixed operands in the wider dtype: of one expert's they stay in the cache.
-    for row, change in zip(rows.unbind(), delta.unbind(), strict=True):
-        row.add_(change)
+    for place, change in enumerate(delta.unbind()):
+        rows[place].add_(change)
     return rows
 
 

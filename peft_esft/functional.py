@@ -54,7 +54,7 @@ def default_gate(activation: Callable[[Tensor], Tensor], gate_up: Tensor) -> Ten
 
 
 def expert_slots(
-    selections: Sequence[tuple[Sequence[int], int]], num_experts: int, num_rows: int, num_identity_experts: int = 0
+    selections: Sequence[tuple[Sequence[int], int]], num_experts: int, num_rows: int, num_identity_experts: int
 ) -> Tensor:
     """Sorting keys that put the pairs of frozen experts first, then the trained ones, then identity experts.
 
@@ -71,8 +71,8 @@ def expert_slots(
     """
     slots = torch.arange(num_experts + num_identity_experts).repeat(len(selections), 1)
     slots[:, num_experts:] = num_experts + num_rows
-    for row, (ids, first) in zip(slots, selections, strict=True):
-        row[list(ids)] = num_experts + first + torch.arange(len(ids))
+    for adapter, (ids, first) in enumerate(selections):
+        slots[adapter, list(ids)] = num_experts + first + torch.arange(len(ids))
     return slots
 
 

@@ -34,7 +34,6 @@ class ESFTLayer(MergingLayer):
         config: ESFTConfig,
     ) -> None:
         super().__init__(base_layer, adapter_name, container)
-        self._disable_adapters = False
         self._call: AdapterCall | None = None
         self._calls: dict[Key, AdapterCall] = {}
         self._plan: MixedPlan | None = None
@@ -71,7 +70,7 @@ class ESFTLayer(MergingLayer):
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
         batch = None if self._disable_adapters else current_batch()
-        call = self.current_call() if batch is None else None
+        call = self.current_call()
         if batch is None and call is None:
             return base_layer(*args, **kwargs)
         # The weights are read here and not by the module's own forward, around which accelerate loads them.
@@ -121,8 +120,8 @@ class ESFTLayer(MergingLayer):
         device = compute_device(self.get_base_layer(), self._base_parameter(self.weight_names[0]))
         return torch.device("cpu") if device.type == "meta" else device
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> ESFTLayer:
-        super()._apply(fn, *args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESFTLayer:
+        super()._apply(fn, recurse)
         self.forget_calls()
         return self
 
@@ -291,10 +290,10 @@ class ESFTLayer(MergingLayer):
             # Only now: making room for one may move the others.
             residents = [self.bank.residents.get((name,)) for name in adapters]
             known = self._plan
-            if known is None or known.adapters != adapters or known.residents != residents:
+            if known is None or known.residents != residents:
                 selections = [((), 0) if own is None else (own.expert_ids, own.place.start) for own in residents]
                 slots = self._slots(selections, self.bank.capacity)
-                self._plan = known = MixedPlan(list(adapters), residents, self.bank.tensors, slots)
+                self._plan = known = MixedPlan(residents, self.bank.tensors, slots)
         return known
 
     def check_mixes(self) -> None:

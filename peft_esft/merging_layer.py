@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
@@ -60,8 +59,8 @@ class MergingLayer(AdapterWeights):
                 rows[place] = self._replaced_rows[weight_name][self._replaced_ids.index(expert)]
         return rows
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> MergingLayer:
-        super()._apply(fn, *args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergingLayer:
+        super()._apply(fn, recurse)
         self._replaced_rows = {name: fn(rows) for name, rows in self._replaced_rows.items()}
         return self
 

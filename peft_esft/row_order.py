@@ -195,7 +195,7 @@ class _LinearAndSum(torch.autograd.Function):
             grad_rows = grouped_mm(grad, tokens, frozen, matrices, ends, ctx.host_ends, ctx.is_transposed)
             if ctx.needs_input_grad[1]:
                 grad_of_row = (grad_rows * rows).sum(dim=1)
-                grad_weights = grad_of_row.index_select(0, places.reshape(-1)).view(places.shape).to(weights.dtype)
+                grad_weights = grad_of_row.index_select(0, places.reshape(-1)).view(places.shape)
             grad_rows *= weight_of_row
         if ctx.needs_input_grad[3]:
             part = _trained_part(frozen.shape[0], ends, ctx.host_ends)
@@ -229,12 +229,12 @@ class _TrainedPart:
 
 
 def _trained_part(num_frozen: int, ends: Tensor, host_ends: list[int] | None) -> _TrainedPart:
-    bounds = torch.nn.functional.pad(ends, (1, 0))[num_frozen:]
+    # The first trained group begins where the last frozen one ends.
+    bounds = ends[num_frozen - 1 :]
     if host_ends is None:
         return _TrainedPart(slice(None), bounds, None)
-    host_bounds = [0, *host_ends][num_frozen:]
-    start = host_bounds[0]
-    return _TrainedPart(slice(start, host_bounds[-1]), bounds - start, [bound - start for bound in host_bounds])
+    start, *own_ends = host_ends[num_frozen - 1 :]
+    return _TrainedPart(slice(start, own_ends[-1]), bounds - start, [0, *(end - start for end in own_ends)])
 
 
 def _sum_rows(rows: Tensor, places: Tensor) -> Tensor:

@@ -497,6 +497,16 @@ def frozen_adapter():
     return model
 
 
+def replace_by_an_alias(layer):
+    """Another parameter in the same place, changed as often as the old one was, which alone tells them apart."""
+    old = layer.esft_down_proj["default"]
+    new = torch.nn.Parameter(old.data, requires_grad=False)
+    while new._version < old._version:
+        new.mul_(2)
+    assert new._version == old._version > 0 and new.data_ptr() == old.data_ptr()
+    layer.esft_down_proj["default"] = new
+
+
 CHANGES = {
     "in place": lambda layer: layer.esft_down_proj["default"].mul_(2),
     "replaced": lambda layer: layer.esft_down_proj.update(
@@ -505,6 +515,7 @@ CHANGES = {
     "data replaced": lambda layer: setattr(
         layer.esft_down_proj["default"], "data", 2 * layer.esft_down_proj["default"]
     ),
+    "replaced by an alias": replace_by_an_alias,
     "base": lambda layer: layer.base_layer.down_proj.mul_(2),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peft_esft import grouped, row_order
-from peft_esft.deltas import add_deltas, rows_with_delta
+from peft_esft.deltas import add_deltas, connected, rows_with_delta
 from peft_esft.functional import ExpertBody, ExpertWeights, default_gate, expert_slots, split_experts_forward
 
 
@@ -158,7 +160,7 @@ def test_deltas_give_what_their_effective_rows_give(dtype, has_bias):
             trained=ExpertWeights(*trained),
             trained_ids=trained_ids,
             frozen=ExpertWeights(*base),
-            slots=expert_slots([(ids.tolist(), 0)], 8, 2)[0],
+            slots=expert_slots([(ids.tolist(), 0)], 8, 2, 0)[0],
             body=ExpertBody(gate),
         )
         return [output, *torch.autograd.grad(output.float().square().sum(), [*leaves, *deltas])]
@@ -168,22 +170,120 @@ def test_deltas_give_what_their_effective_rows_give(dtype, has_bias):
         assert torch.equal(own, expected)
 
 
-def test_no_gradient_of_a_frozen_weight_is_ever_computed(monkeypatch):
-    computed = []
-    original = row_order.grouped_outer
-    monkeypatch.setattr(row_order, "grouped_outer", lambda *args: computed.append(original(*args)) or computed[-1])
-    for dtype in (torch.float32, torch.float64):
-        frozen = ExpertWeights(torch.randn(8, 16, 8, dtype=dtype), torch.randn(8, 8, 8, dtype=dtype))
-        trained = ExpertWeights(*(w[:2].clone().requires_grad_() for w in (frozen.up, frozen.down)))
-        states = torch.randn(20, 8, dtype=dtype, requires_grad=True)
-        index = torch.randint(8, (20, 2))
-        slots = expert_slots([((0, 1), 0)], 8, 2)[0]
-        body = ExpertBody(gate)
-        weights = torch.rand(20, 2, dtype=dtype)
-        output = split_experts_forward(states, index, weights, trained=trained, frozen=frozen, slots=slots, body=body)
-        output.sum().backward()
-    assert len(computed) == 4
-    assert {gradient.shape[0] for gradient in computed} == {2}
+def test_slots_are_places_of_own_rows_then_ids_and_one_for_all_identity_experts():
+    slots = expert_slots([([3, 0], 0), ([], 0), ([1], 4)], num_experts=4, num_rows=5, num_identity_experts=2)
+    assert slots.tolist() == [[5, 1, 2, 4, 9, 9], [0, 1, 2, 3, 9, 9], [0, 8, 2, 3, 9, 9]]
+    assert slots.dtype == torch.int64
+
+
+def test_tokens_of_several_adapters_get_what_each_adapter_alone_gives_them():
+    """Adapter 0 has the rows of experts 5 and 1, adapter 1 that of 1 alone, adapter 2 none."""
+    (states, gates, *rows), index, settings = small_problem()
+    rows = [torch.cat([row, torch.randn_like(row[:1])]) for row in rows]
+    selections, own_rows = [([5, 1], 0), ([1], 2), ([], 0)], [slice(0, 2), slice(2, 3), slice(0, 0)]
+    adapter_of_token = torch.arange(20) % 3
+    settings["slots"] = expert_slots(selections, 8, 3, 1)
+    output = split_experts_forward(
+        states, index, gates, trained=ExpertWeights(*rows), adapter_of_token=adapter_of_token, **settings
+    )
+    for adapter, ((ids, _), own) in enumerate(zip(selections, own_rows, strict=True)):
+        dense = [w.clone() for w in (settings["frozen"].up, settings["frozen"].down)]
+        for weight, row in zip(dense, rows, strict=True):
+            weight[ids] = row[own]
+        expected = loop_forward(states, index, gates, ExpertWeights(*dense), settings["body"])
+        here = adapter_of_token == adapter
+        torch.testing.assert_close(output[here], expected[here])
+
+
+def small_problem(dtype=torch.float32, has_bias=False, num_rows=20):
+    """Leaves, routing and settings of a split forward: 8 experts, of which 5 and 1 are trained, and an identity."""
+    shapes = [(8, 16, 8), (8, 8, 8), *([(8, 16), (8, 8)] if has_bias else [])]
+    base = [torch.randn(shape).to(dtype) for shape in shapes]
+    leaves = [torch.randn(num_rows, 8).to(dtype), torch.rand(num_rows, 2).to(dtype), *(w[[5, 1]] for w in base)]
+    settings = {"slots": expert_slots([([5, 1], 0)], 8, 2, 1)[0], "body": ExpertBody(gate)}
+    return leaves, torch.randint(9, (num_rows, 2)), settings | {"frozen": ExpertWeights(*base)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_no_gradient_of_a_frozen_weight_is_ever_computed(monkeypatch, dtype):
+    """Nor is one computed from more rows than those of the trained experts, or the host asked again whose they are."""
+    products, gradients = [], []
+    mm, outer = row_order.grouped_mm, row_order.grouped_outer
+    monkeypatch.setattr(row_order, "grouped_mm", lambda *args: products.append(args) or mm(*args))
+    monkeypatch.setattr(
+        row_order, "grouped_outer", lambda *args: gradients.append((args, outer(*args))) or gradients[-1][1]
+    )
+    (states, gates, *rows), index, settings = small_problem(dtype)
+    deltas = [torch.zeros(row.shape, requires_grad=True) for row in rows]
+    states.requires_grad_()
+    output = split_experts_forward(
+        states, index, gates, trained=ExpertWeights(*deltas), trained_ids=torch.tensor([5, 1]), **settings
+    )
+    output.sum().backward()
+    counts = [int((index == expert).sum()) for expert in (5, 1)]
+    assert len(gradients) == 2
+    for (left, right, bounds, host_bounds, _), gradient in gradients:
+        assert gradient.dtype == torch.float32 and gradient.shape[0] == 2
+        assert left.shape[0] == right.shape[0] == sum(counts)
+        assert bounds.tolist() == host_bounds == [0, counts[0], sum(counts)]
+    assert len(products) == 4
+    for _, _, _, _, ends, host_ends, _ in products:
+        assert ends.tolist() == host_ends
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_gradients_do_not_depend_on_which_others_are_asked_for(has_bias):
+    leaves, index, settings = small_problem(has_bias=has_bias)
+
+    def gradients(needed):
+        own = [leaf.clone().requires_grad_(place in needed) for place, leaf in enumerate(leaves)]
+        output = split_experts_forward(own[0], index, own[1], trained=ExpertWeights(*own[2:]), **settings)
+        output.square().sum().backward()
+        return [leaf.grad for leaf in own]
+
+    everything = gradients(range(len(leaves)))
+    assert all(gradient is not None and gradient.any() for gradient in everything)
+    for size in range(1, len(leaves)):
+        for needed in itertools.combinations(range(len(leaves)), size):
+            for place, gradient in enumerate(gradients(needed)):
+                assert torch.equal(gradient, everything[place]) if place in needed else gradient is None
+
+
+def test_rows_are_ordered_on_the_device_that_they_are_on():
+    order = row_order.order_rows(torch.zeros(5, 2, dtype=torch.int64, device="meta"), 3)
+    tensors = [order.pairs, order.tokens, order.places, order.slots, order.ends]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert order.host_ends is None
+
+
+def test_rows_are_kept_only_for_gradients_that_need_them():
+    """Where neither experts nor routing weights are trained, the input's gradient needs no row of any layer."""
+    (states, gates, *rows), index, settings = small_problem()
+    settings["body"] = ExpertBody(lambda rows: rows[:, :8])
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        leaf = states.requires_grad_()
+        split_experts_forward(leaf, index, gates, trained=ExpertWeights(*rows), **settings).sum().backward()
+    assert states.grad.any()
+    assert not {shape for shape in kept if shape[:1] in ((20,), (40,)) and shape[1:] in ((8,), (16,))}
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_an_activation_may_compute_in_a_wider_dtype(has_bias):
+    (states, gates, *rows), index, settings = small_problem(torch.bfloat16, has_bias)
+
+    def run(activation):
+        own = settings | {"body": ExpertBody(activation)}
+        return split_experts_forward(states, index, gates, trained=ExpertWeights(*rows), **own)
+
+    wide = run(lambda rows: gate(rows.float()))
+    assert wide.dtype == torch.bfloat16
+    assert torch.equal(wide, run(lambda rows: gate(rows.float()).bfloat16()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -204,3 +304,27 @@ def test_deltas_are_added_in_the_wider_dtype_and_rounded_once():
     both = add_deltas(rows, [(None, tiny), (torch.tensor([0]), 2 * tiny)])
     assert both.dtype == torch.bfloat16
     assert both == 1.0 + 2.0**-7
+
+
+@pytest.mark.parametrize("positions", [None, torch.tensor([1, 0, 2])])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_rows_and_deltas_may_differ_in_dtype(dtypes, positions):
+    rows, delta = (torch.randn(3, 2, dtype=dtype) for dtype in dtypes)
+    order = [0, 1, 2] if positions is None else [1, 0, 2]
+    expected = (rows.float() + delta.float()[order]).to(rows.dtype)
+    result = add_deltas(rows, [(positions, delta)])
+    assert result.dtype == rows.dtype and torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), ()])
+def test_deltas_without_part_in_an_output_get_a_zero_gradient(shape):
+    output = torch.randn(shape, dtype=torch.bfloat16)
+    trained, frozen = torch.full((2, 2), torch.inf, requires_grad=True), torch.randn(2, 2)
+    joined = connected(output, [trained, frozen])
+    assert torch.equal(joined, output) and joined.dtype == output.dtype
+    assert torch.equal(connected(-0.0 * output.abs(), [trained]).signbit(), torch.ones(shape, dtype=torch.bool))
+    joined.sum().backward()
+    assert torch.equal(trained.grad, torch.zeros(2, 2))
+    assert connected(output, [frozen]) is output
+    with torch.no_grad():
+        assert connected(output, [trained]) is output

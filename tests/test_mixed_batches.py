@@ -272,3 +272,10 @@ def test_training_merged_adapters_and_lists_called_expert_by_expert_are_refused(
         model(input_ids=TOKENS, adapter_names=NAMES)
     with pytest.raises(ValueError, match="ModuleList is called expert by expert"):
         with_adapters(listed_model())(input_ids=TOKENS, adapter_names=NAMES)
+
+
+@pytest.mark.filterwarnings("ignore:.*writes the whole weights of all experts anew")
+def test_experts_that_see_tokens_in_another_order_are_refused():
+    model = with_adapters(zoo.build("dbrx"))
+    with pytest.raises(ValueError, match=r"DbrxExperts does not keep a batch's tokens in order\. Call the model once"):
+        model(**zoo.inputs_for(model.get_base_model(), rows=5), adapter_names=NAMES)

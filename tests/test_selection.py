@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peft_esft import random_experts, select_experts
+from peft_esft.scores import ContainerScores, ExpertScores
 
 
 GOLDEN = Path(__file__).parent / "data" / "deepseek_v2_lite_routing"
@@ -52,6 +53,50 @@ def test_selection_follows_a_renumbering_of_the_experts(row, random):
     random.shuffle(order)
     renumbered = select_experts({"layer": [scores[expert] for expert in order]}, top_p=0.5)["layer"]
     assert [order[expert] for expert in renumbered] == select_experts({"layer": scores}, top_p=0.5)["layer"]
+
+
+def test_recorded_scores_are_read_by_the_metric_and_sized_by_their_experts():
+    def scored(chosen, gates, size):
+        return ContainerScores(1, 10, 1, chosen, gates, chosen, gates, parameters_per_expert=size)
+
+    containers = {"small": scored([6, 3, 1], [1.0, 2.0, 1.0], 2), "large": scored([8, 1, 1], [1.0, 1.0, 8.0], 10)}
+    scores = ExpertScores(containers, num_tokens=10, num_samples=1, averaging="token")
+    assert select_experts(scores, top_p=0.5) == {"small": [0], "large": [0]}
+    assert select_experts(scores, top_p=0.3, metric="gate") == {"small": [1, 0], "large": [2]}
+    assert select_experts(scores, top_p=0.75, metric="gate_share") == {"small": [1, 0], "large": [2]}
+    # Half of 36 parameters: one large expert and all small ones; a second large one would be too much.
+    assert select_experts(scores, budget=0.5) == {"small": [0, 1, 2], "large": [0]}
+    with pytest.raises(ValueError, match="does not hold 2 experts"):
+        select_experts(scores, budget=0.3)
+
+
+@pytest.mark.parametrize("number", range(1, 101))
+def test_scores_that_add_up_on_paper_add_up(number):
+    """Also where fp32 or plain binary sums would miss the threshold by a rounding."""
+    assert select_experts({"layer": [0.01] * 100}, top_p=number / 100) == {"layer": list(range(number))}
+
+
+def test_scores_that_sum_to_top_p_are_enough():
+    assert select_experts({"layer": [0.3, 0.2]}, top_p=0.5) == {"layer": [0, 1]}
+
+
+@pytest.mark.parametrize("way", ["top_p", "budget"])
+def test_a_share_of_one_takes_all(way):
+    assert select_experts({"layer": [0.25, 0.25, 0.5]}, **{way: 1}) == {"layer": [2, 0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ([0.0, 0.0], {}, "no token"),
+        ([0.1, 0.1], {"top_p": 0.5}, "sum to less"),
+        ([0.5, 0.5], {"metric": "gate"}, "sum to 1 or more"),
+    ],
+)
+def test_warnings_point_at_the_call(row, settings, message):
+    with pytest.warns(UserWarning, match=message) as caught:
+        select_experts({"layer": row}, **settings)
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_equal_scores_are_resolved_by_id():
@@ -117,12 +162,13 @@ def test_renormalised_gates_are_pointed_out_with_the_numbers():
 @pytest.mark.parametrize(
     ("scores", "settings", "message"),
     [
-        ({"a": [0.5, 0.5]}, {"top_p": 0.2, "top_k": 3}, "different ways of choosing"),
-        ({"a": [0.5, 0.5]}, {"budget": 0.2, "top_k": 3}, "different ways of choosing"),
+        ({"a": [0.5, 0.5]}, {"top_p": 0.2, "top_k": 3}, "'top_p': 0.2, 'top_k': 3} are different ways of choosing"),
+        ({"a": [0.5, 0.5]}, {"budget": 0.2, "top_k": 3}, "'top_k': 3, 'budget': 0.2} are different ways of choosing"),
         ({"a": [0.5, 0.5]}, {"budget": 2}, "budget is 2"),
         ({"a": [0.5, 0.5]}, {"budget": 0.4}, "does not hold 1 experts"),
         ({"a": [0.5, 0.5]}, {"top_k": 0}, "top_k is 0"),
         ({"a": [0.5, 0.5]}, {"min_experts": 0}, "min_experts is 0"),
+        ({"a": [0.5, 0.5]}, {"max_experts": 0}, "max_experts is 0"),
         ({"a": [0.5, 0.5]}, {"min_experts": 3, "max_experts": 2}, "max_experts is 2, less than min_experts, 3"),
         ({"a": [0.5, 0.5]}, {"top_p": 0.0}, "top_p is 0.0"),
         ({"a": [0.5, 0.5]}, {"top_p": 1.5}, "top_p is 1.5"),
@@ -131,7 +177,11 @@ def test_renormalised_gates_are_pointed_out_with_the_numbers():
         ({"a": [0.5, 0.5]}, {"budget": [0.5]}, r"budget is \[0.5\]"),
         ({"a": [0.5, 0.5]}, {"top_k": 2.5}, "top_k is 2.5; it is an integer"),
         ({"a": [0.5, 0.5]}, {"max_experts": "2"}, "max_experts is '2'"),
-        ({"a": [0.5, 0.5]}, {"metric": "tokens"}, "metric is 'tokens'"),
+        (
+            {"a": [0.5, 0.5]},
+            {"metric": "tokens"},
+            r"metric is 'tokens'; it is one of \('token', 'gate', 'gate_share'\)",
+        ),
         ({"a": [0.5, float("nan")]}, {}, "scores of a"),
         ({"a": [0.5, -0.5]}, {}, "scores of a"),
         ({"a": []}, {}, "scores of a"),
