@@ -121,7 +121,7 @@ class AdapterFolder:
             raise ValueError(f"{self.folder}: with {kind} there are no tensors such as {shortened(strange)}")
 
     def changes(self, base: Base) -> list[Change]:
-        """What the adapter does to a base, weight by weight, checked from the headers alone.
+        """What the adapter does to a base, weight by weight, after header and values are checked.
 
         A base with other weights than the one that the adapter was made over is warned of.
 
