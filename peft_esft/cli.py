@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from peft.utils import CONFIG_NAME
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .batches import text_batches
 from .card import describe_choice, describe_storage, num_experts_of, revision_of
@@ -24,7 +25,6 @@ from .preview import format_previews, preview_selections
 from .scores import ExpertScores
 from .scoring import score_experts
 from .selection import Metric, select_experts
-from .untrusted import PICKLED_NAME, WEIGHTS_NAME
 
 
 BAR_WIDTH = 32
@@ -206,7 +206,7 @@ def _select(options: argparse.Namespace) -> tuple[Any, str]:
 def _check_config_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--out is {folder}, a file; it is the folder for an {CONFIG_NAME}")
-    weights = [name for name in (WEIGHTS_NAME, PICKLED_NAME) if (folder / name).exists()]
+    weights = [name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).exists()]
     if weights:
         raise ValueError(
             f"{folder} holds a trained adapter ({weights[0]}), which would lose its config; give another --out"
@@ -257,7 +257,7 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _inspect_adapter(folder: Path) -> tuple[Any, str]:
-    weights = folder / WEIGHTS_NAME
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
     config = read_config(folder)
     selection = config.target_experts or {}
     entries = AdapterFolder(folder).files.entries if weights.exists() else {}

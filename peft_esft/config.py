@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
+from .adapter_file import Header
 from .card import write_card
 from .scores import ExpertScores
 from .selection import DEFAULT_TOP_P, Metric, select_experts
 from .storage import FORMS
-from .untrusted import Header, check_fields, find_header, find_hub_header
+from .untrusted import check_fields, find_header, find_hub_header
 
 
 @dataclass

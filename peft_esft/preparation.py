@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .adapter_file import KEY_PREFIX, MARK
 from .config import ESFTConfig
 from .containers import ExpertsContainer, find_experts
 from .expert_parallel import check_expert_parallel, shares_out_experts
@@ -15,7 +16,7 @@ from .layer import ESFTLayer
 from .mixed_batch import BASE
 from .targets import modules_trained_whole, not_excluded, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
-from .untrusted import KEY_PREFIX, MARK, check_header, check_rank
+from .untrusted import check_header, check_rank
 
 
 @dataclass(frozen=True)

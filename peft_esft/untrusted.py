@@ -13,22 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from .adapter_file import KEY_PREFIX, MARK, Header, expected_layout, fits
 from .containers import ExpertsContainer
 from .messages import shortened
-from .storage import stored_layout
-from .tensor_files import TensorEntry, find_not_finite, read_header
+from .tensor_files import find_not_finite, read_header
 
 
 if TYPE_CHECKING:
     from .config import ESFTConfig
 
 
-Header = dict[str, TensorEntry]
-KEY_PREFIX = "base_model.model."
-MARK = ".esft_"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLED_NAME = "adapter_model.bin"
 MAX_JSON_BYTES = 50_000_000
 ALLOW_PICKLED = "PEFT_ESFT_ALLOW_PICKLED"
 
@@ -44,14 +40,14 @@ def find_header(folder: Path, *, pickled: bool = False) -> Header | None:
         ValueError: if the weights are malformed, or pickled without being asked for; or the config is too large or no
             JSON object.
     """
-    config = folder / "adapter_config.json"
+    config = folder / CONFIG_NAME
     if config.is_file():
         content = read_json(config)
         if not isinstance(content, dict):
             raise ValueError(f"{config} holds a {type(content).__name__}, not an object")
-    if (folder / WEIGHTS_NAME).is_file():
-        return read_header(folder / WEIGHTS_NAME)
-    if (folder / PICKLED_NAME).is_file() and not _is_allowed(pickled):
+    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return read_header(folder / SAFETENSORS_WEIGHTS_NAME)
+    if (folder / WEIGHTS_NAME).is_file() and not _is_allowed(pickled):
         raise _pickled_weights(folder)
     return None
 
@@ -84,9 +80,9 @@ def find_hub_header(name: str, subfolder: str | None, *, pickled: bool = False, 
         ValueError: if the weights are malformed, or pickled without being asked for.
     """
     try:
-        return read_header(Path(hf_hub_download(name, WEIGHTS_NAME, subfolder=subfolder, **download)))
+        return read_header(Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download)))
     except EntryNotFoundError:
-        file = f"{subfolder}/{PICKLED_NAME}" if subfolder else PICKLED_NAME
+        file = f"{subfolder}/{WEIGHTS_NAME}" if subfolder else WEIGHTS_NAME
         if not _is_allowed(pickled) and _is_on_hub(name, file, download):
             raise _pickled_weights(name) from None
         return None
@@ -105,7 +101,7 @@ def _is_on_hub(name: str, file: str, download: Mapping[str, Any]) -> bool:
 
 def _pickled_weights(where: object) -> ValueError:
     return ValueError(
-        f"{where} has pickled weights ({PICKLED_NAME}) and no {WEIGHTS_NAME}. If you trust them, pass "
+        f"{where} has pickled weights ({WEIGHTS_NAME}) and no {SAFETENSORS_WEIGHTS_NAME}. If you trust them, pass "
         f"use_safetensors=False or set {ALLOW_PICKLED}=1"
     )
 
@@ -213,18 +209,6 @@ def check_rank(rank: int | None, containers: Iterable[ExpertsContainer]) -> None
         raise ValueError(f"rank is {rank:,}, but the largest dimension of the weights is {largest:,}")
 
 
-def expected_layout(
-    config: ESFTConfig, shape: tuple[int, ...], dtype: torch.dtype
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of an adapter's tensors for one weight `[n, ...]`, by suffix."""
-    if config.rank is None:
-        return stored_layout(config.storage, shape, dtype)
-    if len(shape) != 3:
-        return {}
-    wide = torch.promote_types(dtype, torch.float32)
-    return {"_A": (wide, (shape[0], config.rank, shape[2])), "_B": (wide, (*shape[:2], config.rank))}
-
-
 def check_header(
     config: ESFTConfig, header: Header, selection: Mapping[str, list[int]], containers: Mapping[str, ExpertsContainer]
 ) -> None:
@@ -272,10 +256,3 @@ def check_finite(header: Header) -> None:
             f"the adapter's weights are broken: {broken} holds a NaN or an infinity. Training diverged, or the file "
             "is damaged; load an earlier checkpoint"
         )
-
-
-def fits(entry: TensorEntry, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """True if a stored tensor has the shape, and the dtype or at least one of its kind."""
-    return entry.shape == shape and (
-        entry.dtype == dtype or (entry.dtype.is_floating_point and dtype.is_floating_point)
-    )

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
+from ..adapter_file import KEY_PREFIX, MARK
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer
 from ..deltas import add_deltas
@@ -18,12 +20,10 @@ from ..messages import shortened
 from ..storage import SUFFIXES, decode
 from ..targets import match_options, not_excluded, resolve_target_experts
 from ..tensor_files import TensorFolder, write_tensors
-from ..untrusted import KEY_PREFIX, MARK, WEIGHTS_NAME, check_finite, check_header, read_json
+from ..untrusted import check_finite, check_header, read_json
 from ..weights import ExpertWeight
 from .base import Base
 
-
-CONFIG_NAME = "adapter_config.json"
 
 TensorLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -104,16 +104,16 @@ class AdapterFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        if not (self.folder / WEIGHTS_NAME).exists():
-            pickled = (self.folder / "adapter_model.bin").exists()
+        if not (self.folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            pickled = (self.folder / WEIGHTS_NAME).exists()
             raise FileNotFoundError(
-                f"{self.folder} has no {WEIGHTS_NAME}"
+                f"{self.folder} has no {SAFETENSORS_WEIGHTS_NAME}"
                 + (
                     ". It has pickled weights, which could run code when read; have them saved as safetensors"
                     * pickled
                 )
             )
-        self.files = TensorFolder([self.folder / WEIGHTS_NAME])
+        self.files = TensorFolder([self.folder / SAFETENSORS_WEIGHTS_NAME])
         self._suffixes = ("_A", "_B") if self.config.rank is not None else SUFFIXES[self.config.storage]
         strange = [key for key in self.files.entries if MARK in key and _suffix(key) not in self._suffixes]
         if strange:
@@ -198,7 +198,7 @@ def write_adapter(
 ) -> None:
     """Writes an adapter, tensor by tensor."""
     config.inference_mode = True
-    write_tensors(folder / WEIGHTS_NAME, layout, tensors)
+    write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, layout, tensors)
     config.save_pretrained(str(folder))
 
 

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file import KEY_PREFIX, MARK
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer
 from ..deltas import add_deltas
 from ..messages import shortened
 from ..storage import stored_layout
 from ..tensor_files import TensorFolder, sorted_tensor_files, write_tensors
-from ..untrusted import KEY_PREFIX, MARK
 from ..weights import ExpertWeight, StackedWeight
 from .adapter import AdapterFolder, Change, TensorLayout, write_adapter
 from .base import Base, task_type_of
