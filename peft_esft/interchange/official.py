@@ -26,7 +26,7 @@ from .base import Base, task_type_of
 from .folders import new_folder
 from .key_map import Source
 from .selections import (
-    CONFIG_NAME,
+    EXPERT_CONFIG_NAME,
     expert_cfg_from_selection,
     read_expert_cfg,
     selection_from_expert_cfg,
@@ -143,13 +143,13 @@ def export_official(adapter_dir: str | Path, base: nn.Module | str | Path, out_d
             layout[key] = (dtype, tuple(tensor.shape))
     with new_folder(out_dir) as folder:
         write_tensors(folder / "model.safetensors", layout, _official_tensors(changes, resolved))
-        (folder / CONFIG_NAME).write_text(json.dumps(cfg, indent=1) + "\n")
+        (folder / EXPERT_CONFIG_NAME).write_text(json.dumps(cfg, indent=1) + "\n")
     return Path(out_dir)
 
 
 def _config(cfg: dict[str, Any], base: Base) -> ESFTConfig:
     if cfg["shared_experts"] and not base.shared:
-        raise ValueError(f'{CONFIG_NAME} has "shared_experts": true, but {type(base.model).__name__} has none')
+        raise ValueError(f'{EXPERT_CONFIG_NAME} has "shared_experts": true, but {type(base.model).__name__} has none')
     return ESFTConfig(
         target_experts=selection_from_expert_cfg(cfg, base.experts),
         train_shared_experts=cfg["shared_experts"],
@@ -248,9 +248,11 @@ def _check(
                 if entry.shape != shapes[source.pattern]:
                     base_shape = list(shapes[source.pattern])
                     problems.append(f"{keys[meaning]} has the shape {list(entry.shape)}, the base's is {base_shape}")
-    problems += [f"{key} is not selected by {CONFIG_NAME}" for meaning, key in keys.items() if meaning not in wanted]
+    problems += [
+        f"{key} is not selected by {EXPERT_CONFIG_NAME}" for meaning, key in keys.items() if meaning not in wanted
+    ]
     if problems:
-        raise ValueError(f"the weights do not fit {CONFIG_NAME} and the base: {shortened(problems)}")
+        raise ValueError(f"the weights do not fit {EXPERT_CONFIG_NAME} and the base: {shortened(problems)}")
 
 
 class _Reader:

@@ -12,7 +12,7 @@ from ..targets import resolve_container, resolve_target_experts
 from ..untrusted import read_json
 
 
-CONFIG_NAME = "expert_cfg.json"
+EXPERT_CONFIG_NAME = "expert_cfg.json"
 
 
 def read_expert_cfg(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -30,9 +30,9 @@ def read_expert_cfg(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """
     content: Any = source
     if isinstance(source, str | Path):
-        file = Path(source) / CONFIG_NAME if Path(source).is_dir() else Path(source)
+        file = Path(source) / EXPERT_CONFIG_NAME if Path(source).is_dir() else Path(source)
         content = read_json(file)
-    where = f"{CONFIG_NAME} ({source})" if isinstance(source, str | Path) else CONFIG_NAME
+    where = f"{EXPERT_CONFIG_NAME} ({source})" if isinstance(source, str | Path) else EXPERT_CONFIG_NAME
     if not isinstance(content, Mapping) or not isinstance(content.get("experts"), Mapping):
         raise ValueError(f'{where} has no object "experts" of layer indices and lists of expert ids')
     flags = {name: content.get(name, False) for name in ("shared_experts", "non_expert_modules")}
@@ -63,7 +63,7 @@ def selection_from_expert_cfg(
         return resolve_target_experts(experts, containers)
     except ValueError as error:
         message = str(error).replace("target_experts", "experts")
-        raise ValueError(f"{CONFIG_NAME} does not fit the model: {message}") from error
+        raise ValueError(f"{EXPERT_CONFIG_NAME} does not fit the model: {message}") from error
 
 
 def expert_cfg_from_selection(
@@ -83,6 +83,8 @@ def expert_cfg_from_selection(
         container = containers[resolve_container(key, containers)]
         same = [c.path for c in containers.values() if c.layer_index == container.layer_index]
         if container.layer_index is None or len(same) > 1:
-            raise ValueError(f"{CONFIG_NAME} names containers by the index of their layer, and {same} have the same")
+            raise ValueError(
+                f"{EXPERT_CONFIG_NAME} names containers by the index of their layer, and {same} have the same"
+            )
         experts[str(container.layer_index)] = list(ids)
     return {"experts": experts, "shared_experts": shared_experts, "non_expert_modules": non_expert_modules}
