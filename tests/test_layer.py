@@ -194,6 +194,7 @@ def test_adapters_that_are_stored_as_rows_have_them_once(scale):
     )
     # What is computed from the stored rows still holds, though these lie elsewhere now.
     assert layer.resident(("a",)) is resident
+    assert all(one is other for one, other in zip(resident.sources, layer._sources(("a",)), strict=True))
     assert layer.resident(("a", "b")).place is both.place
 
 
