@@ -194,6 +194,7 @@ def test_adapters_that_are_stored_as_rows_have_them_once(scale):
     )
     # What is computed from the stored rows still holds, though these lie elsewhere now.
     assert layer.resident(("a",)) is resident
+    assert all(one is other for one, other in zip(resident.sources, layer._sources(("a",)), strict=True))
     assert layer.resident(("a", "b")).place is both.place
 
 
@@ -238,15 +239,20 @@ def test_a_compiled_call_takes_what_its_layer_knows(monkeypatch):
     assert call.deltas["down_proj"] is new
 
 
-def test_a_layer_can_be_called_by_keywords():
-    model = adapted()
-    layer = layer_of(model)
+def routed(layer):
+    """What a layer is called with, for six tokens."""
     generator = torch.Generator().manual_seed(0)
-    inputs = {
+    return {
         "hidden_states": torch.randn(6, layer.in_features, generator=generator),
         "top_k_index": torch.randint(layer.num_experts, (6, 2), generator=generator),
         "top_k_weights": torch.rand(6, 2, generator=generator),
     }
+
+
+def test_a_layer_can_be_called_by_keywords():
+    model = adapted()
+    layer = layer_of(model)
+    inputs = routed(layer)
 
     def check():
         outputs.append(layer(*inputs.values()))
@@ -266,6 +272,31 @@ def test_a_layer_can_be_called_by_keywords():
     torch.testing.assert_close(mixed[2:4], off[2:4])
     torch.testing.assert_close(mixed[4:], active[4:])
     assert not torch.allclose(mixed[:2], active[:2]) and not torch.allclose(mixed[:2], off[:2])
+
+
+class EncoderAndDecoder(torch.nn.Module):
+    """A model's encoder, as `generate` asks for it."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def get_encoder(self):
+        return self.encoder
+
+
+@torch.no_grad()
+def test_a_layer_of_an_encoder_sees_each_sample_once_in_a_beam_search():
+    model = adapted()
+    layer = layer_of(model)
+    inputs, names = routed(layer), ["b", "a"]
+    plans = {layer: layer.plan_mixed(names)}
+    with calling_with(model.get_base_model(), names, {}, plans):
+        expected = layer(**inputs)
+    with calling_with(EncoderAndDecoder(model.get_base_model()), names, {"num_beams": 2}, plans):
+        assert torch.equal(layer(**inputs), expected)
+    with calling_with(EncoderAndDecoder(torch.nn.Identity()), names, {"num_beams": 3}, plans):
+        assert torch.equal(layer(**inputs), expected)
 
 
 def test_a_layer_that_is_not_set_up_yet_has_no_attributes_of_its_experts():
