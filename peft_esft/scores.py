@@ -244,6 +244,9 @@ class ExpertScores:
             for name, values in record["containers"].items()
         }
         halves = [_read(HalfCounts, values, _HALVES, f"{where}: halves") for values in record["halves"]]
+        for half in halves:
+            if strangers := sorted(half.selected_pairs.keys() - containers.keys()):
+                raise ValueError(f"{where}: halves names {strangers[:4]}, which are none of its containers")
         for name, container in containers.items():
             sums = (container.gate_weight_sum, container.token_share_sum, container.gate_share_sum)
             rows = [row for row in sums if row is not None]

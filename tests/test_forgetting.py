@@ -204,6 +204,11 @@ def test_the_token_view_refuses_experts_that_are_not_there(embedded, expert):
         token_view(*embedded, "a", experts={0: [1, expert]})
 
 
+def test_the_token_view_needs_experts_to_look_for(embedded):
+    with pytest.raises(ValueError, match="experts is empty"):
+        token_view(*embedded, "a", experts={})
+
+
 def test_the_token_view_equals_the_scores_of_the_same_tokens(embedded):
     model, tokenizer = embedded
     text = "NAME\nls - list directory contents\n"

@@ -284,6 +284,7 @@ PATH = "model.layers.0.mlp.experts"
         (lambda record: record["halves"][0].update(num_tokens=[1]), "halves: num_tokens is malformed"),
         (lambda record: record["halves"][0]["selected_pairs"].update({PATH: [[1], [2]]}), "rows of another length"),
         (lambda record: record["halves"][0]["selected_pairs"].pop(PATH), "rows of another length"),
+        (lambda record: record["halves"][0]["selected_pairs"].update(zz=[[1] * 8, [2] * 8]), r"halves names \['zz'\]"),
         (lambda record: record.update(num_tokens="3"), "num_tokens is malformed"),
         (lambda record: record.update(averaging="mean"), "averaging is malformed: mean"),
         (lambda record: record.update(model=3), "model is malformed"),

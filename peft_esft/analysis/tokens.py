@@ -123,6 +123,8 @@ def token_view(
         raise ValueError("token_view needs a fast tokenizer, which knows the characters of each token")
     containers = find_experts(model)
     trained = _active_experts(model) if experts is None else check_target_experts(experts)
+    if not trained:
+        raise ValueError("experts is empty, so no choice would count; leave it out for those of the active adapters")
     masks = {path: torch.zeros(container.num_experts + 1, dtype=torch.bool) for path, container in containers.items()}
     for path, ids in resolve_target_experts(trained, containers).items():
         masks[path][ids] = True

@@ -57,7 +57,7 @@ class Change:
         return f"{KEY_PREFIX}{self.container.path}{MARK}{self.weight.name}"
 
     def effective(self, rows: Tensor) -> Tensor:
-        """The effective rows `[n, ...]`, in the dtype of the base's `rows`; as `functional.add_deltas` gives them."""
+        """The effective rows `[n, ...]`, in the dtype of the base's `rows`; as `deltas.add_deltas` gives them."""
         stored = self._read()
         if "_rows" in stored:
             return stored["_rows"].to(rows.dtype)

@@ -307,7 +307,7 @@ class _Reader:
 
 
 def exact_delta(rows: Tensor, trained: Tensor) -> tuple[Tensor, int]:
-    """A delta that `functional.add_deltas` turns into `trained`, bit for bit.
+    """A delta that `deltas.add_deltas` turns into `trained`, bit for bit.
 
     The difference of two half-precision numbers may need more bits than fp32 has. Where the nearest fp32 number does
     not give the trained weight, its two neighbours are tried.
