@@ -108,6 +108,8 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
     if previous.exists() and partial.exists() and not target.exists():
         os.rename(previous, target)  # a process was killed between the two renames below
     shutil.rmtree(partial, ignore_errors=True)
+    if target.exists() and _holds_adapter(previous):
+        _discard(previous, partial)  # a process was killed before it did
     has_moved = False
     try:
         if (target / CARD_NAME).is_file():
@@ -118,8 +120,6 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
             _flush(path)
         if target.exists():
             _keep_others(target, partial)
-            if _holds_adapter(previous):
-                shutil.rmtree(previous)
             has_moved = True
             os.rename(target, previous)
         os.rename(partial, target)
@@ -130,7 +130,13 @@ def _replace(target: Path, write: Callable[[Path], None]) -> None:
         raise
     _flush(target.parent)
     if has_moved or _holds_adapter(previous):  # the latter of a process that was killed
-        shutil.rmtree(previous, ignore_errors=True)
+        _discard(previous, partial)
+
+
+def _discard(previous: Path, partial: Path) -> None:
+    """Deletes a folder under the other's name: what a process killed meanwhile leaves is not taken for a user's."""
+    os.rename(previous, partial)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _keep_others(old: Path, new: Path) -> None:

@@ -178,6 +178,23 @@ def test_a_process_killed_between_the_renames_loses_nothing(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_process_killed_while_it_deletes_the_old_folder_is_in_nobodys_way(tmp_path, monkeypatch):
+    model, folder, delete = adapted("default"), tmp_path / "adapter", shutil.rmtree
+
+    def be_killed(path, **_):
+        if Path(path).exists():
+            (Path(path) / "adapter_config.json").unlink()
+            raise KeyboardInterrupt
+
+    save_adapter(model, folder)
+    monkeypatch.setattr("peft_esft.checkpoints.shutil.rmtree", be_killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, folder)
+    monkeypatch.setattr("peft_esft.checkpoints.shutil.rmtree", delete)
+    save_adapter(model, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
 @pytest.mark.parametrize("place", [".", ".."])
 def test_the_working_directory_is_not_replaced(place, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
