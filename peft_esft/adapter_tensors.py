@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +122,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
     def discard_adapter(self, adapter_name: str) -> None:
         """Removes an adapter and leaves the choice of the active ones as it is."""
         for tensors in self._all_tensors():
-            if adapter_name in tensors:
-                del tensors[adapter_name]
+            _remove(tensors, adapter_name)
         for settings in self._settings():
             settings.pop(adapter_name, None)
         self._forget_adapter(adapter_name)
@@ -149,8 +149,8 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 tensors[adapter_name] = tensor.requires_grad_(is_trained)
                 if value is not None:
                     tensor.data.copy_(value)
-            elif adapter_name in tensors:
-                del tensors[adapter_name]
+            else:
+                _remove(tensors, adapter_name)
         for place, settings in enumerate(self._settings()):
             if state.settings:
                 settings[adapter_name] = state.settings[place]
@@ -259,3 +259,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 if adapter_name in buffers and buffers[adapter_name].device != torch.device("meta"):
                     buffers[adapter_name] = buffers[adapter_name].to(target)
         self.forget_calls()
+
+
+def _remove(tensors: Any, adapter_name: str) -> None:
+    """Removes an adapter's tensor, if it has one."""
+    if adapter_name in tensors:
+        # torch notes a key before it takes the parameter, and may have been interrupted in between.
+        with suppress(AttributeError):
+            del tensors[adapter_name]

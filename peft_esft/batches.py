@@ -31,16 +31,32 @@ def text_batches(
         batch_size: samples in a batch.
         max_length: samples are cut to so many tokens.
 
-    Yields:
-        `input_ids` and `attention_mask`, int64 `[samples, length]`.
+    Returns:
+        Batches of `input_ids` and `attention_mask`, int64 `[samples, length]`, made as they are asked for.
 
     Raises:
-        ValueError: if a row is neither text nor messages, or there is nothing to pad with.
+        ValueError: if `data` is a single text or a dict of splits, or a size is below 1; while batches are made, if a
+            row is neither text nor messages, or there is nothing to pad with.
 
     Example:
         >>> scores = score_experts(model, text_batches(["some text", "some more"], tokenizer))
     """
-    rows = iter(data)
+    if isinstance(data, str):
+        raise ValueError("data is a single string, whose samples would be its characters; give a list of texts")
+    if isinstance(data, Mapping):
+        raise ValueError(
+            f"data is a {type(data).__name__} of {list(data)}, which is no sequence of samples; give one of its "
+            "splits, or a list of rows"
+        )
+    for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it is at least 1")
+    return _batches(iter(data), tokenizer, batch_size, max_length)
+
+
+def _batches(
+    rows: Iterator[str | Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, batch_size: int, max_length: int
+) -> Iterator[dict[str, Any]]:
     while texts := [_as_text(row, tokenizer) for row in islice(rows, batch_size)]:
         # A chat template writes the special tokens itself.
         encoded = [
@@ -56,12 +72,31 @@ def text_batches(
         yield dict(padded)
 
 
+def check_batch(batch: Any) -> Mapping[str, Any]:
+    """The batch itself, if it is one.
+
+    Raises:
+        ValueError: if it is not by name what a model's forward takes, as a text or a tensor is not.
+    """
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"a batch is a {type(batch).__name__}; expected a dict of tensors, as the model's forward takes them. A "
+            "single batch is given as [batch]; texts become batches by text_batches(texts, tokenizer)"
+        )
+    return batch
+
+
 def batch_size_of(inputs: Mapping[str, Any]) -> int:
     """The number of samples in a batch."""
     for value in inputs.values():
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0]
     raise ValueError(f"a batch holds no tensor, only {sorted(inputs)}")
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """True for models whose decoder is given tokens of its own."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def with_decoder_inputs(inputs: Mapping[str, Any], model: Any) -> Mapping[str, Any]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 
+from .adapter_file import MARK
 from .tensor_files import TensorEntry
-from .untrusted import MARK, WEIGHTS_NAME, find_header
+from .untrusted import find_header
 
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ def write_card(folder: Path, config: ESFTConfig, name: str = "name or folder of 
     header = find_header(folder, pickled=True)
     if header is None:
         return
-    file, size = folder / CARD_NAME, (folder / WEIGHTS_NAME).stat().st_size
+    file, size = folder / CARD_NAME, (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
     card = ModelCard.load(file) if file.exists() else ModelCard("---\n{}\n---\n")
     _fill_metadata(card.data, config)
     body = f"{BEGIN}\n{_body(config, header, size, name)}\n{END}"

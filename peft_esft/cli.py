@@ -10,6 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
+from peft.utils import CONFIG_NAME
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
 from .batches import text_batches
 from .card import describe_choice, describe_storage, num_experts_of, revision_of
 from .config import ESFTConfig
@@ -22,10 +25,10 @@ from .preview import format_previews, preview_selections
 from .scores import ExpertScores
 from .scoring import score_experts
 from .selection import Metric, select_experts
-from .untrusted import WEIGHTS_NAME
 
 
 BAR_WIDTH = 32
+DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
 SHOWN = 16  # ids in a line
 
 
@@ -52,76 +55,109 @@ def _parser() -> argparse.ArgumentParser:
         description="Expert-Specialized Fine-Tuning: find out which experts of a model a task uses.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
+    added = [add(commands) for add in (_add_score, _add_select, _add_inspect, _add_report, _add_plan)]
+    for command in (*added, *add_commands(commands)):
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
 
-    score = commands.add_parser("score", help="measure which experts a task uses (forward passes only)")
-    score.set_defaults(command=_score)
-    score.add_argument("model", help="folder or Hub name of the model")
-    score.add_argument(
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return int(text)
+
+
+def _add_score(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "score", help="measure which experts a task uses (forward passes only)"
+    )
+    parser.set_defaults(command=_score)
+    parser.add_argument("model", help="folder or Hub name of the model")
+    parser.add_argument(
         "--data",
         type=Path,
         required=True,
         help=".jsonl with text or messages in each line, or .txt, a sample a line",
     )
-    score.add_argument("--out", type=Path, required=True, help="file for the scores (JSON)")
-    score.add_argument(
-        "--max-tokens", type=int, default=131_072, help="stop after so many tokens (default: %(default)s)"
+    parser.add_argument("--out", type=Path, required=True, help="file for the scores (JSON)")
+    parser.add_argument(
+        "--max-tokens", type=_at_least_1, default=131_072, help="stop after so many tokens (default: %(default)s)"
     )
-    score.add_argument(
-        "--max-length", type=int, default=4096, help="cut samples to so many tokens (default: %(default)s)"
+    parser.add_argument(
+        "--max-length", type=_at_least_1, default=4096, help="cut samples to so many tokens (default: %(default)s)"
     )
-    score.add_argument("--batch-size", type=int, default=8, help="samples in a batch (default: %(default)s)")
-    score.add_argument(
+    parser.add_argument("--batch-size", type=_at_least_1, default=8, help="samples in a batch (default: %(default)s)")
+    parser.add_argument(
         "--averaging", choices=["sample", "token"], default="sample", help="mean over samples, or over tokens"
     )
-    score.add_argument("--dtype", default="auto", help="dtype to load the model in; score in the one you train in")
-    score.add_argument("--device-map", help="passed to transformers, for example auto")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype to load the model in; score in the one you train in"
+    )
+    parser.add_argument("--device-map", help="passed to transformers, for example auto")
+    return parser
 
-    select = commands.add_parser("select", help="choose experts from scores")
-    select.set_defaults(command=_select)
-    select.add_argument("scores", type=Path, help="file written by `peft-esft score`")
-    select.add_argument(
+
+def _add_select(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser("select", help="choose experts from scores")
+    parser.set_defaults(command=_select)
+    parser.add_argument("scores", type=Path, help="file written by `peft-esft score`")
+    parser.add_argument(
         "--metric", choices=get_args(Metric), default="token", help="which score (default: %(default)s)"
     )
-    how = select.add_mutually_exclusive_group()
+    how = parser.add_mutually_exclusive_group()
     how.add_argument("--top-p", type=float, help="share to cover in each layer (default: 0.2, for gate 0.1)")
     how.add_argument("--top-k", type=int, help="the same number of experts in every layer")
     how.add_argument("--budget", type=float, help="share of all experts' parameters, spread by score")
     how.add_argument("--preview", action="store_true", help="only show what several values of --top-p would cost")
-    select.add_argument("--min-experts", type=int, default=1, help="at least so many in each layer")
-    select.add_argument("--max-experts", type=int, help="at most so many in each layer")
-    select.add_argument("--out", type=Path, help="folder for an adapter_config.json with the selection")
+    parser.add_argument("--min-experts", type=int, default=1, help="at least so many in each layer")
+    parser.add_argument("--max-experts", type=int, help="at most so many in each layer")
+    parser.add_argument("--out", type=Path, help="folder for an adapter_config.json with the selection")
+    return parser
 
-    inspect = commands.add_parser("inspect", help="show the experts of a model, or what an adapter holds")
-    inspect.set_defaults(command=_inspect)
-    inspect.add_argument("path", help="folder or Hub name of a model, or folder of an adapter")
 
-    report = commands.add_parser("report", help="a page on what tasks use, or on what adapters train")
-    report.set_defaults(command=_report)
-    report.add_argument("paths", nargs="+", type=Path, help="files of scores of one model, folders of adapters")
-    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
-    report.add_argument("--share", type=float, default=0.2, help="share that titles speak of (default: %(default)s)")
-    report.add_argument("--title", help="of the page")
+def _add_inspect(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect", help="show the experts of a model, or what an adapter holds"
+    )
+    parser.set_defaults(command=_inspect)
+    parser.add_argument("path", help="folder or Hub name of a model, or folder of an adapter")
+    return parser
 
-    planning = commands.add_parser("plan", help="memory and communication of training a model on some GPUs")
-    planning.set_defaults(command=_plan)
-    planning.add_argument("model", help="folder or Hub name of a model, or a config.json; no weights are read")
-    planning.add_argument("--gpus", required=True, help="NUMBERxMEMORY, for example 8x80GB")
-    planning.add_argument(
+
+def _add_report(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "report", help="a page on what tasks use, or on what adapters train"
+    )
+    parser.set_defaults(command=_report)
+    parser.add_argument("paths", nargs="+", type=Path, help="files of scores of one model, folders of adapters")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    parser.add_argument("--share", type=float, default=0.2, help="share that titles speak of (default: %(default)s)")
+    parser.add_argument("--title", help="of the page")
+    return parser
+
+
+def _add_plan(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "plan", help="memory and communication of training a model on some GPUs"
+    )
+    parser.set_defaults(command=_plan)
+    parser.add_argument("model", help="folder or Hub name of a model, or a config.json; no weights are read")
+    parser.add_argument("--gpus", required=True, help="NUMBERxMEMORY, for example 8x80GB")
+    parser.add_argument(
         "--tokens", type=int, default=4096, help="on one GPU, in a forward pass (default: %(default)s)"
     )
-    planning.add_argument(
+    parser.add_argument(
         "--share", type=float, default=0.1, help="of the routed experts that ESFT trains (default: %(default)s)"
     )
-    planning.add_argument("--rank", type=int, default=16, help="of LoRA, for comparison (default: %(default)s)")
-
-    for command in (score, select, inspect, report, planning, *add_commands(commands)):
-        command.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA, for comparison (default: %(default)s)")
     return parser
 
 
 def _score(options: argparse.Namespace) -> tuple[Any, str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        raise ValueError(f"--out is {options.out}; it is a file for the scores, in a folder that exists")
     rows = _read_rows(options.data)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
@@ -148,8 +184,14 @@ def _score(options: argparse.Namespace) -> tuple[Any, str]:
 def _select(options: argparse.Namespace) -> tuple[Any, str]:
     scores = ExpertScores.load(options.scores)
     if options.preview:
+        if options.out is not None or options.min_experts != 1 or options.max_experts is not None:
+            raise ValueError(
+                "--preview only compares values of --top-p; leave out --out, --min-experts, --max-experts"
+            )
         previews = preview_selections(scores, metric=options.metric)
         return [asdict(preview) for preview in previews], format_previews(previews)
+    if options.out is not None:
+        _check_config_folder(options.out)
     settings = {
         name: getattr(options, name) for name in ("metric", "top_p", "top_k", "budget", "min_experts", "max_experts")
     }
@@ -157,13 +199,23 @@ def _select(options: argparse.Namespace) -> tuple[Any, str]:
     text = _bars({path: (len(ids), scores.containers[path].num_experts) for path, ids in selection.items()})
     if options.out is not None:
         ESFTConfig.from_scores(scores, **settings).save_pretrained(str(options.out))
-        text += f"\nwritten to {options.out}/adapter_config.json; load it with ESFTConfig.from_pretrained"
+        text += f"\nwritten to {options.out}/{CONFIG_NAME}; load it with ESFTConfig.from_pretrained"
     return selection, text
+
+
+def _check_config_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out is {folder}, a file; it is the folder for an {CONFIG_NAME}")
+    weights = [name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).exists()]
+    if weights:
+        raise ValueError(
+            f"{folder} holds a trained adapter ({weights[0]}), which would lose its config; give another --out"
+        )
 
 
 def _inspect(options: argparse.Namespace) -> tuple[Any, str]:
     folder = Path(options.path)
-    if (folder / "adapter_config.json").exists():
+    if (folder / CONFIG_NAME).exists():
         return _inspect_adapter(folder)
     if (folder / "expert_cfg.json").exists() and not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds files of the original code; make an adapter of them: peft-esft import")
@@ -205,7 +257,7 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _inspect_adapter(folder: Path) -> tuple[Any, str]:
-    weights = folder / WEIGHTS_NAME
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
     config = read_config(folder)
     selection = config.target_experts or {}
     entries = AdapterFolder(folder).files.entries if weights.exists() else {}

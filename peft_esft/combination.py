@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -75,8 +77,11 @@ def check_combination(
             f"combination_type is {combination_type!r}; it is one of {get_args(CombinationType)}. 'linear' adds "
             "deltas exactly, as 'cat' and 'svd' do for LoRA"
         )
+    if isinstance(adapters, str) or len(set(adapters)) < len(adapters):
+        raise ValueError(f"adapters is {adapters!r}; expected is a list of different names")
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights are given; give a weight for each")
+    check_factors(weights)
     if majority_sign_method not in get_args(MajoritySignMethod):
         raise ValueError(
             f"majority_sign_method is {majority_sign_method!r}; it is one of {get_args(MajoritySignMethod)}"
@@ -88,6 +93,16 @@ def check_combination(
             f"combination_type={combination_type!r} prunes each delta to a share of its entries: density is "
             f"{density}; it is above 0 and at most 1"
         )
+
+
+def check_factors(factors: Sequence[float]) -> None:
+    """Refuses what is no finite number.
+
+    Raises:
+        ValueError: naming the factors.
+    """
+    if not all(isinstance(factor, Real) and math.isfinite(factor) for factor in factors):
+        raise ValueError(f"deltas are multiplied with finite numbers, Python's or numpy's, not with {factors}")
 
 
 def check_combinable(configs: Mapping[str, ESFTConfig]) -> None:

@@ -9,19 +9,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
+from .adapter_file import Header
 from .card import write_card
+from .scores import ExpertScores
 from .selection import DEFAULT_TOP_P, Metric, select_experts
 from .storage import FORMS
-from .untrusted import Header, check_fields, find_header, find_hub_header
-
-
-if TYPE_CHECKING:
-    from .scores import ExpertScores
+from .untrusted import check_fields, find_header, find_hub_header
 
 
 @dataclass
@@ -115,6 +113,7 @@ class ESFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.ESFT
+        check_fields(self)
         # What is adapted in the model at hand, by module path, once the adapter is attached. No field: of no meaning
         # in a file.
         self.adapted_paths: dict[str, list[int]] = {}
@@ -127,8 +126,6 @@ class ESFTConfig(PeftConfig):
             self.exclude_modules = sorted(self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
-        if self.rank is not None and (not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank is {self.rank!r}; it is None for full-rank deltas or a positive integer")
         if self.storage not in FORMS:
             raise ValueError(f"storage is {self.storage!r}; it is one of {', '.join(FORMS)}")
         if self.storage != "delta" and self.rank is not None:
@@ -183,10 +180,7 @@ class ESFTConfig(PeftConfig):
         folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         header = find_header(folder, pickled=pickled)
         config: ESFTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if not isinstance(config, ESFTConfig):
-            return config
-        check_fields(config)
-        if kwargs.get("ignore_mismatched_sizes"):
+        if not isinstance(config, ESFTConfig) or kwargs.get("ignore_mismatched_sizes"):
             return config
         if (folder / CONFIG_NAME).is_file():
             config._header = header
@@ -249,9 +243,17 @@ class ESFTConfig(PeftConfig):
         Returns:
             The config, its `selection` recording how the experts were chosen.
 
+        Raises:
+            ValueError: if `scores` are something else, and as `select_experts` does.
+
         Example:
             >>> config = ESFTConfig.from_scores(scores, task_type="CAUSAL_LM")
         """
+        if not isinstance(scores, ExpertScores):
+            raise ValueError(
+                f"scores are a {type(scores).__name__}, which does not say what was scored; give what score_experts "
+                "returns, or choose by yourself: ESFTConfig(target_experts=select_experts(scores))"
+            )
         target_experts = select_experts(
             scores,
             metric=metric,

@@ -94,8 +94,7 @@ class ExpertsContainer:
     @property
     def layer_index(self) -> int | None:
         """The number of the layer, counted as the path counts it; None if the path has no number."""
-        number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", self.path)
-        return int(number[1]) if number else None
+        return layer_number(self.path)
 
     @property
     def weight_names(self) -> tuple[str, ...]:
@@ -134,6 +133,12 @@ class ExpertsContainer:
     def parameters(self) -> list[nn.Parameter]:
         """All parameters that hold weights of the experts."""
         return [parameter for weight in self.weights for parameter in weight.parameters(self.module)]
+
+
+def layer_number(path: str) -> int | None:
+    """The first number of a path; None if it has none."""
+    number = re.search(r"(?:^|\.)(\d+)(?=\.|$)", path)
+    return int(number[1]) if number else None
 
 
 def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:

@@ -69,7 +69,7 @@ class ESFTLayer(MergingLayer):
 
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
-        batch = None if self._disable_adapters else current_batch(base_layer)
+        batch = None if self._disable_adapters else current_batch()
         call = self.current_call()
         if batch is None and call is None:
             return base_layer(*args, **kwargs)

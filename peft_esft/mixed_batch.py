@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from threading import Lock
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .hooks import in_this_thread
@@ -17,6 +17,9 @@ from .hooks import in_this_thread
 
 BASE = "__base__"
 """PEFT's name for no adapter."""
+
+_INPUTS = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "decoder_inputs_embeds")
+"""Arguments of `forward` and `generate` with a row for each sample."""
 
 
 class AdapterBatch:
@@ -29,42 +32,43 @@ class AdapterBatch:
             adapters in the meantime does not change its result. A layer that has none is younger than the call.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        repeats: int = 1,
-        unrepeated: frozenset[nn.Module] = frozenset(),
-        plans: Mapping[Any, Any] | None = None,
-    ) -> None:
-        """Takes a name for each given sample, which most layers see `repeats` times and `unrepeated` ones once."""
+    def __init__(self, names: Sequence[str], plans: Mapping[Any, Any] | None = None) -> None:
         self.plans = plans or {}
-        self.names = [name for name in names for _ in range(repeats)]
+        self.names = list(names)
         self.adapters = list(dict.fromkeys(names))
-        self._unrepeated = unrepeated
-        self._single = AdapterBatch(names, plans=plans) if repeats > 1 else None
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
-    def of_layer(self, layer: nn.Module) -> AdapterBatch:
-        """The batch that a layer sees."""
-        return self if self._single is None or layer not in self._unrepeated else self._single
-
     def adapter_of_row(self, num_rows: int, device: torch.device) -> Tensor:
-        """The place in `adapters` of each row's adapter, int64 `[num_rows]`; rows lie sample after sample.
+        """The place in `adapters` of each row's adapter, int64 `[num_rows]`.
+
+        Rows lie sample after sample: tokens, and for each sample as many beams or returned sequences as there are.
 
         Raises:
             ValueError: if the rows cannot be those of so many samples.
         """
+        key = (num_rows, device)
+        if key not in self._indices:
+            places = torch.tensor([self.adapters.index(name) for name in self.names])
+            with torch.inference_mode(False):
+                self._indices[key] = places.repeat_interleave(self._rows_of_sample(num_rows)).to(device)
+        return self._indices[key]
+
+    def names_of_rows(self, num_rows: int, known: Container[str]) -> list[str]:
+        """The adapter of each row by name, as PEFT's modules take them; no adapter in place of an unknown one.
+
+        Raises:
+            ValueError: if the rows cannot be those of so many samples.
+        """
+        repeats = self._rows_of_sample(num_rows)
+        return [name if name in known else BASE for name in self.names for _ in range(repeats)]
+
+    def _rows_of_sample(self, num_rows: int) -> int:
         if num_rows % len(self.names):
             raise ValueError(
                 f"adapter_names has {len(self.names)} names, but a layer sees {num_rows} tokens, which are not those "
                 "of so many samples one after another; call the model once for each adapter, after set_adapter(name)"
             )
-        key = (num_rows, device)
-        if key not in self._indices:
-            places = torch.tensor([self.adapters.index(name) for name in self.names])
-            with torch.inference_mode(False):
-                self._indices[key] = places.repeat_interleave(num_rows // len(places)).to(device)
-        return self._indices[key]
+        return num_rows // len(self.names)
 
 
 _CURRENT: ContextVar[AdapterBatch | None] = ContextVar("adapter_batch", default=None)
@@ -76,29 +80,21 @@ _calls_under_way = 0
 _counting = Lock()
 
 
-def current_batch(layer: nn.Module) -> AdapterBatch | None:
-    """The adapters of the samples that a layer sees; None outside of a call with `adapter_names`."""
-    batch = _CURRENT.get() if _calls_under_way else None
-    return None if batch is None else batch.of_layer(layer)
+def current_batch() -> AdapterBatch | None:
+    """The adapters of the samples of this thread's call; None outside of a call with `adapter_names`."""
+    return _CURRENT.get() if _calls_under_way else None
 
 
 @contextmanager
-def calling_with(
-    model: nn.Module, adapter_names: Sequence[str], inputs: Mapping[str, Any], plans: Mapping[Any, Any]
-) -> Iterator[None]:
+def calling_with(model: nn.Module, adapter_names: Sequence[str], plans: Mapping[Any, Any]) -> Iterator[None]:
     """Calls of `model` within the context, in this thread, give each sample its own adapter.
 
     Args:
         model: the base model.
         adapter_names: an adapter for each sample.
-        inputs: of the model's call; in a beam search each sample becomes `num_beams` ones, but not in an encoder.
         plans: see `AdapterBatch`.
     """
-    beams = inputs.get("num_beams")
-    repeats = beams if isinstance(beams, int) else 1
-    encoder = _encoder(model) if repeats > 1 else None
-    unrepeated = frozenset() if encoder is None else frozenset(encoder.modules())
-    batch = AdapterBatch(adapter_names, repeats, unrepeated, plans)
+    batch = AdapterBatch(adapter_names, plans)
     with ExitStack() as stack:
         _count_calls(1)
         stack.callback(_count_calls, -1)
@@ -106,14 +102,19 @@ def calling_with(
         stack.callback(_CURRENT.reset, token)
         for module in model.modules():
             # PEFT's wrappers of `modules_to_save` take the names as an argument.
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                hook = _adding("adapter_names", (batch.of_layer(module) or batch).names)
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if isinstance(module, ModulesToSaveWrapper):
+                stack.callback(module.register_forward_pre_hook(_naming(batch), with_kwargs=True).remove)
         yield
 
 
-def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str], inputs: Sequence[Any]) -> None:
-    """Refuses names that no adapter has, and another number of them than of samples.
+def check_adapter_names(
+    adapter_names: Sequence[str],
+    known: Sequence[str],
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Refuses names that no adapter has, and another number of them than of samples in a call of the model.
 
     Raises:
         ValueError: with PEFT's own words.
@@ -123,12 +124,14 @@ def check_adapter_names(adapter_names: Sequence[str], known: Sequence[str], inpu
     unknown = sorted({name for name in adapter_names if name != BASE and name not in known})
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-    sizes = [value.shape[0] for value in inputs if isinstance(value, Tensor) and value.dim() > 0]
-    if sizes and sizes[0] != len(adapter_names):
-        raise ValueError(
-            "Length of `adapter_names` should be the same as the number of inputs, but got "
-            f"{len(adapter_names)} and {sizes[0]} respectively."
-        )
+    main = getattr(model, "main_input_name", "input_ids")  # an image model has other inputs than text
+    inputs = [*(kwargs.get(name) for name in (main, *_INPUTS)), *args[:1]]
+    for value in inputs:
+        if isinstance(value, Tensor) and value.shape[0] != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {value.shape[0]} respectively."
+            )
 
 
 def _count_calls(change: int) -> None:
@@ -137,15 +140,10 @@ def _count_calls(change: int) -> None:
         _calls_under_way += change
 
 
-def _adding(name: str, value: Any) -> Any:
+def _naming(batch: AdapterBatch) -> Any:
     @in_this_thread
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, name: value}
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        names = batch.names_of_rows(args[0].shape[0], module.modules_to_save)
+        return args, {**kwargs, "adapter_names": names}
 
     return hook
-
-
-def _encoder(model: Any) -> nn.Module | None:
-    """The encoder, which transformers says is the model itself where there is none."""
-    encoder: nn.Module | None = model.get_encoder() if hasattr(model, "get_encoder") else None
-    return None if encoder is model else encoder

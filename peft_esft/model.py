@@ -7,25 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, onload_layer, set_adapter
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import onload_layer, set_adapter
 from torch import Tensor, nn
 
 from .adapter_tensors import PREFIX
-from .combination import CombinationType, MajoritySignMethod, check_combinable, check_combination, combined_config
 from .config import ESFTConfig
-from .containers import ContainerKind, find_experts
+from .containers import ContainerKind
 from .expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, rows_to_file, shares_out_experts
 from .fused import FusedExperts
 from .layer import ESFTLayer
 from .listed import ListedExperts
 from .mixed_batch import calling_with, check_adapter_names
-from .preparation import check_layers, prepare_config
+from .operations import AdapterOperations
+from .preparation import check_adapter_name, check_layers, prepare_config
 from .resident import planning
 from .substituted import SubstitutedExperts
-from .targets import match_options, modules_trained_whole, resolve_target_experts
+from .targets import match_options
 from .tied import TiedLayer
-from .undo import undoing_changes, undoing_injection, undoing_merges, undoing_unloading
+from .undo import undoing_injection, undoing_merges, undoing_unloading
 from .untrained import warn_of_shared_config, warn_of_unreached_experts
 
 
@@ -38,7 +37,7 @@ LAYER_CLASSES: dict[ContainerKind, type[ESFTLayer]] = {
 """The layer for each kind of container."""
 
 
-class ESFTModel(BaseTuner):
+class ESFTModel(AdapterOperations):
     """Expert-Specialized Fine-Tuning (arXiv 2407.01906) of a mixture-of-experts model.
 
     PEFT makes it: `get_peft_model` and `PeftModel.from_pretrained` put it between the `PeftModel` and the base.
@@ -57,7 +56,6 @@ class ESFTModel(BaseTuner):
     """
 
     prefix: str = PREFIX
-    _with_adapters: list[nn.Module] | None = None
     tuner_layer_cls = ESFTLayer
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -132,7 +130,7 @@ class ESFTModel(BaseTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         with planning:
-            check_adapter_names(adapter_names, list(self.peft_config), [*args, *kwargs.values()])
+            check_adapter_names(adapter_names, list(self.peft_config), self.model, args, kwargs)
             layers = self._layers()
             if any(layer.merged for layer in layers):
                 raise ValueError(
@@ -142,105 +140,8 @@ class ESFTModel(BaseTuner):
                 layer.check_mixes()
             different = list(dict.fromkeys(adapter_names))
             plans = {layer: layer.plan_mixed(different) for layer in layers}
-        with calling_with(self.model, adapter_names, kwargs, plans):
+        with calling_with(self.model, adapter_names, plans):
             yield
-
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: CombinationType = "linear",
-        density: float | None = None,
-        majority_sign_method: MajoritySignMethod = "total",
-    ) -> None:
-        """Adds an adapter that combines others, over the union of their experts; it is neither active nor trained.
-
-        Deltas add, so "linear" is exact, whatever the ranks: with weights 1 it equals several active adapters. The new
-        adapter's deltas are of full rank.
-
-        Args:
-            adapters (`list[str]`): Names of the adapters to combine.
-            weights (`list[float]`): A weight for each; negative ones take an adapter's change away.
-            adapter_name (`str`): Name of the new adapter.
-            combination_type (`str`): `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` or `"magnitude_prune"`, see
-                `combination.combine_deltas`.
-            density (`float`, *optional*): Share of the entries that pruning keeps; for all types but `"linear"`.
-            majority_sign_method (`str`): `"total"` or `"frequency"`; for `"ties"` and `"dare_ties"`.
-
-        Raises:
-            ValueError: if an adapter does not exist or has `modules_to_save`, or the settings do not fit, or the name
-                is taken.
-        """
-        check_combination(adapters, weights, combination_type, density, majority_sign_method)
-        self._check_known(adapters)
-        configs: list[Any] = [self.peft_config[name] for name in adapters]
-        check_combinable(dict(zip(adapters, configs, strict=True)))
-        if adapter_name in self.peft_config:
-            raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
-        layers = [layer for layer in self._layers() if layer.adapters_here(adapters)]
-        experts = {place.path for c in find_experts(self.model).values() for place in c.places[:1]}
-        target_experts = {
-            layer.path: layer.union_of_experts(layer.adapters_here(adapters))
-            for layer in layers
-            if layer.path in experts
-        }
-        by_name = dict(zip(adapters, weights, strict=True))
-        config = combined_config(configs, by_name, target_experts, combination_type, density)
-        with undoing_injection(self, adapter_name):
-            self.peft_config[adapter_name] = config
-            self.inject_adapter(self.model, adapter_name)
-            for layer in layers:
-                layer.combine(adapters, weights, adapter_name, combination_type, density, majority_sign_method)
-
-    def freeze_adapter(self, adapter_name: str) -> None:
-        """Turns an adapter into one for inference, which holds its effective rows in place of deltas.
-
-        In the base's dtype these take half or a third of the memory, and the outputs stay the same bit for bit. The
-        adapter cannot be trained any more; it is saved in the form `"rows"`.
-
-        Args:
-            adapter_name (`str`): Name of the adapter.
-
-        Raises:
-            ValueError: if there is no such adapter, or one is merged.
-        """
-        with undoing_changes(self._layers_of(adapter_name), adapter_name):
-            self.freeze_layers(adapter_name)
-
-    def freeze_layers(self, adapter_name: str) -> None:
-        """`freeze_adapter`, letting go of each layer's deltas at once: for who deletes the adapter after an error."""
-        layers = self._layers_of(adapter_name)
-        if any(layer.merged for layer in layers):
-            raise ValueError("an adapter is merged, so the base's rows are not known; call unmerge_adapter first")
-        # The ranks are of no meaning to rows, and refused beside them when the config is read.
-        fields = {"storage": "rows", "inference_mode": True, "rank": None, "alpha": None, "use_rslora": False}
-        for layer in layers:
-            layer.freeze_adapter(adapter_name)
-        vars(self.peft_config[adapter_name]).update(fields)  # all at once
-
-    def rows_nbytes(self, peft_config: ESFTConfig) -> int:
-        """Bytes of the effective rows of an adapter over this model, which need not have it."""
-        containers = find_experts(self.model)
-        selection = resolve_target_experts(peft_config.target_experts or {}, containers)
-        whole = modules_trained_whole(self.model, peft_config)
-        of_experts = sum(len(ids) * containers[path].nbytes_per_expert for path, ids in selection.items())
-        return of_experts + sum(container.nbytes_per_expert for container in whole.values())
-
-    def set_scale(self, adapter_name: str, scale: float) -> None:
-        """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained.
-
-        Args:
-            adapter_name (`str`): Name of the adapter.
-            scale (`float`): The factor. It is not saved.
-
-        Raises:
-            ValueError: if there is no such adapter, or it is merged.
-        """
-        layers = self._layers_of(adapter_name)
-        with undoing_changes(layers, adapter_name):
-            for layer in layers:
-                layer.set_scale(adapter_name, scale)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`."""
@@ -290,6 +191,7 @@ class ESFTModel(BaseTuner):
         """
         is_disabled = any(layer.disable_adapters for layer in self._layers())
         with undoing_injection(self, adapter_name):
+            check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if is_disabled:
                 # Layers that are new are enabled otherwise.
@@ -297,10 +199,6 @@ class ESFTModel(BaseTuner):
                     module.enable_adapters(False)
         self._containers = {}
         self.forget_modules()  # PEFT puts its own wrappers around other modules next
-
-    def forget_modules(self) -> None:
-        """To be called when layers were put into the model or taken out."""
-        self._with_adapters = None
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base, see `peft.tuners.tuners_utils.BaseTuner.merge_adapter`.
@@ -344,37 +242,9 @@ class ESFTModel(BaseTuner):
         # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
         return []
 
-    def _check_known(self, adapter_names: list[str], purpose: str = "") -> None:
-        unknown = [name for name in adapter_names if name not in self.peft_config]
-        if unknown:
-            raise ValueError(f"there are no adapters {unknown}{purpose}; there are {sorted(self.peft_config)}")
-
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
             layer.check_finite(layer.active_adapters if adapter_names is None else adapter_names)
-
-    def _layers_of(self, adapter_name: str) -> list[ESFTLayer]:
-        """The layers of an adapter that may be changed.
-
-        Raises:
-            ValueError: if there is no such adapter, or it is merged.
-        """
-        layers = [layer for layer in self._layers() if adapter_name in layer.expert_ids]
-        if not layers:
-            raise ValueError(f"there is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
-        if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(f"adapter {adapter_name!r} is merged; unmerge it before it is changed")
-        return layers
-
-    def _layers(self) -> list[ESFTLayer]:
-        return [module for module in self._modules_with_adapters() if isinstance(module, ESFTLayer)]
-
-    def _modules_with_adapters(self) -> list[Any]:
-        """Found once, until an adapter is added."""
-        if self._with_adapters is None:
-            kinds = (ESFTLayer, AuxiliaryTrainingWrapper)
-            self._with_adapters = [module for module in self.model.modules() if isinstance(module, kinds)]
-        return self._with_adapters
 
     @classmethod
     def _get_adapter_state_dict(

@@ -119,6 +119,9 @@ class Setup:
         share: of the routed experts' parameters that ESFT trains.
         rank: of LoRA.
         element: bytes of a weight of the base.
+
+    Raises:
+        ValueError: if a number is below 1, or the share no share.
     """
 
     gpus: int
@@ -128,15 +131,22 @@ class Setup:
     rank: int = 16
     element: int = 2
 
+    def __post_init__(self) -> None:
+        for name in ("gpus", "tokens", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it is at least 1")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}; it is a share of the experts, above 0 and at most 1")
+
     @classmethod
     def parse(cls, gpus: str, **settings: Any) -> Setup:
         """From "8x80GB" (10^9 bytes).
 
         Raises:
-            ValueError: if it is of no such form, or nothing.
+            ValueError: if it is of no such form or no memory, or a setting is out of range.
         """
         match = _GPUS.fullmatch(gpus.strip())
-        if match is None or int(match[1]) < 1:
+        if match is None or int(match[1]) == 0 or float(match[2]) == 0:
             raise ValueError(f"--gpus is {gpus!r}; expected NUMBERxMEMORY, for example 8x80GB")
         return cls(gpus=int(match[1]), memory=float(match[2]) * 1e9, **settings)
 
@@ -214,9 +224,9 @@ def estimate(sizes: ModelSizes, setup: Setup, method: Method, engine: Engine) ->
     )
 
 
-def all_to_all_bytes(sizes: ModelSizes, setup: Setup, checkpointing: bool = True) -> float:
+def all_to_all_bytes(sizes: ModelSizes, setup: Setup) -> float:
     """What expert parallelism exchanges in a step: each pair there and back, forward, repeated and backward."""
-    passes = 3 if checkpointing else 2
+    passes = 3
     pairs = setup.tokens * sizes.top_k
     return 2.0 * passes * sizes.num_moe_layers * pairs * sizes.hidden_size * setup.element
 
@@ -246,9 +256,9 @@ def plan(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
     ]
 
 
-def recommended(estimates: Sequence[Estimate], setup: Setup, method: Method = "ESFT") -> Estimate | None:
-    """The engine that sends least among those that fit; None if none does."""
-    fitting = [e for e in estimates if e.method == method and e.fits(setup)]
+def recommended(estimates: Sequence[Estimate], setup: Setup) -> Estimate | None:
+    """The engine for ESFT that sends least among those that fit; None if none does."""
+    fitting = [e for e in estimates if e.method == "ESFT" and e.fits(setup)]
     return min(fitting, key=lambda e: e.sent, default=None)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from .config import ESFTConfig
 from .mixed_batch import BASE
 from .model import ESFTModel
+from .preparation import check_adapter_name
 from .resident import planning
 
 
@@ -106,10 +107,11 @@ class AdapterPool:
             **kwargs: passed to `ESFTConfig.from_pretrained` and `peft.load_peft_weights`, for example `revision`.
 
         Raises:
-            ValueError: if the name is taken.
+            ValueError: if the name is taken, or cannot be one.
         """
+        check_adapter_name(adapter_name)
         with self._condition:
-            if adapter_name in self._sources or adapter_name in self.model.peft_config or adapter_name == BASE:
+            if adapter_name in self._sources or adapter_name in self.model.peft_config:
                 raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
             self._sources[adapter_name] = (str(path), kwargs)
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
+from .adapter_file import KEY_PREFIX, MARK
 from .config import ESFTConfig
 from .containers import ExpertsContainer, find_experts
 from .expert_parallel import check_expert_parallel, shares_out_experts
 from .fingerprint import check_num_experts, compare_base
 from .layer import ESFTLayer
-from .targets import match_options, modules_trained_whole, resolve_target_experts
+from .mixed_batch import BASE
+from .targets import modules_trained_whole, not_excluded, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
-from .untrusted import KEY_PREFIX, MARK, check_header, check_rank
+from .untrusted import check_header, check_rank
 
 
 @dataclass(frozen=True)
-class PreparedConfig:
-    """A config, resolved against a model.
+class ResolvedConfig:
+    """What a config selects in a model.
 
     Attributes:
         target_experts: the config's, by module path.
@@ -31,9 +33,14 @@ class PreparedConfig:
     selection: dict[str, list[int]]
     containers: dict[str, ExpertsContainer]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the selected rows in the base's dtypes."""
+        return sum(len(self.selection[path]) * c.nbytes_per_expert for path, c in self.containers.items())
 
-def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> PreparedConfig:
-    """Resolves a config against a model and checks it.
+
+def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
+    """Resolves a config against a model and checks whether it can be trained or loaded there.
 
     Args:
         peft_config: of the adapter that is to be added.
@@ -49,6 +56,27 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> PreparedConfig:
             f"an adapter stored as {peft_config.storage!r} is for inference only and cannot be trained; train the "
             "one that it was made from"
         )
+    resolved = resolve_config(peft_config, model)
+    for container in resolved.containers.values():
+        if shares_out_experts(container):
+            check_expert_parallel(container)
+        else:
+            check_trainable(container)
+    check_rank(peft_config.rank, resolved.containers.values())
+    if peft_config.header is not None:
+        selection = {path: resolved.selection[path] for path in resolved.containers}
+        check_header(peft_config, peft_config.header, selection, resolved.containers)
+    compare_base(peft_config, model, find_experts(model), resolved.target_experts)
+    warn_of_slow_layouts(resolved.containers.values())
+    return resolved
+
+
+def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
+    """Finds what a config selects in a model.
+
+    Raises:
+        ValueError: if the config selects nothing, or something that this model does not have.
+    """
     experts = find_experts(model)
     if not experts:
         raise ValueError(
@@ -64,18 +92,22 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> PreparedConfig:
     target_experts = resolve_target_experts(peft_config.target_experts or {}, experts)
     check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, experts)
     selection = {**target_experts, **{path: [0] for path in whole}}
-    containers = {path: (experts | whole)[path] for path in _not_excluded(peft_config, selection)}
-    for container in containers.values():
-        if shares_out_experts(container):
-            check_expert_parallel(container)
-        else:
-            check_trainable(container)
-    check_rank(peft_config.rank, containers.values())
-    if peft_config.header is not None:
-        check_header(peft_config, {path: selection[path] for path in containers}, containers)
-    compare_base(peft_config, model, experts, target_experts)
-    warn_of_slow_layouts(containers.values())
-    return PreparedConfig(target_experts, selection, containers)
+    containers = {path: (experts | whole)[path] for path in not_excluded(peft_config, selection)}
+    return ResolvedConfig(target_experts, selection, containers)
+
+
+def check_adapter_name(adapter_name: str) -> None:
+    """Refuses names under which torch cannot keep parameters.
+
+    Raises:
+        ValueError: naming what would do.
+    """
+    is_name = isinstance(adapter_name, str) and adapter_name and "." not in adapter_name
+    if not is_name or adapter_name == BASE or hasattr(nn.ParameterDict(), adapter_name):
+        raise ValueError(
+            f"{adapter_name!r} cannot be an adapter's name: it is a text without dots, not {BASE!r}, and none of the "
+            "names that torch uses, such as 'train' or 'keys'. 'law-v1_0' would do"
+        )
 
 
 def check_layers(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
@@ -99,20 +131,3 @@ def check_layers(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> No
             f"adapter {adapter_name!r} has no weights in {strangers[:4]}, for which there are some: they are another "
             "adapter's. Load it under a name of its own, or put it in this one's place with hotswap_adapter"
         )
-
-
-def _not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) -> list[str]:
-    """The containers of a selection that the config's other options leave.
-
-    Raises:
-        ValueError: if they leave none.
-    """
-    # PEFT marks an excluded module by an object, which is true as a bool.
-    chosen = [path for path in selection if match_options(peft_config, path) is True]
-    if not chosen:
-        raise ValueError(
-            f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
-            f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(selection)} "
-            "containers of target_experts"
-        )
-    return chosen

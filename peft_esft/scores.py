@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Averaging = Literal["sample", "token"]
 FORMAT_VERSION = 1
+_Check = Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,10 @@ class ExpertScores:
             halves=self.halves + [self.halves[-1] + half for half in other.halves] if self.halves else other.halves,
         )
 
+    def __radd__(self, other: object) -> ExpertScores:
+        """Lets `sum` join runs: it starts from 0."""
+        return self if type(other) is int and other == 0 else NotImplemented
+
     def to_dataframe(self) -> Any:
         """A `pandas.DataFrame` with a row for each expert: container, expert, selected_pairs, token, gate."""
         import pandas as pd
@@ -221,21 +227,33 @@ class ExpertScores:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: if the file is not a score file of a version that this release reads.
+            ValueError: if the file is not a score file of a version that this release reads, or a field of it is
+                missing, unknown or malformed.
         """
         try:
             record = json.loads(Path(path).read_text())
             version = record.pop("format_version")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a file written by ExpertScores.save") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
-        expected = {item.name for item in fields(cls)}
-        if set(record) != expected:
-            raise ValueError(f"{path} holds the fields {sorted(record)}; expected {sorted(expected)}")
-        containers = {path_: ContainerScores(**values) for path_, values in record.pop("containers").items()}
-        halves = [HalfCounts(**values) for values in record.pop("halves")]
-        return cls(containers=containers, halves=halves, **record)
+        where = str(path)
+        scores: ExpertScores = _read(cls, record, _SCORES, where)
+        containers: dict[str, ContainerScores] = {
+            name: _read(ContainerScores, values, _CONTAINER, f"{where}: {name}")
+            for name, values in record["containers"].items()
+        }
+        halves = [_read(HalfCounts, values, _HALVES, f"{where}: halves") for values in record["halves"]]
+        for half in halves:
+            if strangers := sorted(half.selected_pairs.keys() - containers.keys()):
+                raise ValueError(f"{where}: halves names {strangers[:4]}, which are none of its containers")
+        for name, container in containers.items():
+            sums = (container.gate_weight_sum, container.token_share_sum, container.gate_share_sum)
+            rows = [row for row in sums if row is not None]
+            rows += [row for half in halves for row in half.selected_pairs.get(name, [[]])]
+            if any(len(row) != container.num_experts for row in rows):
+                raise ValueError(f"{where}: {name} has {container.num_experts} experts, but rows of another length")
+        return replace(scores, containers=containers, halves=halves)
 
     def __repr__(self) -> str:
         shapes = sorted({(c.num_experts, c.top_k) for c in self.containers.values()})
@@ -253,6 +271,66 @@ class ExpertScores:
 
     def _signature(self) -> dict[str, tuple[int, int]]:
         return {path: (c.num_experts, c.top_k) for path, c in self.containers.items()}
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_sum(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _row_of(is_right: _Check) -> _Check:
+    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(is_right, value))
+
+
+def _pair_of(is_right: _Check) -> _Check:
+    return lambda value: _row_of(is_right)(value) and len(value) == 2
+
+
+def _by_path(is_right: _Check) -> _Check:
+    return lambda value: isinstance(value, dict) and len(value) > 0 and all(map(is_right, value.values()))
+
+
+def _or_none(is_right: _Check) -> _Check:
+    return lambda value: value is None or is_right(value)
+
+
+_SUMS = _row_of(_is_sum)
+_CONTAINER: dict[str, _Check] = {
+    **dict.fromkeys(("top_k", "num_tokens", "num_samples", "parameters_per_expert"), _is_count),
+    "selected_pairs": _row_of(_is_count),
+    "token_share_sum": _SUMS,
+    **dict.fromkeys(("gate_weight_sum", "gate_share_sum"), _or_none(_SUMS)),
+}
+_HALVES: dict[str, _Check] = {
+    "num_tokens": _pair_of(_is_count),
+    "selected_pairs": _by_path(_pair_of(_row_of(_is_count))),
+}
+_SCORES: dict[str, _Check] = {
+    "containers": _by_path(lambda value: isinstance(value, dict)),
+    **dict.fromkeys(("num_tokens", "num_samples"), _is_count),
+    "averaging": lambda value: value in get_args(Averaging),
+    **dict.fromkeys(("model", "revision"), _or_none(lambda value: isinstance(value, str))),
+    "answers_only": lambda value: isinstance(value, bool),
+    "halves": lambda value: isinstance(value, list),
+}
+
+
+def _read(kind: Any, values: Any, checks: Mapping[str, _Check], where: str) -> Any:
+    """Makes an object of a part of a file.
+
+    Raises:
+        ValueError: if it has other fields, or one of them another type.
+    """
+    found = sorted(values) if isinstance(values, dict) else type(values).__name__
+    if found != sorted(checks):
+        raise ValueError(f"{where} holds the fields {found}; expected {sorted(checks)}")
+    for name, is_right in checks.items():
+        if not is_right(values[name]):
+            raise ValueError(f"{where}: {name} is malformed: {str(values[name])[:100]}")
+    return kind(**values)
 
 
 def _mean(sums: list[float] | list[int], count: int) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import batch_size_of, text_batches, to_device, with_decoder_inputs
+from .batches import batch_size_of, check_batch, is_encoder_decoder, text_batches, to_device, with_decoder_inputs
 from .containers import ExpertsContainer, Place, find_experts
+from .eval_mode import eval_mode
 from .hooks import in_this_thread
 from .processes import ProcessShare, batches_in_step
 from .routing import Routing
@@ -147,8 +148,8 @@ def score_experts(
         The scores of all containers.
 
     Raises:
-        ValueError: if the model has no experts containers that can be scored, `batches` holds no tokens, or a
-            container sees tokens of which it is not known whose they are.
+        ValueError: if the model has no experts containers that can be scored, `batches` holds no tokens or something
+            else than batches, or a container sees tokens of which it is not known whose they are.
 
     Example:
         >>> scores = score_experts(model, loader)
@@ -168,23 +169,19 @@ def score_experts(
     share = ProcessShare.of(model)
     max_tokens = share.of_tokens(max_tokens)
     observer = _Observer(model, containers, averaging, answers_only, max_tokens)
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            observer.watching(),
-            torch.inference_mode(),
-            tqdm(total=max_tokens, unit=" tokens", desc="Scoring experts", disable=not progress) as bar,
-        ):
-            for inputs, is_counted in batches_in_step(batches, observer.wants_more, share, model):
-                before = observer.num_tokens
-                if is_counted:
-                    observer.run(inputs, share.in_step)
-                else:
-                    observer.run_uncounted(inputs)
-                bar.update(observer.num_tokens - before)
-    finally:
-        model.train(was_training)
+    with (
+        eval_mode(model),
+        observer.watching(),
+        torch.inference_mode(),
+        tqdm(total=max_tokens, unit=" tokens", desc="Scoring experts", disable=not progress) as bar,
+    ):
+        for inputs, is_counted in batches_in_step(batches, observer.wants_more, share, model):
+            before = observer.num_tokens
+            if is_counted:
+                observer.run(inputs, share.in_step)
+            else:
+                observer.run_uncounted(inputs)
+            bar.update(observer.num_tokens - before)
     config = getattr(model, "config", None)
     scores = ExpertScores(
         containers={
@@ -259,6 +256,7 @@ class _Observer:
         self._is_counting = True
 
     def _with_all_streams(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        check_batch(inputs)
         return inputs if self._decoder_path is None else with_decoder_inputs(inputs, self.model)
 
     def run(self, inputs: Mapping[str, Any], in_step: bool = False) -> None:
@@ -370,7 +368,7 @@ class _Observer:
 def _decoder_path(model: Any) -> str | None:
     """Where the decoder of an encoder-decoder model is."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if not getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+    if not is_encoder_decoder(base):
         return None
     decoder = base.get_decoder()
     return next(path for path, module in base.named_modules() if module is decoder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -53,10 +54,12 @@ def select_experts(
         reached. Containers whose scores are all 0 are left out, with a warning.
 
     Raises:
-        ValueError: if a setting is out of range, two ways of choosing are asked for at once, the budget does not hold
-            `min_experts` of every container, or a score is negative or not finite.
+        ValueError: if a setting is of the wrong type or out of range, two ways of choosing are asked for at once, the
+            budget does not hold `min_experts` of every container, or a score is negative or not finite.
     """
     _check_settings(metric, top_p, top_k, budget, min_experts, max_experts)
+    if not isinstance(scores, Mapping) and not hasattr(scores, "by_metric"):
+        raise ValueError(f"scores are a {type(scores).__name__}; they are ExpertScores or a dict {{path: scores [E]}}")
     table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
     rows = {path: _score_row(path, values) for path, values in table.items()}
     unused = [path for path, row in rows.items() if not bool(row.any())]
@@ -67,8 +70,7 @@ def select_experts(
             stacklevel=2,
         )
         rows = {path: row for path, row in rows.items() if path not in unused}
-    # Falling scores, equal ones in order of id.
-    orders = {path: torch.sort(row, descending=True, stable=True).indices for path, row in rows.items()}
+    orders = {path: ranking(row) for path, row in rows.items()}
     bounds = {path: (min(min_experts, len(row)), min(max_experts or len(row), len(row))) for path, row in rows.items()}
     if budget is not None:
         sizes = dict.fromkeys(rows, 1) if isinstance(scores, Mapping) else scores.parameters_per_expert()
@@ -80,6 +82,11 @@ def select_experts(
         counts = {path: _count_by_top_p(row[orders[path]], top_p) for path, row in rows.items()}
         _warn_of_odd_sums(rows, counts, top_p, metric)
     return {path: orders[path][: min(max(counts[path], bounds[path][0]), bounds[path][1])].tolist() for path in rows}
+
+
+def ranking(row: Tensor) -> Tensor:
+    """Expert ids in falling order of score, equal ones in order of id; int64 `[E]`."""
+    return torch.sort(row, descending=True, stable=True).indices
 
 
 def random_experts(selection: Mapping[str, Sequence[int]], num_experts: Mapping[str, int], *, seed: int) -> Selection:
@@ -116,13 +123,17 @@ def _check_settings(
     if len(given) > 1:
         raise ValueError(f"{given} are different ways of choosing; give one of them")
     for name in ("top_p", "budget"):
-        if name in given and not 0 < given[name] <= 1:
-            raise ValueError(f"{name} is {given[name]}; it is a share above 0 and at most 1")
+        if name in given and not (_is_a(Real, given[name]) and 0 < given[name] <= 1):
+            raise ValueError(f"{name} is {given[name]!r}; it is a share above 0 and at most 1")
     for name, value in (("top_k", top_k), ("min_experts", min_experts), ("max_experts", max_experts)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it is at least 1")
+        if value is not None and not (_is_a(Integral, value) and value >= 1):
+            raise ValueError(f"{name} is {value!r}; it is an integer of at least 1")
     if max_experts is not None and max_experts < min_experts:
         raise ValueError(f"max_experts is {max_experts}, less than min_experts, {min_experts}")
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _score_row(path: str, values: Tensor | Sequence[float]) -> Tensor:

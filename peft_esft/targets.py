@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from .config import ESFTConfig
 from .containers import ExpertsContainer, find_other_modules, find_shared_experts
+from .messages import shortened
 
 
 def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -> str:
@@ -32,7 +34,7 @@ def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -
         indices = sorted({c.layer_index for c in containers.values() if c.layer_index is not None})
         raise ValueError(f"layer {key} has no experts container; the layers that have one are {indices}")
     raise ValueError(
-        f"{key!r} is not the path of an experts container of this model. Its containers are {_shortened(containers)}; "
+        f"{key!r} is not the path of an experts container of this model. Its containers are {shortened(containers)}. "
         "`find_experts(model)` lists them"
     )
 
@@ -99,7 +101,18 @@ def match_options(peft_config: ESFTConfig, path: str) -> Any:
     return check_target_module_exists(view, path)
 
 
-def _shortened(containers: dict[str, ExpertsContainer], shown: int = 4) -> str:
-    paths = list(containers)
-    more = f" and {len(paths) - shown} more" if len(paths) > shown else ""
-    return f"{paths[:shown]}{more}"
+def not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) -> list[str]:
+    """The containers of a selection that the config's other options leave.
+
+    Raises:
+        ValueError: if they leave none.
+    """
+    # PEFT marks an excluded module by an object, which is true as a bool.
+    chosen = [path for path in selection if match_options(peft_config, path) is True]
+    if not chosen:
+        raise ValueError(
+            f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
+            f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(selection)} "
+            "containers of target_experts"
+        )
+    return chosen

@@ -235,7 +235,6 @@ def write_tensors(
     file: Path,
     layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     tensors: Iterable[tuple[str, Tensor]],
-    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a safetensors file tensor by tensor, without ever holding more than one.
 
@@ -243,12 +242,11 @@ def write_tensors(
         file: is created.
         layout: dtype and shape of each tensor, by key.
         tensors: keys and tensors, in any order, each once.
-        metadata: of the file.
 
     Raises:
         ValueError: if a tensor is missing, repeated or not as the layout says. The file is then incomplete.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offsets, end = {}, 0
     # The widest dtypes first keeps every tensor aligned.
     for key, (dtype, shape) in sorted(layout.items(), key=lambda item: -item[1][0].itemsize):

@@ -54,19 +54,16 @@ class TokenStream:
 
         Args:
             counts: bool `[rows, length]`, which tokens count.
-            starts: bool `[rows, length]`, where a sample starts; None for one sample a row.
+            starts: bool `[rows, length]`, where a sample starts, counted or not; None for one sample a row.
             remaining: count no more tokens than so many, the first ones.
             first_sample: number of the first sample, for the halves.
         """
         counts = counts & (counts.reshape(-1).cumsum(0).view_as(counts) <= remaining)
         if starts is None:
-            samples = torch.arange(counts.shape[0])[:, None].expand_as(counts)
-            num_samples = counts.shape[0]
-        else:
-            # The first counted token of a row starts a sample, whatever its position is.
-            starts = counts & (starts | (counts.cumsum(1) == 1))
-            samples = (starts.reshape(-1).cumsum(0) - 1).view_as(counts)
-            num_samples = int(starts.sum())
+            starts = torch.zeros_like(counts)
+            starts[:, :1] = True
+        samples = (starts.reshape(-1).cumsum(0) - 1).view_as(counts)
+        num_samples = int(starts.sum())
         sample_of_token = torch.where(counts, samples, -1).reshape(-1)
         lengths = torch.bincount(sample_of_token[sample_of_token >= 0], minlength=num_samples)
         return cls(sample_of_token, lengths, (first_sample + torch.arange(num_samples)) % 2)
@@ -93,10 +90,10 @@ def streams_of_batch(
     for name, tokens, prefix in (("text", text, ""), ("decoder", decoder, "decoder_")):
         if tokens is None:
             continue
-        counts = _mask(inputs, f"{prefix}attention_mask", tokens.shape[:2])
+        mask = counts = _mask(inputs, f"{prefix}attention_mask", tokens.shape[:2])
         if answers_only and (name == "decoder" or decoder is None):
-            counts = counts & _answers(inputs, tokens.shape[:2])
-        starts = _sample_starts(inputs, tokens.shape[:2]) if name == "text" else None
+            counts = mask & _answers(inputs, tokens.shape[:2])
+        starts = _sample_starts(inputs, mask) if name == "text" else None
         streams[name] = TokenStream.from_mask(counts, starts, remaining[name], first_sample)
     return streams
 
@@ -125,10 +122,10 @@ def _answers(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor:
     return answers
 
 
-def _sample_starts(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor | None:
-    """Where packed samples start: at position 0."""
+def _sample_starts(inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
+    """Where packed samples start: at position 0, and at the first token of a row that is no padding."""
     positions = inputs.get("position_ids")
-    if positions is None or positions.shape != shape:
+    if positions is None or positions.shape != mask.shape:
         return None
-    starts: Tensor = positions.cpu() == 0
+    starts: Tensor = mask & ((positions.cpu() == 0) | (mask.cumsum(1) == 1))
     return starts

@@ -14,7 +14,7 @@ from .layer import ESFTLayer
 
 
 if TYPE_CHECKING:
-    from .model import ESFTModel
+    from .operations import AdapterOperations
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def undoing_changes(layers: Sequence[ESFTLayer], adapter_name: str, *, in_place:
 
 
 @contextmanager
-def undoing_injection(tuner: ESFTModel, adapter_name: str) -> Iterator[None]:
+def undoing_injection(tuner: AdapterOperations, adapter_name: str) -> Iterator[None]:
     """An adapter that is added within the context is gone again, its config too, if it ends with an error.
 
     So are wrappers that were put around modules for it; and what was merged before is merged again.

@@ -6,29 +6,26 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
+from .adapter_file import KEY_PREFIX, MARK, Header, expected_layout, fits
 from .containers import ExpertsContainer
-from .storage import stored_layout
-from .tensor_files import TensorEntry, find_not_finite, read_header
+from .messages import shortened
+from .tensor_files import find_not_finite, read_header
 
 
 if TYPE_CHECKING:
     from .config import ESFTConfig
 
 
-Header = dict[str, TensorEntry]
-KEY_PREFIX = "base_model.model."
-MARK = ".esft_"
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLED_NAME = "adapter_model.bin"
-MAX_CONFIG_BYTES = 50_000_000
+MAX_JSON_BYTES = 50_000_000
 ALLOW_PICKLED = "PEFT_ESFT_ALLOW_PICKLED"
 
 
@@ -43,30 +40,31 @@ def find_header(folder: Path, *, pickled: bool = False) -> Header | None:
         ValueError: if the weights are malformed, or pickled without being asked for; or the config is too large or no
             JSON object.
     """
-    config = folder / "adapter_config.json"
-    if config.is_file() and config.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{config} has {config.stat().st_size:,} bytes, more than {MAX_CONFIG_BYTES:,}")
+    config = folder / CONFIG_NAME
     if config.is_file():
-        _check_object(config)
-    if (folder / WEIGHTS_NAME).is_file():
-        return read_header(folder / WEIGHTS_NAME)
-    if (folder / PICKLED_NAME).is_file() and not _is_allowed(pickled):
+        content = read_json(config)
+        if not isinstance(content, dict):
+            raise ValueError(f"{config} holds a {type(content).__name__}, not an object")
+    if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        return read_header(folder / SAFETENSORS_WEIGHTS_NAME)
+    if (folder / WEIGHTS_NAME).is_file() and not _is_allowed(pickled):
         raise _pickled_weights(folder)
     return None
 
 
-def _check_object(file: Path) -> None:
-    """Refuses a file that is not a JSON object.
+def read_json(file: Path) -> Any:
+    """Reads a JSON file of bounded size.
 
     Raises:
-        ValueError: naming the file.
+        ValueError: if it is too large or no JSON.
     """
+    size = file.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read")
     try:
-        content = json.loads(file.read_bytes())
+        return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object")
 
 
 def find_hub_header(name: str, subfolder: str | None, *, pickled: bool = False, **download: Any) -> Header | None:
@@ -82,9 +80,9 @@ def find_hub_header(name: str, subfolder: str | None, *, pickled: bool = False, 
         ValueError: if the weights are malformed, or pickled without being asked for.
     """
     try:
-        return read_header(Path(hf_hub_download(name, WEIGHTS_NAME, subfolder=subfolder, **download)))
+        return read_header(Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **download)))
     except EntryNotFoundError:
-        file = f"{subfolder}/{PICKLED_NAME}" if subfolder else PICKLED_NAME
+        file = f"{subfolder}/{WEIGHTS_NAME}" if subfolder else WEIGHTS_NAME
         if not _is_allowed(pickled) and _is_on_hub(name, file, download):
             raise _pickled_weights(name) from None
         return None
@@ -103,21 +101,23 @@ def _is_on_hub(name: str, file: str, download: Mapping[str, Any]) -> bool:
 
 def _pickled_weights(where: object) -> ValueError:
     return ValueError(
-        f"{where} has pickled weights ({PICKLED_NAME}) and no {WEIGHTS_NAME}. If you trust them, pass "
+        f"{where} has pickled weights ({WEIGHTS_NAME}) and no {SAFETENSORS_WEIGHTS_NAME}. If you trust them, pass "
         f"use_safetensors=False or set {ALLOW_PICKLED}=1"
     )
 
 
 def check_fields(config: ESFTConfig) -> None:
-    """Refuses fields of a config that have the wrong type.
+    """Refuses fields of a config that have the wrong type, or a value that would be of no use.
 
     Raises:
         ValueError: naming the field.
     """
-    for name, is_right in _FIELDS.items():
+    for name, (is_right, expected) in _FIELDS.items():
         value = getattr(config, name, None)
         if value is not None and not is_right(value):
-            raise ValueError(f"adapter_config.json: {name} is {str(value)[:100]!r}, a {type(value).__name__}")
+            raise ValueError(
+                f"the config's {name} is {repr(value)[:100]} ({type(value).__name__}); it is {expected}, or left out"
+            )
 
 
 def _is_bool(value: Any) -> bool:
@@ -132,7 +132,11 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_rank(value: Any) -> bool:
+    return _is_integer(value) and value > 0
+
+
+def _is_alpha(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
@@ -171,23 +175,26 @@ def _is_pattern(value: Any) -> bool:
         return False
 
 
-_FIELDS = {
-    "base_model_name_or_path": _is_string,
-    "revision": _is_string,
-    "task_type": _is_string,
-    "inference_mode": _is_bool,
-    "train_shared_experts": _is_bool,
-    "train_non_expert_modules": _is_bool,
-    "rank": _is_integer,
-    "alpha": _is_number,
-    "use_rslora": _is_bool,
-    "modules_to_save": _is_list_of_strings,
-    "exclude_modules": _is_pattern,
-    "layers_to_transform": _is_integers,
-    "layers_pattern": _is_pattern,
-    "init_weights": _is_bool,
-    "selection": _is_selection,
-    "base_fingerprint": _is_fingerprint,
+_BOOL = (_is_bool, "true or false")
+_STRING = (_is_string, "a string")
+_PATTERN = (_is_pattern, "a string or a list of strings, each a name or a regular expression")
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base_model_name_or_path": _STRING,
+    "revision": _STRING,
+    "task_type": _STRING,
+    "inference_mode": _BOOL,
+    "train_shared_experts": _BOOL,
+    "train_non_expert_modules": _BOOL,
+    "rank": (_is_rank, "a positive integer"),
+    "alpha": (_is_alpha, "a number above 0"),
+    "use_rslora": _BOOL,
+    "modules_to_save": (_is_list_of_strings, "a list of names of modules"),
+    "exclude_modules": _PATTERN,
+    "layers_to_transform": (_is_integers, "an integer or a list of integers"),
+    "layers_pattern": _PATTERN,
+    "init_weights": _BOOL,
+    "selection": (_is_selection, "a dict, its num_experts, if there, of integers by path"),
+    "base_fingerprint": (_is_fingerprint, "a record that attaching an adapter makes"),
 }
 
 
@@ -202,27 +209,16 @@ def check_rank(rank: int | None, containers: Iterable[ExpertsContainer]) -> None
         raise ValueError(f"rank is {rank:,}, but the largest dimension of the weights is {largest:,}")
 
 
-def expected_layout(
-    config: ESFTConfig, shape: tuple[int, ...], dtype: torch.dtype
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of an adapter's tensors for one weight `[n, ...]`, by suffix."""
-    if config.rank is None:
-        return stored_layout(config.storage, shape, dtype)
-    if len(shape) != 3:
-        return {}
-    wide = torch.promote_types(dtype, torch.float32)
-    return {"_A": (wide, (shape[0], config.rank, shape[2])), "_B": (wide, (*shape[:2], config.rank))}
-
-
 def check_header(
-    config: ESFTConfig, selection: Mapping[str, list[int]], containers: Mapping[str, ExpertsContainer]
+    config: ESFTConfig, header: Header, selection: Mapping[str, list[int]], containers: Mapping[str, ExpertsContainer]
 ) -> None:
-    """Compares the header that belongs to a config with the model: no tensor missing, none too many, all shapes right.
+    """Compares an adapter's header with the model: no tensor missing, none too many, all shapes right.
 
     Then the values are looked at, those of `modules_to_save` too.
 
     Args:
-        config: with its `header`.
+        config: the adapter's.
+        header: of its weights.
         selection: the experts that are adapted, by path.
         containers: the model's.
 
@@ -236,29 +232,27 @@ def check_header(
             shape = (len(ids), *weight.shape(containers[path].module))
             for suffix, entry in expected_layout(config, shape, dtype).items():
                 expected[f"{KEY_PREFIX}{path}{MARK}{weight.name}{suffix}"] = entry
-    header = {key: entry for key, entry in (config.header or {}).items() if MARK in key}
     # Files that are made by transformers have the prefix too, those of an injected model do not.
-    header = {key if key.startswith(KEY_PREFIX) else f"{KEY_PREFIX}{key}": entry for key, entry in header.items()}
-    problems = [f"{key} is missing" for key in expected if key not in header]
-    problems += [f"{key} is none of this model and selection" for key in header if key not in expected]
+    found = {f"{KEY_PREFIX}{key.removeprefix(KEY_PREFIX)}": entry for key, entry in header.items() if MARK in key}
+    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is none of this model and selection" for key in found if key not in expected]
     for key, (dtype, shape) in expected.items():
-        if key in header and not fits(header[key], dtype, shape):
-            problems.append(
-                f"{key} is {header[key].dtype} {list(header[key].shape)}, expected is {dtype} {list(shape)}"
-            )
+        if key in found and not fits(found[key], dtype, shape):
+            problems.append(f"{key} is {found[key].dtype} {list(found[key].shape)}, expected is {dtype} {list(shape)}")
     if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"the adapter's weights do not fit the model: {'; '.join(problems[:4])}{more}")
-    broken = find_not_finite(config.header or {})
+        raise ValueError(f"the adapter's weights do not fit the model: {shortened(problems)}")
+    check_finite(header)
+
+
+def check_finite(header: Header) -> None:
+    """Refuses weights that are no numbers.
+
+    Raises:
+        ValueError: naming the first tensor that holds a NaN or an infinity.
+    """
+    broken = find_not_finite(header)
     if broken is not None:
         raise ValueError(
             f"the adapter's weights are broken: {broken} holds a NaN or an infinity. Training diverged, or the file "
             "is damaged; load an earlier checkpoint"
         )
-
-
-def fits(entry: TensorEntry, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
-    """True if a stored tensor has the shape, and the dtype or at least one of its kind."""
-    return entry.shape == shape and (
-        entry.dtype == dtype or (entry.dtype.is_floating_point and dtype.is_floating_point)
-    )

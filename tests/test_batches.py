@@ -6,9 +6,12 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
+from peft import get_peft_model
 from test_examples import ROOT
 
-from peft_esft import score_experts, text_batches
+from peft_esft import ESFTConfig, score_experts, text_batches
+from peft_esft.analysis import co_occurrence, forgetting
 
 
 sys.path.insert(0, str(ROOT / "examples" / "tiny_moe"))
@@ -67,6 +70,32 @@ def test_bad_rows_are_refused(tokenizer):
     with pytest.raises(ValueError, match="has no pad token"):
         list(text_batches(TEXTS, tokenizer))
     assert len(list(text_batches(TEXTS, tokenizer, batch_size=1))) == 4
+
+
+def test_a_single_text_and_a_dict_of_splits_are_no_samples(tokenizer):
+    model = tasks.load_base()[0]
+    with pytest.raises(ValueError, match="data is a single string"):
+        score_experts(model, TEXTS[0], tokenizer=tokenizer)
+    splits = DatasetDict({name: Dataset.from_dict({"text": TEXTS}) for name in ("train", "test")})
+    with pytest.raises(ValueError, match=r"data is a DatasetDict of \['train', 'test'\].* one of its splits"):
+        score_experts(model, splits, tokenizer=tokenizer)
+    assert len(list(text_batches(splits["train"], tokenizer, batch_size=2))) == 2
+
+
+@pytest.mark.parametrize("name", ["batch_size", "max_length"])
+def test_sizes_of_batches_are_at_least_1(tokenizer, name):
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        text_batches(TEXTS, tokenizer, **{name: 0})
+
+
+@pytest.mark.parametrize("measure", [score_experts, co_occurrence, forgetting])
+@pytest.mark.parametrize("kind", ["texts", "one batch", "tensors"])
+def test_what_is_no_batch_is_named(measure, kind):
+    model = get_peft_model(tasks.load_base()[0], ESFTConfig(target_experts={0: [1]}))
+    tokens = torch.tensor([[3, 4]])
+    batches = {"texts": TEXTS, "one batch": {"input_ids": tokens}, "tensors": [tokens]}[kind]
+    with pytest.raises(ValueError, match=r"a batch is a (str|Tensor); expected a dict of tensors.*\[batch\]"):
+        measure(model, batches)
 
 
 def test_a_tokenizer_makes_batches_of_texts(tokenizer):

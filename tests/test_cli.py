@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from peft import get_peft_model
 from test_examples import ROOT
 
 from peft_esft import ESFTConfig, ExpertScores, select_experts
 from peft_esft.cli import main
 from peft_esft.preview import format_previews, preview_selections
+
+from families import tiny_model
+from oracle import config_for
 
 
 MODEL = str(ROOT / "examples" / "tiny_moe" / "model")
@@ -63,6 +67,34 @@ def test_preview_counts_what_would_be_trained(scored, capsys):
     assert capsys.readouterr().out.count("MB") == 10
 
 
+def test_a_preview_takes_no_settings_that_it_would_not_heed(scored, capsys, tmp_path):
+    for flags in (["--out", str(tmp_path / "x")], ["--min-experts", "3"], ["--max-experts", "3"]):
+        assert main(["select", scored, "--preview", *flags]) == 1
+        assert "leave out --out, --min-experts, --max-experts" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_selection_is_not_written_over_a_trained_adapter(scored, capsys, tmp_path):
+    base = tiny_model("olmoe")
+    get_peft_model(base, config_for(base)).save_pretrained(tmp_path / "law")
+    before = (tmp_path / "law" / "adapter_config.json").read_bytes()
+    assert main(["select", scored, "--out", str(tmp_path / "law")]) == 1
+    assert "holds a trained adapter (adapter_model.safetensors)" in capsys.readouterr().err
+    assert (tmp_path / "law" / "adapter_config.json").read_bytes() == before
+    assert main(["select", scored, "--out", str(tmp_path / "law" / "adapter_config.json")]) == 1
+    assert "a file; it is the folder" in capsys.readouterr().err
+    # An earlier selection, without weights, is replaced.
+    for flags in ([], ["--top-k", "3"]):
+        assert main(["select", scored, "--out", str(tmp_path / "selection"), *flags]) == 0
+
+
+def test_where_scores_go_is_checked_before_the_model_is_loaded(capsys, tmp_path):
+    (tmp_path / "data.txt").write_text("some text\n")
+    for out in (tmp_path / "nowhere" / "s.json", tmp_path):
+        assert main(["score", "no/such/model", "--data", str(tmp_path / "data.txt"), "--out", str(out)]) == 1
+        assert f"--out is {out}; it is a file for the scores, in a folder that exists" in capsys.readouterr().err
+
+
 def test_inspect_a_model_and_an_adapter(scored, capsys, tmp_path):
     assert main(["inspect", MODEL]) == 0
     assert "model.layers.3.mlp.experts: 64 experts of 36,864 parameters (fused)" in capsys.readouterr().out
@@ -106,7 +138,16 @@ def test_bad_data_files_are_refused_with_the_line(name, content, message, capsys
 
 
 def test_wrong_usage_exits_with_2(capsys):
-    for arguments in ([], ["nonsense"], ["select", "x", "--top-p", "0.1", "--top-k", "2"]):
+    score = ["score", MODEL, "--data", "x", "--out", "y"]
+    for arguments in (
+        [],
+        ["nonsense"],
+        ["select", "x", "--top-p", "0.1", "--top-k", "2"],
+        [*score, "--dtype", "float99"],
+        [*score, "--batch-size", "0"],
+        [*score, "--max-length", "-1"],
+        [*score, "--max-tokens", "many"],
+    ):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
         assert exit_.value.code == 2

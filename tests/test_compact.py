@@ -253,10 +253,15 @@ def test_what_cannot_be_made_smaller_is_refused(adapter, tmp_path):
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     (tmp_path / "broken" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "a/b"}))
     save_file({k: v / 0 for k, v in tensors.items()}, tmp_path / "broken" / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="holds a NaN or an infinity"):
         compact(tmp_path / "broken", tmp_path / "x", form="int4")
     with pytest.raises(ValueError, match="'a/b' is no folder: give base="):
         compact(tmp_path / "broken", tmp_path / "x")
+    path = next(iter(config["target_experts"]))
+    kept = {key: value for key, value in tensors.items() if path not in key}
+    save_file(kept, tmp_path / "broken" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=rf"no weights of {path}, which target_experts selects"):
+        compact(tmp_path / "broken", tmp_path / "x", form="int4")
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="storage is 'int2'"):
         ESFTConfig(target_experts={0: [1]}, storage="int2")

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
-
 import pytest
 import torch
+from pages import Page
 from peft import LoraConfig, get_peft_model
 from test_examples import ROOT
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoTokenizer
 
-from peft_esft import find_experts, score_experts
-from peft_esft.analysis import expert_usage, forgetting, token_view
+from peft_esft import ESFTConfig, ESFTLayer, find_experts, score_experts
+from peft_esft.analysis import co_occurrence, expert_usage, forgetting, token_view
 
+import zoo
 from families import tiny_model
 from oracle import config_for, random_tokens
 
 
-def perturbed(config=None):
-    base = tiny_model("olmoe")
+def perturbed(config=None, base=None):
+    base = tiny_model("olmoe") if base is None else base
     model = get_peft_model(base, config_for(base) if config is None else config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -51,6 +51,25 @@ def test_forgetting_of_any_adapter_equals_a_plain_computation(kind):
     assert point.kl == pytest.approx(kl.item(), rel=1e-4) and point.kl > 0
     same = (before.argmax(-1) == after.argmax(-1))[counted].double().mean()
     assert point.same_top == pytest.approx(same.item())
+
+
+@pytest.mark.parametrize("measure", ["score_experts", "co_occurrence", "forgetting"])
+def test_every_module_is_in_the_mode_it_was_in_after_a_measurement(measure):
+    model = perturbed().train()
+    model.base_model.model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    seen = []
+    layer = model.base_model.model.model.layers[1]
+    layer.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
+    batches = [{"input_ids": random_tokens()}]
+    functions = {"score_experts": score_experts, "co_occurrence": co_occurrence, "forgetting": forgetting}
+    functions[measure](model, batches)
+    assert seen and not any(seen)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    layer.register_forward_pre_hook(lambda module, inputs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        functions[measure](model, batches)
+    assert {name: module.training for name, module in model.named_modules()} == modes
 
 
 def test_without_a_change_nothing_is_forgotten():
@@ -89,6 +108,38 @@ def test_two_models_can_be_compared():
         forgetting(perturbed(), [])
 
 
+def test_a_decoder_predicts_its_labels_where_they_are():
+    base = zoo.build("switch_transformers")
+    base.config.decoder_start_token_id = 0
+    tokens, labels = random_tokens(2, 6), random_tokens(2, 5, seed=2)
+    labels[0, 3:] = -100
+    path = next(path for path in find_experts(base) if path.startswith("decoder"))
+    model = perturbed(ESFTConfig(target_experts={path: [0, 1]}), base)
+    point = forgetting(model, [{"input_ids": tokens, "labels": labels}]).points["text"]
+    with torch.no_grad():
+        inputs = {"input_ids": tokens, "labels": labels, "decoder_attention_mask": (labels != -100).long()}
+        # Without the auxiliary loss of the routers, which the model adds.
+        after = cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
+        with model.disable_adapter():
+            before = cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
+    assert point.num_tokens == 8
+    assert (point.loss_before, point.loss_after) == pytest.approx((before.item(), after.item()), rel=1e-5)
+    with pytest.raises(ValueError, match="needs labels"):
+        forgetting(model, [{"input_ids": tokens, "decoder_input_ids": tokens}])
+
+
+def test_a_merged_model_is_not_compared_with_itself():
+    model = perturbed()
+    batch = {"input_ids": random_tokens()}
+    expected = forgetting(model, [batch])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge"):
+        forgetting(model, [batch])
+    assert all(layer.merged for layer in model.modules() if isinstance(layer, ESFTLayer))
+    given = forgetting(model, [batch], base=tiny_model("olmoe")).points["text"]
+    assert given.kl == pytest.approx(expected.points["text"].kl, rel=1e-3)
+
+
 def test_usage_is_the_norm_of_the_delta_over_the_base_and_the_scored_counts():
     model = perturbed()
     scores = score_experts(model, [{"input_ids": random_tokens()}], progress=False)
@@ -108,6 +159,12 @@ def test_usage_is_the_norm_of_the_delta_over_the_base_and_the_scored_counts():
     assert {use.relative_change for use in expert_usage(get_peft_model(base, config_for(base)))} == {0.0}
 
 
+def test_usage_takes_no_scores_of_another_model():
+    other = score_experts(tiny_model("deepseek_v2"), [{"input_ids": random_tokens()}], progress=False)
+    with pytest.raises(ValueError, match=r"these scores, of .*, do not fit"):
+        expert_usage(perturbed(), other)
+
+
 def test_usage_needs_one_unmerged_adapter():
     model = perturbed()
     with pytest.raises(ValueError, match="no ESFT adapter named 'law'"):
@@ -117,26 +174,6 @@ def test_usage_needs_one_unmerged_adapter():
         expert_usage(model)
     with pytest.raises(ValueError, match=r"active ESFT adapters are \[\]"):
         expert_usage(tiny_model("olmoe"))
-
-
-class TextOf(HTMLParser):
-    """The text of a page, and the elements that are open at its end."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.text, self.open, self.titles = "", [], []
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-        self.titles += [value for name, value in attributes if name == "title"]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +192,21 @@ def test_the_token_view_counts_choices_and_escapes_text(embedded, tmp_path):
     assert view.spans[1] == []
     view.save(tmp_path / "view.html")
     page = (tmp_path / "view.html").read_text()
-    parsed = TextOf(page)
-    assert parsed.open == [] and text in parsed.text and "<script" not in page
+    parsed = Page(page)
+    assert text in parsed.text and "<script" not in page
     assert len(parsed.titles) == len(view.spans[0])
     assert view._repr_html_() in page
+
+
+@pytest.mark.parametrize("expert", [64, 99, -1])
+def test_the_token_view_refuses_experts_that_are_not_there(embedded, expert):
+    with pytest.raises(ValueError, match=rf"{expert}"):
+        token_view(*embedded, "a", experts={0: [1, expert]})
+
+
+def test_the_token_view_needs_experts_to_look_for(embedded):
+    with pytest.raises(ValueError, match="experts is empty"):
+        token_view(*embedded, "a", experts={})
 
 
 def test_the_token_view_equals_the_scores_of_the_same_tokens(embedded):

@@ -168,6 +168,11 @@ def break_names(adapter):
     save_file({k.replace("gate_up", "up_gate"): v for k, v in tensors.items()}, adapter / "adapter_model.safetensors")
 
 
+def leave_out_a_layer(adapter):
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file({k: v for k, v in tensors.items() if ".layers.1." not in k}, adapter / "adapter_model.safetensors")
+
+
 def break_layers(adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["target_experts"]["model.layers.7.mlp.experts"] = [1]
@@ -183,19 +188,36 @@ def break_experts(adapter):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (break_shapes, "the base and the selection need"),
-        (break_values, "not all finite"),
-        (break_names, "has the weights gate_up_proj, down_proj"),
+        (break_shapes, "expected is torch.float32"),
+        (break_values, "holds a NaN or an infinity"),
+        (break_names, r"gate_up_proj is missing.*up_gate_proj is none of this model and selection"),
+        (leave_out_a_layer, r"layers\.1\.mlp\.experts\.esft_\w+ is missing"),
         (break_layers, "is not the path of an experts container"),
-        (break_experts, "8 experts, there are none of id"),
+        (break_experts, r"has 8 experts.*there are none of id \[8\]"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(change, message, tmp_path):
     prepare(lambda: tiny_model("olmoe"), tmp_path)
     change(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=message):
-        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    for number, use in enumerate((merge, export_official, publish_rows, publish_int8)):
+        with pytest.raises(ValueError, match=message):
+            use(tmp_path / "adapter", tmp_path / "base", tmp_path / f"out-{number}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "expected"]
+
+
+def test_a_missing_factor_is_noticed(tmp_path):
+    prepare(lambda: tiny_model("olmoe"), tmp_path, rank=2)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    kept = {key: value for key, value in tensors.items() if "layers.1.mlp.experts.esft_down" not in key}
+    save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.esft_down_proj_A is missing"):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_layers_that_options_leave_out_are_not_missing(tmp_path):
+    expected = prepare(lambda: tiny_model("olmoe"), tmp_path, layers_to_transform=[1])
+    check(tmp_path, expected)
+    compact(tmp_path / "adapter", tmp_path / "small", form="int8")
 
 
 def test_another_base_of_the_same_shape_is_noticed(tmp_path):
@@ -222,6 +244,10 @@ def merge(adapter, base, out):
 
 def publish_rows(adapter, base, out):
     compact(adapter, out, form="rows", base=base)
+
+
+def publish_int8(adapter, base, out):
+    compact(adapter, out, form="int8", base=base)
 
 
 def test_quantised_bases_are_refused(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from transformers import GenerationConfig
 
 from peft_esft import ESFTConfig, find_experts
 from peft_esft.mixed_batch import current_batch
@@ -149,6 +150,57 @@ def test_beam_search_leaves_the_encoder_its_samples():
         assert torch.equal(mixed[number : number + 1], expected)
 
 
+BEAMS = {
+    "beams": {"num_beams": 3, "do_sample": False},
+    "config": {"generation_config": GenerationConfig(num_beams=3, do_sample=False, pad_token_id=0)},
+    "returned": {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("settings_", BEAMS.values(), ids=BEAMS)
+@torch.no_grad()
+def test_whole_modules_of_some_adapters_follow_their_samples(settings_):
+    """`modules_to_save` of one adapter: the others go on with the base's."""
+    model = get_peft_model(tiny_model("olmoe"), ESFTConfig(target_experts={0: [1, 2]}, init_weights=False), "a").eval()
+    model.add_adapter("b", ESFTConfig(target_experts={1: [3]}, init_weights=False, modules_to_save=["lm_head"]))
+    model.base_model.model.lm_head.modules_to_save["b"].weight.neg_()
+    names = ["b", "a", "__base__", "b", "a"]
+    lengths = {"max_new_tokens": 5, "min_new_tokens": 5, **settings_}
+    mixed = model.generate(input_ids=TOKENS, adapter_names=names, **lengths)
+    each = len(mixed) // len(names)
+    for number, name in enumerate(names):
+        sample = {"input_ids": TOKENS[number : number + 1]}
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = model.generate(**sample, **lengths)
+        else:
+            model.set_adapter(name)
+            expected = model.generate(**sample, **lengths)
+        assert torch.equal(mixed[number * each : (number + 1) * each], expected)
+    mixed = model(input_ids=TOKENS, adapter_names=["a"] * 5)[0]
+    torch.testing.assert_close(mixed, alone(model, {"input_ids": TOKENS}, ["a"] * 5))
+
+
+@torch.no_grad()
+def test_arguments_that_have_no_row_for_each_sample_are_no_batch():
+    model = with_adapters(tiny_model("olmoe"))
+    expected = model(input_ids=TOKENS, adapter_names=NAMES)[0]
+    last = torch.tensor([TOKENS.shape[1] - 1])
+    found = model(logits_to_keep=last, input_ids=TOKENS, adapter_names=NAMES)[0]
+    assert torch.equal(found, expected[:, -1:])
+    with pytest.raises(ValueError, match="got 5 and 4"):
+        model(logits_to_keep=last, input_ids=TOKENS[:4], adapter_names=NAMES)
+
+
+@torch.no_grad()
+def test_images_are_counted_too():
+    model = zoo.build("vitpose_backbone")
+    model = get_peft_model(model, ESFTConfig(target_experts={next(iter(find_experts(model))): [0]})).eval()
+    inputs = zoo.inputs_for(model.get_base_model())
+    with pytest.raises(ValueError, match="should be the same as the number of inputs"):
+        model(**inputs, adapter_names=["default"] * (len(inputs["pixel_values"]) + 1))
+
+
 @torch.no_grad()
 def test_low_rank_and_whole_modules_mix_too():
     for family, settings_ in (("olmoe", {"rank": 2}), ("glm4_moe", {"train_shared_experts": True})):
@@ -191,7 +243,7 @@ def test_nothing_stays_behind_after_an_error():
     model = with_adapters(tiny_model("olmoe"))
     with pytest.raises(IndexError):
         model(input_ids=torch.full((5, 3), 10_000), adapter_names=NAMES)
-    assert current_batch(model) is None
+    assert current_batch() is None
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

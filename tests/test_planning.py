@@ -80,7 +80,16 @@ def test_the_recommended_engine_fits_and_sends_least():
     assert recommended(plan(SIZES, short), short).engine == "offload"
 
 
-@pytest.mark.parametrize("gpus", ["8", "x80GB", "0x80GB", "8x", "eight x 80"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--tokens", "-5"], "tokens is -5"), (["--share", "7"], "share is 7.0"), (["--rank", "0"], "rank is 0")],
+)
+def test_settings_out_of_range_are_refused(flags, message, capsys):
+    assert main(["plan", MODEL, "--gpus", "2x24GB", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpus", ["8", "x80GB", "0x80GB", "8x0GB", "8x", "eight x 80"])
 def test_malformed_gpus_are_refused(gpus, capsys):
     assert main(["plan", MODEL, "--gpus", gpus]) == 1
     assert "for example 8x80GB" in capsys.readouterr().err

@@ -127,11 +127,15 @@ def test_malformed_selections_are_refused(target_experts, message):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"rank": 0}, ValueError, "rank is 0"),
         ({"layers_pattern": "layers"}, ValueError, "layers_pattern is given without layers_to_transform"),
         ({"layers_to_transform": [7]}, ValueError, "leave none of the 2 containers"),
         ({"exclude_modules": ["experts"]}, ValueError, "leave none of the 2 containers"),
-        ({"rank": 0}, ValueError, "rank is 0; it is None for full-rank deltas or a positive integer"),
+        ({"rank": 0}, ValueError, r"rank is 0 \(int\); it is a positive integer, or left out"),
+        ({"rank": True}, ValueError, r"rank is True \(bool\); it is a positive integer"),
+        ({"rank": 2, "alpha": -3}, ValueError, r"alpha is -3 \(int\); it is a number above 0"),
+        ({"rank": 2, "alpha": 0}, ValueError, "alpha is 0"),
+        ({"modules_to_save": "lm_head"}, ValueError, r"modules_to_save is 'lm_head' \(str\); it is a list of names"),
+        ({"train_shared_experts": "yes"}, ValueError, r"train_shared_experts is 'yes' \(str\); it is true or false"),
         ({"alpha": 2}, ValueError, "without rank they would have no effect"),
         ({"use_rslora": True}, ValueError, "without rank they would have no effect"),
         ({"train_shared_experts": True}, ValueError, "OlmoeForCausalLM has no shared experts"),

@@ -10,11 +10,11 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from pages import Page
 from peft import get_peft_model
 from test_examples import ROOT
 
@@ -28,41 +28,6 @@ from peft_esft.cli import main
 import golden
 from families import tiny_model
 from oracle import config_for, random_tokens
-
-
-VOID = {"meta", "img", "source", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that elements nest, and collects what a page holds and refers to."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.ids, self.references, self.headings, self.cells = [], [], [], [], []
-        self.images = 0
-        self.feed(text)
-        assert self.open == []
-        assert len(self.ids) == len(set(self.ids))
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        if tag not in VOID:
-            self.open.append(tag)
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        self.references += [attributes[name] for name in ("src", "srcset", "href") if name in attributes]
-        if tag == "img":
-            self.images += 1
-            assert attributes["alt"]
-        assert tag not in ("script", "link", "iframe")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] == "h3":
-            self.headings.append(data)
-        if self.open and self.open[-1] in ("td", "th"):
-            self.cells.append(data)
 
 
 def numbers(path):

@@ -10,12 +10,14 @@ import pytest
 import torch
 from peft import get_peft_model
 from test_selection import GOLDEN
+from transformers import DataCollatorWithFlattening
 
 from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts, scoring, select_experts
+from peft_esft.cli import main
 from peft_esft.routing import Routing
 from peft_esft.scores import ContainerScores
 from peft_esft.scoring import RoutingAccumulator
-from peft_esft.token_streams import TokenStream
+from peft_esft.token_streams import TokenStream, streams_of_batch
 
 import zoo
 from families import tiny_model
@@ -135,7 +137,9 @@ def test_joined_runs_equal_one_run_and_files_round_trip(tmp_path):
     model = tiny_model("olmoe")
     batches = [{"input_ids": random_tokens(2, 9, seed=seed)} for seed in range(3)]
     whole = score_experts(model, batches, progress=False)
-    joined = score_experts(model, batches[:1], progress=False) + score_experts(model, batches[1:], progress=False)
+    parts = [score_experts(model, part, progress=False) for part in (batches[:1], batches[1:])]
+    joined = parts[0] + parts[1]
+    assert sum(parts) == joined
     assert joined.num_tokens == whole.num_tokens == 54
     for path, values in whole.gate().items():
         torch.testing.assert_close(joined.gate()[path], values)
@@ -145,6 +149,15 @@ def test_joined_runs_equal_one_run_and_files_round_trip(tmp_path):
         "ExpertScores(2 containers of (experts, top_k) [(8, 2)], 54 tokens in 6 samples, "
         "averaging='sample', model=None)"
     )
+
+
+def test_a_plain_mapping_of_scores_is_no_record_for_a_config():
+    rows = {"model.layers.0.mlp.experts": [0.1, 0.9]}
+    with pytest.raises(ValueError, match=r"scores are a dict.*target_experts=select_experts\(scores\)"):
+        ESFTConfig.from_scores(rows)
+    assert ESFTConfig(target_experts=select_experts(rows)).target_experts == {"model.layers.0.mlp.experts": [1]}
+    with pytest.raises(ValueError, match="scores are a list"):
+        select_experts([0.1, 0.9])
 
 
 def test_config_from_scores_records_the_choice():
@@ -245,6 +258,53 @@ def test_bad_input_is_refused(tmp_path):
             ExpertScores.load(path)
 
 
+PATH = "model.layers.0.mlp.experts"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.update(containers=[]), "containers is malformed"),
+        (lambda record: record.update(containers={}), "containers is malformed"),
+        (lambda record: record["containers"].update({PATH: 3}), "containers is malformed"),
+        (lambda record: record["containers"][PATH].update(extra=1), rf"{PATH} holds the fields \['extra'"),
+        (lambda record: record["containers"][PATH].pop("top_k"), f"{PATH} holds the fields"),
+        (lambda record: record["containers"][PATH].update(top_k=True), f"{PATH}: top_k is malformed: True"),
+        (lambda record: record["containers"][PATH].update(selected_pairs=[1.5] * 8), "selected_pairs is malformed"),
+        (lambda record: record["containers"][PATH].update(token_share_sum="abc"), "token_share_sum is malformed"),
+        (
+            lambda record: record["containers"][PATH].update(gate_share_sum=[math.nan] * 8),
+            "gate_share_sum is malformed",
+        ),
+        (
+            lambda record: record["containers"][PATH].update(gate_weight_sum=[0.5] * 7),
+            "8 experts, but rows of another",
+        ),
+        (lambda record: record["halves"].append(3), "halves holds the fields int"),
+        (lambda record: record["halves"][0].update(num_tokens=[1]), "halves: num_tokens is malformed"),
+        (lambda record: record["halves"][0]["selected_pairs"].update({PATH: [[1], [2]]}), "rows of another length"),
+        (lambda record: record["halves"][0]["selected_pairs"].pop(PATH), "rows of another length"),
+        (lambda record: record["halves"][0]["selected_pairs"].update(zz=[[1] * 8, [2] * 8]), r"halves names \['zz'\]"),
+        (lambda record: record.update(num_tokens="3"), "num_tokens is malformed"),
+        (lambda record: record.update(averaging="mean"), "averaging is malformed: mean"),
+        (lambda record: record.update(model=3), "model is malformed"),
+        (lambda record: record.update(answers_only=1), "answers_only is malformed"),
+        (lambda record: record.pop("halves"), "holds the fields"),
+    ],
+)
+def test_a_malformed_score_file_is_refused_with_its_fault(change, message, tmp_path, capsys):
+    file = tmp_path / "scores.json"
+    score_experts(tiny_model("olmoe"), [{"input_ids": random_tokens()}], progress=False).save(file)
+    record = json.loads(file.read_text())
+    change(record)
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=rf"scores\.json.*{message}"):
+        ExpertScores.load(file)
+    assert main(["select", str(file), "--out", str(tmp_path / "config")]) == 1
+    assert "scores.json" in capsys.readouterr().err
+    assert not (tmp_path / "config").exists()
+
+
 def test_packed_samples_are_told_apart_by_their_positions():
     model = tiny_model("olmoe")
     lengths = [5, 3, 7]
@@ -274,6 +334,18 @@ def test_packed_samples_are_told_apart_by_their_positions():
     # A row that is the continuation of another is a sample of its own.
     rows = {"input_ids": random_tokens(2, 4), "position_ids": torch.arange(8).view(2, 4)}
     assert score_experts(model, [rows], progress=False).num_samples == 2
+
+
+def test_answers_of_packed_samples_are_those_of_samples_in_rows():
+    samples = [{"input_ids": [4, 5, 6, 7], "labels": [-100, -100, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]}]
+    packed = DataCollatorWithFlattening()([*samples, {"input_ids": [3], "labels": [3]}])
+    remaining = {"text": 100, "decoder": 100}
+    stream = streams_of_batch(packed, remaining, 0, answers_only=True)["text"]
+    # The collator puts -100 at the first token of each sample: the third has no answer, so it is no sample.
+    assert stream.sample_of_token.tolist() == [-1, -1, 0, 0, -1, 1, -1]
+    assert (stream.num_samples, stream.lengths.tolist()) == (2, [2, 1, 0])
+    scores = score_experts(tiny_model("olmoe"), [packed], answers_only=True, progress=False)
+    assert (scores.num_tokens, scores.num_samples) == (3, 2)
 
 
 def test_encoder_and_decoder_count_their_own_tokens():

@@ -172,6 +172,11 @@ def test_renormalised_gates_are_pointed_out_with_the_numbers():
         ({"a": [0.5, 0.5]}, {"min_experts": 3, "max_experts": 2}, "max_experts is 2, less than min_experts, 3"),
         ({"a": [0.5, 0.5]}, {"top_p": 0.0}, "top_p is 0.0"),
         ({"a": [0.5, 0.5]}, {"top_p": 1.5}, "top_p is 1.5"),
+        ({"a": [0.5, 0.5]}, {"top_p": "0.2"}, "top_p is '0.2'; it is a share"),
+        ({"a": [0.5, 0.5]}, {"top_p": True}, "top_p is True"),
+        ({"a": [0.5, 0.5]}, {"budget": [0.5]}, r"budget is \[0.5\]"),
+        ({"a": [0.5, 0.5]}, {"top_k": 2.5}, "top_k is 2.5; it is an integer"),
+        ({"a": [0.5, 0.5]}, {"max_experts": "2"}, "max_experts is '2'"),
         (
             {"a": [0.5, 0.5]},
             {"metric": "tokens"},

@@ -217,3 +217,76 @@ def test_a_folder_of_somebody_else_is_neither_taken_nor_deleted(tmp_path, monkey
     assert not folder.exists()
     save_adapter(model, folder)
     assert (previous / "mine.txt").read_text() == "mine"
+
+
+NO_NAMES = ["law-v1.0", "train", "keys", "training", "type", "__base__"]
+WAYS = {
+    "add": lambda model, folder, name: model.add_adapter(name, ESFTConfig(target_experts=FIRST)),
+    "load": lambda model, folder, name: model.load_adapter(str(folder), adapter_name=name),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", NO_NAMES)
+def test_names_that_torch_cannot_keep_are_refused_and_nothing_is_changed(name, way, tmp_path):
+    model = adapted("a")
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="cannot be an adapter's name: it is a text without dots"):
+        WAYS[way](model, tmp_path / "a", name)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert list(model.peft_config) == ["a"]
+    layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+    assert all(list(layer.expert_ids) == ["a"] for layer in layers)
+
+
+def test_a_base_that_is_wrapped_under_such_a_name_stays_as_it_was():
+    base = tiny_model("olmoe")
+    with pytest.raises(ValueError, match="'eval' cannot be an adapter's name"):
+        get_peft_model(base, ESFTConfig(target_experts=FIRST), adapter_name="eval")
+    assert not any(isinstance(module, ESFTLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "share"), [({}, 1), ({"layers_to_transform": [1]}, 0.5), ({"exclude_modules": ".*0.mlp.experts"}, 0.5)]
+)
+def test_room_is_asked_for_the_layers_that_options_leave(options, share):
+    model = adapted("a")
+    of_all = model.base_model.rows_nbytes(ESFTConfig(target_experts=FIRST))
+    config = ESFTConfig(target_experts=FIRST, inference_mode=True, **options)
+    assert model.base_model.rows_nbytes(config) == share * of_all
+    model.add_adapter("b", config)
+    model.base_model.freeze_adapter("b")
+    held = sum(buffer.nbytes for name, buffer in model.named_buffers() if name.endswith("_rows.b"))
+    assert held == share * of_all
+
+
+INTERRUPTED = {
+    "add": ("b", lambda model, folder: model.add_adapter("b", ESFTConfig(target_experts=FIRST))),
+    "swap": ("a", lambda model, folder: hotswap_adapter(model, folder / "low", "a")),
+}
+
+
+@pytest.mark.parametrize("way", INTERRUPTED)
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_torch_may_be_interrupted_between_a_key_and_its_parameter(at, way, tmp_path, monkeypatch):
+    adapted("low", rank=2).save_pretrained(tmp_path)
+    model = adapted("a")
+    expected, before = logits(model), {key: value.clone() for key, value in model.state_dict().items()}
+    name, act = INTERRUPTED[way]
+    take, left = torch.nn.ParameterDict.__setattr__, [at]
+
+    def interrupted(self, key, value):
+        if key == name and isinstance(value, torch.nn.Parameter):
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+        take(self, key, value)
+
+    monkeypatch.setattr(torch.nn.ParameterDict, "__setattr__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        act(model, tmp_path)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[key], value) for key, value in before.items())
+    assert torch.equal(logits(model), expected) and list(model.peft_config) == ["a"]

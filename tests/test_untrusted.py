@@ -187,7 +187,7 @@ def break_type(folder):
         (break_experts, "repeats"),
         (break_storage, "esft_gate_up_proj_codes is missing"),
         (break_pattern, "exclude_modules is '\\('"),
-        (break_type, "train_non_expert_modules is 'yes', a str"),
+        (break_type, r"train_non_expert_modules is 'yes' \(str\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_changed(change, message, adapter, base, tmp_path):

@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..adapter_tensors import PREFIX
@@ -62,7 +63,7 @@ def read_adapter(folder: Path) -> AdapterRecord:
     if not isinstance(config, ESFTConfig) or not config.target_experts:
         raise ValueError(f"{folder} is no ESFT adapter with experts: its peft_type is {config.peft_type}")
     selection = {str(path): list(ids) for path, ids in config.target_experts.items()}
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
     squares, num_parameters = _read_squares(weights, config) if weights.exists() else ({}, None)
     known = all(path in squares for path in selection)
     return AdapterRecord(

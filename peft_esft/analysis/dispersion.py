@@ -9,8 +9,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ..selection import Metric
-from .shares import ScoreTable, layer_shares, ranking
+from ..selection import Metric, ranking
+from .shares import ScoreTable, layer_shares
 
 
 SHARES = (0.1, 0.2, 0.5, 0.9)

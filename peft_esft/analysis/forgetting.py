@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..batches import to_device
+from ..batches import check_batch, is_encoder_decoder, to_device, with_decoder_inputs
+from ..eval_mode import eval_mode
 from ..token_streams import IGNORED_LABEL
 
 
@@ -72,55 +74,63 @@ def forgetting(
     Args:
         model: a `PeftModel` with any kind of adapter; the active one is measured.
         texts: batches as the model's forward takes them, or `{name: batches}`. Where a batch has `labels`, the tokens
-            whose label is not -100 are predicted, otherwise those that `attention_mask` keeps.
+            whose label is not -100 are predicted, otherwise those that `attention_mask` keeps. Encoder-decoder models
+            need `labels`, which are what their decoder predicts.
         base: the model before training, of the same vocabulary; None means `model` with its adapters disabled.
 
     Returns:
         Loss before and after, and distance to the base, for each kind of text.
 
     Raises:
-        ValueError: if there is neither an adapter to disable nor `base`, or a text has no token to predict.
+        ValueError: if there is neither an adapter to disable nor `base`, adapters are merged into what would be the
+            base, a text has no token to predict, or something is no batch.
 
     Example:
         >>> print(forgetting(model, {"general": general_batches, "code": code_batches}))
     """
     if base is None and not hasattr(model, "disable_adapter"):
         raise ValueError(f"{type(model).__name__} has no adapters to disable; give the model before training as base")
+    if base is None and any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        raise ValueError("adapters are merged into the base; unmerge them first, or give the model before as base")
     named = texts if isinstance(texts, Mapping) else {"text": texts}
-    models = [module for module in (model, base) if module is not None]
-    modes = [module.training for module in models]
-    for module in models:
-        module.eval()
-    try:
+    with eval_mode(*(module for module in (model, base) if module is not None)):
         return Forgetting({name: _measure(model, base, name, batches) for name, batches in named.items()})
-    finally:
-        for module, mode in zip(models, modes, strict=True):
-            module.train(mode)
 
 
 @torch.inference_mode()
 def _measure(model: Any, base: Any, name: str, batches: Iterable[Batch]) -> ForgettingPoint:
     total = torch.zeros(4, dtype=torch.float64)
     num_tokens = 0
+    of_decoder = is_encoder_decoder(model)
     for batch in batches:
-        inputs, targets = to_device(batch, model), _targets(batch)
+        check_batch(batch)
+        inputs = to_device(with_decoder_inputs(batch, model) if of_decoder else batch, model)
+        targets = _targets(batch, of_decoder)
         after = model(**inputs).logits
         with model.disable_adapter() if base is None else nullcontext():
             before = (model if base is None else base)(**inputs).logits.to(after.device)
         # A sample at a time: the vocabulary is large.
         for row_before, row_after, row_targets in zip(before, after, targets.to(after.device), strict=True):
-            counted = row_targets != IGNORED_LABEL
-            total += _sums(row_before[:-1][counted], row_after[:-1][counted], row_targets[counted]).cpu()
-            num_tokens += int(counted.sum())
+            counted = (row_targets != IGNORED_LABEL).nonzero()[:, 0]
+            total += _sums(row_before[counted], row_after[counted], row_targets[counted]).cpu()
+            num_tokens += len(counted)
     if num_tokens == 0:
         raise ValueError(f"{name!r} has no token to predict; check labels, attention_mask, and that there are batches")
     loss_before, loss_after, kl, same_top = (total / num_tokens).tolist()
     return ForgettingPoint(num_tokens, loss_before, loss_after, kl, same_top)
 
 
-def _targets(inputs: Mapping[str, Any]) -> Tensor:
-    """The next token of each, int64 `[samples, length - 1]`; -100 where it does not count."""
+def _targets(inputs: Mapping[str, Any], of_decoder: bool) -> Tensor:
+    """What the first positions predict, int64 `[samples, length]`, or `length - 1` if it is the next token.
+
+    -100 where it does not count.
+    """
     labels: Tensor | None = inputs.get("labels")
+    if of_decoder:
+        # The decoder's input is the labels moved by one, so they are in place already.
+        if labels is None:
+            raise ValueError(f"a batch for an encoder-decoder model needs labels to predict; it has {sorted(inputs)}")
+        return labels
     if labels is None:
         labels = inputs["input_ids"]
         if inputs.get("attention_mask") is not None:

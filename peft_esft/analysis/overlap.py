@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..scores import ExpertScores
-from ..selection import DEFAULT_TOP_P, Metric, Selection, select_experts
-from .shares import layer_shares, ranking
+from ..selection import DEFAULT_TOP_P, Metric, Selection, ranking, select_experts
+from .shares import layer_shares
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ..containers import layer_number
 from ..scores import ExpertScores
 from ..selection import Metric
 
@@ -46,13 +46,7 @@ def layer_shares(scores: ScoreTable, metric: Metric = "token") -> dict[str, Tens
     return shares
 
 
-def ranking(row: Tensor) -> Tensor:
-    """Expert ids in falling order of score, equal ones in order of id; int64 `[E]`."""
-    return torch.sort(row, descending=True, stable=True).indices
-
-
 def layer_labels(paths: Sequence[str]) -> list[str]:
     """Short names of containers: the layer's number where that tells them apart, else the whole path."""
-    numbers = [re.search(r"(?:^|\.)(\d+)(?=\.|$)", path) for path in paths]
-    labels = [number[1] if number else path for number, path in zip(numbers, paths, strict=True)]
+    labels = [path if layer_number(path) is None else str(layer_number(path)) for path in paths]
     return labels if len(set(labels)) == len(labels) else list(paths)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..config import check_target_experts
 from ..containers import find_experts
 from ..routing import Routing
 from ..selection import Selection
-from ..targets import resolve_container
+from ..targets import resolve_target_experts
 from .watching import run_batches
 
 
@@ -111,7 +112,8 @@ def token_view(
         The counts, to be shown as HTML.
 
     Raises:
-        ValueError: if there are no experts to look for, or the tokenizer does not know the characters of its tokens.
+        ValueError: if there are no experts to look for, the model has none of an id, or the tokenizer does not know
+            the characters of its tokens.
 
     Example:
         >>> token_view(model, tokenizer, "What is the capital of France?").save("tokens.html")
@@ -120,10 +122,12 @@ def token_view(
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("token_view needs a fast tokenizer, which knows the characters of each token")
     containers = find_experts(model)
-    trained = _active_experts(model) if experts is None else experts
+    trained = _active_experts(model) if experts is None else check_target_experts(experts)
+    if not trained:
+        raise ValueError("experts is empty, so no choice would count; leave it out for those of the active adapters")
     masks = {path: torch.zeros(container.num_experts + 1, dtype=torch.bool) for path, container in containers.items()}
-    for key, ids in trained.items():
-        masks[resolve_container(key, containers)][list(ids)] = True
+    for path, ids in resolve_target_experts(trained, containers).items():
+        masks[path][ids] = True
     spans = []
     for text in texts:
         encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_length)

@@ -46,12 +46,15 @@ def expert_usage(
         The trained experts, layer by layer, in the order of the adapter's ids.
 
     Raises:
-        ValueError: if the model has no such adapter, several are active, or adapters are merged into the base.
+        ValueError: if the model has no such adapter, several are active, adapters are merged into the base, or the
+            scores are another model's.
 
     Example:
         >>> max(expert_usage(model), key=lambda use: use.relative_change)
         ExpertUse(path='model.layers.2.mlp.experts', expert=17, pairs=None, share=None, relative_change=0.031)
     """
+    if scores is not None:
+        scores.check_fits(model)
     layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
     if adapter_name is None:
         active = sorted({name for layer in layers for name in layer.active_adapters})

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..batches import to_device
+from ..batches import check_batch, to_device
 from ..containers import ExpertsContainer, find_experts
+from ..eval_mode import eval_mode
 from ..routing import Routing
 from ..token_streams import TokenStream, streams_of_batch
 
@@ -58,7 +59,8 @@ def run_batches(
         The number of counted tokens.
 
     Raises:
-        ValueError: if the model has no containers, or a container sees other tokens than the text's.
+        ValueError: if the model has no containers, something is no batch, or a container sees other tokens than
+            the text's.
     """
     containers = find_experts(model)
     if not containers:
@@ -72,17 +74,12 @@ def run_batches(
             raise ValueError(f"{path} sees {length} tokens, and it is not sure that they are those of input_ids")
         see(path, routing, streams["text"].on(routing.top_k_index.device)[0] >= 0)
 
-    was_training = model.training
-    model.eval()
-    try:
-        with watching_routing(containers, see_counted), torch.inference_mode():
-            for inputs in batches:
-                remaining = max_tokens - num_tokens
-                if remaining <= 0:
-                    break
-                streams = streams_of_batch(inputs, {"text": remaining, "decoder": remaining}, 0, False)
-                model(**to_device(inputs, model))
-                num_tokens += max((stream.num_tokens for stream in streams.values()), default=0)
-    finally:
-        model.train(was_training)
+    with eval_mode(model), watching_routing(containers, see_counted), torch.inference_mode():
+        for inputs in batches:
+            remaining = max_tokens - num_tokens
+            if remaining <= 0:
+                break
+            streams = streams_of_batch(check_batch(inputs), {"text": remaining, "decoder": remaining}, 0, False)
+            model(**to_device(inputs, model))
+            num_tokens += max((stream.num_tokens for stream in streams.values()), default=0)
     return num_tokens

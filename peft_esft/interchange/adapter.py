@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
+from ..adapter_file import KEY_PREFIX, MARK
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer
 from ..deltas import add_deltas
 from ..fingerprint import check_num_experts, compare_bases
+from ..messages import shortened
 from ..storage import SUFFIXES, decode
-from ..targets import resolve_container
+from ..targets import match_options, not_excluded, resolve_target_experts
 from ..tensor_files import TensorFolder, write_tensors
-from ..untrusted import KEY_PREFIX, MARK, WEIGHTS_NAME, check_fields, expected_layout, fits
+from ..untrusted import check_finite, check_header, read_json
 from ..weights import ExpertWeight
 from .base import Base
-from .selections import read_json, shortened
 
-
-CONFIG_NAME = "adapter_config.json"
 
 TensorLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -57,7 +57,7 @@ class Change:
         return f"{KEY_PREFIX}{self.container.path}{MARK}{self.weight.name}"
 
     def effective(self, rows: Tensor) -> Tensor:
-        """The effective rows `[n, ...]`, in the dtype of the base's `rows`; as `functional.add_deltas` gives them."""
+        """The effective rows `[n, ...]`, in the dtype of the base's `rows`; as `deltas.add_deltas` gives them."""
         stored = self._read()
         if "_rows" in stored:
             return stored["_rows"].to(rows.dtype)
@@ -104,64 +104,52 @@ class AdapterFolder:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        if not (self.folder / WEIGHTS_NAME).exists():
-            pickled = (self.folder / "adapter_model.bin").exists()
+        if not (self.folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            pickled = (self.folder / WEIGHTS_NAME).exists()
             raise FileNotFoundError(
-                f"{self.folder} has no {WEIGHTS_NAME}"
+                f"{self.folder} has no {SAFETENSORS_WEIGHTS_NAME}"
                 + (
                     ". It has pickled weights, which could run code when read; have them saved as safetensors"
                     * pickled
                 )
             )
-        self.files = TensorFolder([self.folder / WEIGHTS_NAME])
-        suffixes = ("_A", "_B") if self.config.rank is not None else SUFFIXES[self.config.storage]
-        strange = [key for key in self.files.entries if MARK in key and _suffix(key) not in suffixes]
+        self.files = TensorFolder([self.folder / SAFETENSORS_WEIGHTS_NAME])
+        self._suffixes = ("_A", "_B") if self.config.rank is not None else SUFFIXES[self.config.storage]
+        strange = [key for key in self.files.entries if MARK in key and _suffix(key) not in self._suffixes]
         if strange:
             kind = f"rank {self.config.rank}" if self.config.rank is not None else f"storage {self.config.storage!r}"
             raise ValueError(f"{self.folder}: with {kind} there are no tensors such as {shortened(strange)}")
 
     def changes(self, base: Base) -> list[Change]:
-        """What the adapter does to a base, weight by weight, checked from the headers alone.
+        """What the adapter does to a base, weight by weight, after header and values are checked.
 
         A base with other weights than the one that the adapter was made over is warned of.
 
         Raises:
-            ValueError: if a tensor does not belong to a selected weight of this base, or does not have its shape; if
-                one is missing; or if the base has other weights, and another name on the Hub.
+            ValueError: if a tensor is missing, belongs to no selected weight of this base, does not have its shape or
+                is not finite; or if the base has other weights, and another name on the Hub.
         """
         ids = self._expert_ids(base)
-        modules = base.modules
-        found: dict[tuple[str, str], dict[str, str]] = {}
-        problems: list[str] = []
-        for key in self.files.entries:
-            path, mark, leaf = key.removeprefix(KEY_PREFIX).rpartition(MARK)
-            if not mark:
-                continue
-            if path not in ids:
-                problems.append(f"{key}: target_experts selects nothing of {path!r}")
-                continue
-            weight, suffix = _weight_and_suffix(leaf, modules[path].weight_names)
-            if weight is None:
-                problems.append(f"{key}: {path} has the weights {', '.join(modules[path].weight_names)}")
-                continue
-            found.setdefault((path, weight), {})[suffix] = key
-        changes = [
-            Change(modules[path], weight, ids[path], self, found[path, weight.name])
-            for path in ids
-            for weight in modules[path].weights
-            if (path, weight.name) in found
-        ]
-        problems += [problem for change in changes for problem in self._misfits(change, base)]
-        adapted = {change.container.path for change in changes}
-        complete = {path for path in ids if all((path, name) in found for name in modules[path].weight_names)}
-        if self.config.rank is None:
-            problems += [f"{path} has no tensor for each of its weights" for path in sorted(adapted - complete)]
-        if problems:
-            raise ValueError(f"{self.folder} does not fit the base: {shortened(problems)}")
+        check_header(self.config, self.files.entries, ids, base.modules)
+        changes = [change for path in ids for change in self._changes_of(base.modules[path], ids[path])]
         if self.config.base_fingerprint is not None:
             current = base.record({path: own for path, own in ids.items() if path in base.experts})
             compare_bases(self.config.base_fingerprint, current, (self.config.base_model_name_or_path, base.name))
         return changes
+
+    def check_alone(self) -> None:
+        """Checks what can be known without the base: no container is without weights, and all weights are finite.
+
+        Raises:
+            ValueError: naming the first few containers, or the tensor.
+        """
+        present = {key.removeprefix(KEY_PREFIX).rpartition(MARK)[0] for key in self.files.entries if MARK in key}
+        # The index of a layer says no path.
+        paths = [path for path in self.config.target_experts or {} if not path.isdigit()]
+        missing = [path for path in paths if path not in present and match_options(self.config, path) is True]
+        if missing:
+            raise ValueError(f"{self.folder} has no weights of {shortened(missing)}, which target_experts selects")
+        check_finite(self.files.entries)
 
     @property
     def num_bytes(self) -> int:
@@ -173,34 +161,19 @@ class AdapterFolder:
         return [key for key in self.files.entries if MARK not in key]
 
     def _expert_ids(self, base: Base) -> dict[str, list[int]]:
-        selection: dict[str, list[int]] = {}
-        for key, ids in (self.config.target_experts or {}).items():
-            path = resolve_container(key, base.experts)
-            outside = [expert for expert in ids if expert >= base.experts[path].num_experts]
-            if outside:
-                raise ValueError(
-                    f"{path} has {base.experts[path].num_experts} experts, there are none of id {outside}"
-                )
-            selection[path] = ids
-        check_num_experts((self.config.selection, self.config.base_fingerprint), selection, base.experts)
-        if self.config.train_shared_experts:
-            selection |= {path: [0] for path in base.shared}
-        if self.config.train_non_expert_modules:
-            selection |= {path: [0] for path in base.others}
-        return selection
+        """The experts that are adapted, by path, as the loader of adapters finds them."""
+        target_experts = resolve_target_experts(self.config.target_experts or {}, base.experts)
+        check_num_experts((self.config.selection, self.config.base_fingerprint), target_experts, base.experts)
+        selection = target_experts | {path: [0] for path in base.trained_whole(self.config)}
+        return {path: selection[path] for path in not_excluded(self.config, selection)}
 
-    def _misfits(self, change: Change, base: Base) -> Iterator[str]:
-        expected = expected_layout(self.config, change.shape, base.dtype(change.container, change.weight))
-        if set(change.keys) != set(expected):
-            yield f"{change.name} has the tensors {sorted(change.keys)}, expected are {sorted(expected)}"
-            return
-        for suffix, (dtype, shape) in expected.items():
-            entry = self.files.entries[change.keys[suffix]]
-            if not fits(entry, dtype, shape):
-                yield (
-                    f"{change.keys[suffix]} is {entry.dtype} {list(entry.shape)}, the base and the selection need "
-                    f"{dtype} {list(shape)}"
-                )
+    def _changes_of(self, container: ExpertsContainer, expert_ids: list[int]) -> Iterator[Change]:
+        stored = {key.removeprefix(KEY_PREFIX): key for key in self.files.entries}
+        for weight in container.weights:
+            name = f"{container.path}{MARK}{weight.name}"
+            keys = {suffix: stored[f"{name}{suffix}"] for suffix in self._suffixes if f"{name}{suffix}" in stored}
+            if keys:  # vectors have no factors of low rank
+                yield Change(container, weight, expert_ids, self, keys)
 
 
 def read_config(folder: Path) -> ESFTConfig:
@@ -215,11 +188,9 @@ def read_config(folder: Path) -> ESFTConfig:
         raise ValueError(f"{folder} is no ESFT adapter: its peft_type is {str(kind)[:100]!r}")
     known = inspect.signature(ESFTConfig).parameters
     try:
-        config = ESFTConfig(**{name: value for name, value in content.items() if name in known})
+        return ESFTConfig(**{name: value for name, value in content.items() if name in known})
     except (TypeError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG_NAME} is malformed: {error}") from error
-    check_fields(config)
-    return config
 
 
 def write_adapter(
@@ -227,16 +198,8 @@ def write_adapter(
 ) -> None:
     """Writes an adapter, tensor by tensor."""
     config.inference_mode = True
-    write_tensors(folder / WEIGHTS_NAME, layout, tensors)
+    write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, layout, tensors)
     config.save_pretrained(str(folder))
-
-
-def _weight_and_suffix(leaf: str, names: Sequence[str]) -> tuple[str | None, str]:
-    if leaf in names:
-        return leaf, ""
-    suffix = _suffix(leaf)
-    name = leaf.removesuffix(suffix)
-    return (name, suffix) if name in names else (None, "")
 
 
 def _suffix(key: str) -> str:

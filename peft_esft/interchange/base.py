@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..architectures import READABLE_DTYPES
+from ..config import ESFTConfig
 from ..containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts
 from ..fingerprint import EXPERTS, fingerprint
 from ..tensor_files import TensorFolder, block_shape, overwrite
@@ -77,6 +78,11 @@ class Base:
     def modules(self) -> dict[str, ExpertsContainer]:
         """Everything that an adapter can change: experts, shared experts and all other modules."""
         return self.experts | self.shared | self.others
+
+    def trained_whole(self, config: ESFTConfig) -> dict[str, ExpertsContainer]:
+        """The modules beside experts that a config asks for, each seen as one expert."""
+        shared = self.shared if config.train_shared_experts else {}
+        return shared | (self.others if config.train_non_expert_modules else {})
 
     def dtype(self, container: ExpertsContainer, weight: ExpertWeight) -> torch.dtype:
         """The dtype in which a weight is stored.

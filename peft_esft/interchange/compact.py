@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file import MARK
 from ..storage import FORMS, encode, stored_layout
-from ..untrusted import MARK
 from .adapter import AdapterFolder, Change, TensorLayout, write_adapter
 from .base import Base
 from .folders import new_folder
@@ -38,13 +38,16 @@ def compact(
         adapter_dir: an adapter with deltas of full rank.
         out_dir: for the new one; must not exist, or be empty.
         form: see above.
-        base: the base model, or its folder; only for "rows". None means the folder that the adapter's config names.
+        base: the base model, or its folder, which the adapter is checked against. "rows" needs it; None means the
+            folder that the adapter's config names. The others do without: then no more is checked than that each
+            container of the selection has weights, and that all are finite.
 
     Returns:
         `out_dir`. What it holds cannot be trained further: keep the original.
 
     Raises:
-        ValueError: if the form is unknown, the adapter has a rank, is not stored as deltas or does not fit the base.
+        ValueError: if the form is unknown, the adapter has a rank, is not stored as deltas, is not whole or does not
+            fit the base.
         FileExistsError: if `out_dir` holds something.
     """
     if form not in FORMS[1:]:
@@ -55,14 +58,15 @@ def compact(
         raise ValueError(f"{adapter_dir} is stored with {kind}; compact needs fp32 deltas of full rank")
     config = copy.deepcopy(adapter.config)
     config.storage = form
-    if form == "rows":
+    if form == "rows" or base is not None:
         resolved = base if isinstance(base, Base) else Base(_base_of(adapter) if base is None else base)
         changes = adapter.changes(resolved)
-        layout = _rows_layout(changes, resolved)
-        tensors = _rows(changes, resolved)
     else:
-        layout = _coded_layout(adapter, form)
-        tensors = _coded(adapter, form)
+        adapter.check_alone()
+    if form == "rows":
+        layout, tensors = _rows_layout(changes, resolved), _rows(changes, resolved)
+    else:
+        layout, tensors = _coded_layout(adapter, form), _coded(adapter, form)
     for key in adapter.other_tensors():
         layout[key] = (adapter.files.entries[key].dtype, adapter.files.entries[key].shape)
     with new_folder(out_dir) as folder:
@@ -100,10 +104,7 @@ def _coded_layout(adapter: AdapterFolder, form: str) -> TensorLayout:
 def _coded(adapter: AdapterFolder, form: str) -> Iterator[tuple[str, Tensor]]:
     for key in adapter.files.entries:
         if MARK in key:
-            delta = adapter.files.read(key)
-            if not bool(torch.isfinite(delta).all()):
-                raise ValueError(f"{key} is not finite, the adapter seems to be broken")
-            for suffix, tensor in encode(form, delta).items():
+            for suffix, tensor in encode(form, adapter.files.read(key)).items():
                 yield f"{key}{suffix}", tensor
     yield from _others(adapter)
 

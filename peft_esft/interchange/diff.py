@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapter_file import KEY_PREFIX, MARK
 from ..config import ESFTConfig
 from ..fingerprint import EXPERTS, differing_paths
 from ..storage import decode
-from ..untrusted import KEY_PREFIX, MARK
 from .adapter import AdapterFolder
 
 

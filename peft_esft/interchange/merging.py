@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ..adapter_file import KEY_PREFIX
 from ..tensor_files import INDEX_NAME, iter_other_files, overwrite
-from ..untrusted import KEY_PREFIX
 from .adapter import AdapterFolder
 from .base import Base
 from .folders import new_folder

@@ -13,23 +13,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file import KEY_PREFIX, MARK
 from ..config import ESFTConfig
 from ..containers import ExpertsContainer
 from ..deltas import add_deltas
+from ..messages import shortened
 from ..storage import stored_layout
 from ..tensor_files import TensorFolder, sorted_tensor_files, write_tensors
-from ..untrusted import KEY_PREFIX, MARK
 from ..weights import ExpertWeight, StackedWeight
 from .adapter import AdapterFolder, Change, TensorLayout, write_adapter
 from .base import Base, task_type_of
 from .folders import new_folder
 from .key_map import Source
 from .selections import (
-    CONFIG_NAME,
+    EXPERT_CONFIG_NAME,
     expert_cfg_from_selection,
     read_expert_cfg,
     selection_from_expert_cfg,
-    shortened,
 )
 
 
@@ -143,13 +143,13 @@ def export_official(adapter_dir: str | Path, base: nn.Module | str | Path, out_d
             layout[key] = (dtype, tuple(tensor.shape))
     with new_folder(out_dir) as folder:
         write_tensors(folder / "model.safetensors", layout, _official_tensors(changes, resolved))
-        (folder / CONFIG_NAME).write_text(json.dumps(cfg, indent=1) + "\n")
+        (folder / EXPERT_CONFIG_NAME).write_text(json.dumps(cfg, indent=1) + "\n")
     return Path(out_dir)
 
 
 def _config(cfg: dict[str, Any], base: Base) -> ESFTConfig:
     if cfg["shared_experts"] and not base.shared:
-        raise ValueError(f'{CONFIG_NAME} has "shared_experts": true, but {type(base.model).__name__} has none')
+        raise ValueError(f'{EXPERT_CONFIG_NAME} has "shared_experts": true, but {type(base.model).__name__} has none')
     return ESFTConfig(
         target_experts=selection_from_expert_cfg(cfg, base.experts),
         train_shared_experts=cfg["shared_experts"],
@@ -192,11 +192,7 @@ def _hint(key: str, base: Base) -> str:
 
 
 def _targets(config: ESFTConfig, base: Base, keys: Mapping[tuple[str, str | None, int | None], str]) -> list[_Target]:
-    selection = dict(config.target_experts or {})
-    if config.train_shared_experts:
-        selection |= {path: [0] for path in base.shared}
-    if config.train_non_expert_modules:
-        selection |= {path: [0] for path in base.others}
+    selection = (config.target_experts or {}) | {path: [0] for path in base.trained_whole(config)}
     present = {parameter for parameter, _, _ in keys}
     targets = []
     for path, ids in selection.items():
@@ -252,9 +248,11 @@ def _check(
                 if entry.shape != shapes[source.pattern]:
                     base_shape = list(shapes[source.pattern])
                     problems.append(f"{keys[meaning]} has the shape {list(entry.shape)}, the base's is {base_shape}")
-    problems += [f"{key} is not selected by {CONFIG_NAME}" for meaning, key in keys.items() if meaning not in wanted]
+    problems += [
+        f"{key} is not selected by {EXPERT_CONFIG_NAME}" for meaning, key in keys.items() if meaning not in wanted
+    ]
     if problems:
-        raise ValueError(f"the weights do not fit {CONFIG_NAME} and the base: {shortened(problems)}")
+        raise ValueError(f"the weights do not fit {EXPERT_CONFIG_NAME} and the base: {shortened(problems)}")
 
 
 class _Reader:
@@ -309,7 +307,7 @@ class _Reader:
 
 
 def exact_delta(rows: Tensor, trained: Tensor) -> tuple[Tensor, int]:
-    """A delta that `functional.add_deltas` turns into `trained`, bit for bit.
+    """A delta that `deltas.add_deltas` turns into `trained`, bit for bit.
 
     The difference of two half-precision numbers may need more bits than fp32 has. Where the nearest fp32 number does
     not give the trained weight, its two neighbours are tried.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config import check_target_experts
 from ..containers import ExpertsContainer
-from ..targets import resolve_container
+from ..targets import resolve_container, resolve_target_experts
+from ..untrusted import read_json
 
 
-CONFIG_NAME = "expert_cfg.json"
-MAX_JSON_BYTES = 50_000_000
+EXPERT_CONFIG_NAME = "expert_cfg.json"
 
 
 def read_expert_cfg(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -31,9 +30,9 @@ def read_expert_cfg(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """
     content: Any = source
     if isinstance(source, str | Path):
-        file = Path(source) / CONFIG_NAME if Path(source).is_dir() else Path(source)
+        file = Path(source) / EXPERT_CONFIG_NAME if Path(source).is_dir() else Path(source)
         content = read_json(file)
-    where = f"{CONFIG_NAME} ({source})" if isinstance(source, str | Path) else CONFIG_NAME
+    where = f"{EXPERT_CONFIG_NAME} ({source})" if isinstance(source, str | Path) else EXPERT_CONFIG_NAME
     if not isinstance(content, Mapping) or not isinstance(content.get("experts"), Mapping):
         raise ValueError(f'{where} has no object "experts" of layer indices and lists of expert ids')
     flags = {name: content.get(name, False) for name in ("shared_experts", "non_expert_modules")}
@@ -59,23 +58,12 @@ def selection_from_expert_cfg(
     Raises:
         ValueError: if a layer or an expert is not in the model.
     """
-    selection: dict[str, list[int]] = {}
-    problems: list[str] = []
-    for key, ids in read_expert_cfg(source)["experts"].items():
-        try:
-            path = resolve_container(key, containers)
-        except ValueError as error:
-            problems.append(str(error))
-            continue
-        outside = [expert for expert in ids if expert >= containers[path].num_experts]
-        if outside:
-            problems.append(f"layer {key} has {containers[path].num_experts} experts, there are none of id {outside}")
-        if path in selection:
-            problems.append(f"layer {key} is named twice")
-        selection[path] = ids
-    if problems:
-        raise ValueError(f"{CONFIG_NAME} does not fit the model: {shortened(problems)}")
-    return selection
+    experts = read_expert_cfg(source)["experts"]
+    try:
+        return resolve_target_experts(experts, containers)
+    except ValueError as error:
+        message = str(error).replace("target_experts", "experts")
+        raise ValueError(f"{EXPERT_CONFIG_NAME} does not fit the model: {message}") from error
 
 
 def expert_cfg_from_selection(
@@ -95,27 +83,8 @@ def expert_cfg_from_selection(
         container = containers[resolve_container(key, containers)]
         same = [c.path for c in containers.values() if c.layer_index == container.layer_index]
         if container.layer_index is None or len(same) > 1:
-            raise ValueError(f"{CONFIG_NAME} names containers by the index of their layer, and {same} have the same")
+            raise ValueError(
+                f"{EXPERT_CONFIG_NAME} names containers by the index of their layer, and {same} have the same"
+            )
         experts[str(container.layer_index)] = list(ids)
     return {"experts": experts, "shared_experts": shared_experts, "non_expert_modules": non_expert_modules}
-
-
-def read_json(file: Path, limit: int = MAX_JSON_BYTES) -> Any:
-    """Reads a JSON file of bounded size.
-
-    Raises:
-        ValueError: if it is too large or no JSON.
-    """
-    size = file.stat().st_size
-    if size > limit:
-        raise ValueError(f"{file} has {size:,} bytes, more than the {limit:,} that are read")
-    try:
-        return json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-
-
-def shortened(items: list[str], shown: int = 4) -> str:
-    """The first few of a list of problems."""
-    more = f"; and {len(items) - shown} more" if len(items) > shown else ""
-    return "; ".join(items[:shown]) + more
