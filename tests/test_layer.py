@@ -262,7 +262,7 @@ def test_a_layer_can_be_called_by_keywords():
     with torch.no_grad():
         check()
         names = ["b", "__base__", "a"]
-        with calling_with(model.get_base_model(), names, {}, {layer: layer.plan_mixed(names)}):
+        with calling_with(model.get_base_model(), names, {layer: layer.plan_mixed(names)}):
             check()
             layer.enable_adapters(False)
             check()
@@ -272,31 +272,6 @@ def test_a_layer_can_be_called_by_keywords():
     torch.testing.assert_close(mixed[2:4], off[2:4])
     torch.testing.assert_close(mixed[4:], active[4:])
     assert not torch.allclose(mixed[:2], active[:2]) and not torch.allclose(mixed[:2], off[:2])
-
-
-class EncoderAndDecoder(torch.nn.Module):
-    """A model's encoder, as `generate` asks for it."""
-
-    def __init__(self, encoder):
-        super().__init__()
-        self.encoder = encoder
-
-    def get_encoder(self):
-        return self.encoder
-
-
-@torch.no_grad()
-def test_a_layer_of_an_encoder_sees_each_sample_once_in_a_beam_search():
-    model = adapted()
-    layer = layer_of(model)
-    inputs, names = routed(layer), ["b", "a"]
-    plans = {layer: layer.plan_mixed(names)}
-    with calling_with(model.get_base_model(), names, {}, plans):
-        expected = layer(**inputs)
-    with calling_with(EncoderAndDecoder(model.get_base_model()), names, {"num_beams": 2}, plans):
-        assert torch.equal(layer(**inputs), expected)
-    with calling_with(EncoderAndDecoder(torch.nn.Identity()), names, {"num_beams": 3}, plans):
-        assert torch.equal(layer(**inputs), expected)
 
 
 def test_a_layer_that_is_not_set_up_yet_has_no_attributes_of_its_experts():
