@@ -191,3 +191,8 @@ def test_renormalised_gates_are_pointed_out_with_the_numbers():
 def test_bad_input_is_refused(scores, settings, message):
     with pytest.raises(ValueError, match=message):
         select_experts(scores, **settings)
+
+
+def test_scores_of_another_kind_are_named():
+    with pytest.raises(ValueError, match=r"scores are a list; they are ExpertScores or a dict \{path: scores \[E\]\}"):
+        select_experts([[0.5, 0.5]])
