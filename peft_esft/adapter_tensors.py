@@ -168,7 +168,7 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                     del tensors[adapter_name]
                 continue
             if isinstance(new, nn.Parameter):
-                if old is not None and old.shape == new.shape:
+                if old is not None and old.shape == new.shape and old.dtype == new.dtype:
                     old.data.copy_(new.data)
                     new = old
                 new.requires_grad_(is_trained)

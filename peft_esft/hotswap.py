@@ -15,9 +15,9 @@ from .undo import undoing_changes, undoing_injection
 def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> None:
     """Puts the adapter in `path` in the place of a resident one, also if it has other experts or layers.
 
-    Where shapes are equal the new weights are copied into the old parameters, in these' dtype, so whatever refers to
-    them (an optimizer, for example) sees the new values. Whether the adapter is active, and whether it is trained,
-    does not change; its scale is 1 again.
+    Deltas that are kept in half precision are so afterwards too. Where shapes are equal the new weights are copied
+    into the old parameters, so whatever refers to them (an optimizer, for example) sees the new values. Whether the
+    adapter is active, and whether it is trained, does not change; its scale is 1 again.
 
     Args:
         model: a `PeftModel` with the adapter.
@@ -44,6 +44,8 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before it is replaced")
     incoming = next(name for n in count() if (name := f"{adapter_name}_incoming_{n}") not in model.peft_config)
+    deltas = [delta for layer in layers for delta in layer._deltas_of([adapter_name])]
+    kwargs.setdefault("autocast_adapter_dtype", all(delta.dtype.itemsize >= 4 for delta in deltas))
     with undoing_injection(tuner, incoming):
         model.load_adapter(str(path), incoming, **kwargs)
         config = model.peft_config[incoming]

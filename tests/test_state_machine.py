@@ -142,9 +142,9 @@ class WholeModel(RuleBasedStateMachine):
         found = folder if name == "default" else folder / name
         self.folders.append((found, copy.deepcopy(self.reference.adapters[name])))
 
-    def loaded(self, saved: DenseAdapter) -> DenseAdapter:
-        """What an adapter is after it went through a file: its scale is not kept, deltas are fp32 at least."""
-        dtype = self.reference.model.dtype if saved.is_frozen else torch.float32
+    def loaded(self, saved: DenseAdapter, dtype: torch.dtype = torch.float32) -> DenseAdapter:
+        """What an adapter is after it went through a file: its scale is not kept, nor are its deltas' dtypes."""
+        dtype = self.reference.model.dtype if saved.is_frozen else dtype
         adapter = copy.deepcopy(saved).to(dtype)
         adapter.scale = 1.0
         return adapter
@@ -256,7 +256,9 @@ class WholeModel(RuleBasedStateMachine):
                 hotswap_adapter(self.model, folder, name)
             return
         hotswap_adapter(self.model, folder, name)
-        self.reference.adapters[name] = self.loaded(saved)
+        before = self.reference.adapters[name]
+        kept = [torch.float32] if before.is_frozen else [t.dtype for own in before.tensors.values() for t in own]
+        self.reference.adapters[name] = self.loaded(saved, kept[0])
         self.has_added()
 
     @rule(pick=PICKS)
