@@ -269,7 +269,9 @@ def test_wrapping_that_is_interrupted_leaves_the_base_alone(number):
     def wrap(model):
         get_peft_model(
             model,
-            ESFTConfig(target_experts={0: [1], 1: [2, 3]}, modules_to_save=["lm_head"], train_non_expert_modules=False),
+            ESFTConfig(
+                target_experts={0: [1], 1: [2, 3]}, modules_to_save=["lm_head"], train_non_expert_modules=False
+            ),
         )
 
     base = tiny_model("olmoe")
