@@ -48,7 +48,7 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], **kwargs: Any) -> N
         **kwargs: see `peft.PeftModel.save_pretrained`.
 
     Raises:
-        ValueError: if the folder holds the working directory.
+        ValueError: if the folder holds the working directory, or is a file.
     """
     if isinstance(model, DistributedDataParallel) or hasattr(model, "zero_optimization"):
         model = model.module  # DeepSpeed's engine is known by that method
@@ -104,6 +104,8 @@ def _gather(tensor: Tensor) -> Tensor:
 
 def _replace(target: Path, write: Callable[[Path], None]) -> None:
     """Puts a new folder in the place of another, or of nothing; what else was in the old one is in the new one too."""
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; an adapter is saved to a folder")
     partial, previous = (target.with_name(target.name + suffix) for suffix in (_PARTIAL_SUFFIX, PREVIOUS_SUFFIX))
     if previous.exists() and partial.exists() and not target.exists():
         os.rename(previous, target)  # a process was killed between the two renames below

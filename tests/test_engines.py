@@ -269,17 +269,16 @@ where = sys.argv[1]
 if where == "step" and dist.get_rank() == 1:
     batches[1] = batches[1] + 1000  # no such token
 engines.train(model, batches)
-save_adapter(model, sys.argv[2])  # a folder of something else: the writing process refuses it
+save_adapter(model, sys.argv[2])  # a file: the writing process refuses it
 """
 
 
 @pytest.mark.parametrize(
-    ("where", "message"), [("step", "index out of range"), ("save", "exists and holds no adapter")]
+    ("where", "message"), [("step", "index out of range"), ("save", "is a file; an adapter is saved to a folder")]
 )
 def test_a_process_that_fails_ends_the_job_with_its_error(where, message, tmp_path):
     (tmp_path / "script.py").write_text(FAILING)
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "thesis.txt").write_text("years of work")
+    (tmp_path / "adapter").write_text("years of work")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -292,3 +291,4 @@ def test_a_process_that_fails_ends_the_job_with_its_error(where, message, tmp_pa
     )
     assert done.returncode != 0
     assert message in done.stderr
+    assert (tmp_path / "adapter").read_text() == "years of work"
