@@ -8,19 +8,16 @@ export TOKENIZERS_PARALLELISM = false
 CORE_TESTS = $(addprefix tests/test_,plugin.py packaging.py adapters.py functional.py grouped.py oracle.py compile.py scoring.py \
 	official.py merge_checkpoint.py)
 
-.PHONY: demo test test-slow coverage test-oldest test-newest contract mutation lint types docs package bench paper clean
+.PHONY: demo test test-slow test-oldest test-newest contract mutation lint types docs package bench paper clean
 
 demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
 	$(RUN) examples/demo.py
 
 test: $(VENV)/.installed ## the default test suite
-	$(RUN) -m pytest -q -m "not slow" --cov --cov-report=term
+	$(RUN) -m pytest -q -m "not slow" --cov --cov-report=term --cov-fail-under=95
 
 test-slow: $(VENV)/.installed ## the tests that take long: engines, trainers, long sequences
-	$(RUN) -m pytest -q -m slow --cov --cov-append --cov-report=
-
-coverage: $(VENV)/.installed ## lines and branches that `make test test-slow` came by, in all their processes
-	$(RUN) -m coverage report --skip-covered --fail-under=95
+	$(RUN) -m pytest -q -m slow
 
 test-oldest: ## the core of the suite on the oldest supported torch, transformers and PEFT
 	$(PYTHON) -m venv --clear $(VENV)-oldest
