@@ -167,6 +167,11 @@ class DenseModel:
                 rows[path, weight] = [torch.stack(own)]
         self.adapters[name] = DenseAdapter(adapter.experts, rows, is_frozen=True)
 
+    def base_row(self, path: str, weight: str, expert: int) -> Tensor:
+        """An expert's part of a weight, in fp32."""
+        parameters = [(self.model.get_parameter(n), place) for n, place in self.places(path, weight, expert)]
+        return torch.cat([p if place is None else p[place] for p, place in parameters]).float()
+
     def combine(self, names: Sequence[str], factors: Sequence[float]) -> DenseAdapter:
         """The weighted sum of the deltas of some adapters, over the union of their experts."""
         experts: dict[str, list[int]] = {}
@@ -178,11 +183,7 @@ class DenseModel:
             for (path, weight), tensors in adapter.tensors.items():
                 for place, expert in enumerate(adapter.experts[path]):
                     if adapter.is_frozen:
-                        base = [
-                            self.model.get_parameter(n) if p is None else self.model.get_parameter(n)[p]
-                            for n, p in self.places(path, weight, expert)
-                        ]
-                        delta = adapter.scale * (tensors[0][place].float() - torch.cat(base).float())
+                        delta = adapter.scale * (tensors[0][place].float() - self.base_row(path, weight, expert))
                     else:
                         delta = self.delta(adapter, (path, weight))[place].float()
                     old = sums.get(((path, weight), expert), torch.zeros_like(delta))
@@ -190,7 +191,7 @@ class DenseModel:
         tensors = {}
         for path, ids in experts.items():
             for weight in self.weights_of(path):
-                some = next(value for (key, _), value in sums.items() if key == (path, weight))
+                some = self.base_row(path, weight, ids[0])  # adapters of low rank leave biases as they are
                 rows = [sums.get(((path, weight), expert), torch.zeros_like(some)) for expert in ids]
                 tensors[path, weight] = [torch.stack(rows).detach()]
         return DenseAdapter(experts, tensors)

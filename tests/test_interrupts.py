@@ -57,8 +57,9 @@ class Interrupting:
         return self._line if any(name in file for name in TRACED) and "/tests/" not in file else None
 
     def _line(self, frame: Any, event: str, argument: Any) -> Callable[..., Any]:
-        # Python 3.11 comes to the line of a `with` again before it leaves it, outside of what `__exit__` protects.
-        if event == "line" and not is_with(frame.f_code.co_filename, frame.f_lineno):
+        # Python 3.11 comes to the line of a `with` again before it leaves it, outside of what `__exit__` protects, as
+        # is the line of a `try` in it. No interrupt of a user comes between there: those are looked for at calls.
+        if event == "line" and not is_unprotected(frame.f_code.co_filename, frame.f_lineno):
             self.steps += 1
             if self.steps == self.at:
                 raise KeyboardInterrupt
@@ -66,8 +67,8 @@ class Interrupting:
 
 
 @cache
-def is_with(file: str, line: int) -> bool:
-    return linecache.getline(file, line).lstrip().startswith("with ")
+def is_unprotected(file: str, line: int) -> bool:
+    return linecache.getline(file, line).lstrip().startswith(("with ", "try:"))
 
 
 def state_of(model: torch.nn.Module) -> dict[str, Any]:
