@@ -17,11 +17,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .adapter_tensors import PREFIX
+from .card import CARD_NAME
 from .interchange.adapter import AdapterFolder
 from .weights import is_spread
 
 
-CARD_NAME = "README.md"
 PREVIOUS_SUFFIX = ".previous"
 _PARTIAL_SUFFIX = ".partial"
 _ADAPTER_MARKS = (f".{PREFIX}", ".modules_to_save.")

@@ -19,7 +19,7 @@ from .card import write_card
 from .scores import ExpertScores
 from .selection import DEFAULT_TOP_P, Metric, select_experts
 from .storage import FORMS
-from .untrusted import check_fields, find_header, find_hub_header
+from .untrusted import check_fields, check_finite, find_header, find_hub_header
 
 
 @dataclass
@@ -120,6 +120,7 @@ class ESFTConfig(PeftConfig):
         # Of the weights that go with a config that was read, see `header`.
         self._header: Header | None = None
         self._find_header: Callable[[], Header | None] | None = None
+        self._has_checked_weights = False
         if self.target_experts is not None:
             self.target_experts = check_target_experts(self.target_experts)
         if isinstance(self.exclude_modules, set):
@@ -142,6 +143,16 @@ class ESFTConfig(PeftConfig):
         if self._find_header is not None:
             self._header, self._find_header = self._find_header(), None
         return self._header
+
+    def check_weights(self) -> None:
+        """Looks once at the values of the weights that go with a config that was read.
+
+        Raises:
+            ValueError: naming the first tensor that is not finite.
+        """
+        if self.header is not None and not self._has_checked_weights:
+            check_finite(self.header)
+            self._has_checked_weights = True
 
     @property
     def scaling(self) -> float:

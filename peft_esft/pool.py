@@ -296,8 +296,8 @@ class AdapterPool:
         if not isinstance(config, ESFTConfig):
             raise ValueError(f"{path} holds an adapter of type {config.peft_type}, not ESFT")
         config.inference_mode = True
-        # Looked up here, once: what is loaded is a copy of this config, and on the Hub the header is a request.
-        _ = config.header
+        # Here, once: what is loaded is a copy of this config. On the Hub the header is a request.
+        config.check_weights()
         weights = load_peft_weights(path, device="cpu", **kwargs)
         # A file that is only mapped into memory would be read when it is loaded.
         keep = torch.Tensor.pin_memory if torch.cuda.is_available() else torch.Tensor.clone

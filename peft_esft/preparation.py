@@ -27,11 +27,13 @@ class ResolvedConfig:
         target_experts: the config's, by module path.
         selection: the same, and modules that are trained whole, each as its only expert.
         containers: those of the selection that no option of the config excludes.
+        experts: all experts containers of the model.
     """
 
     target_experts: dict[str, list[int]]
     selection: dict[str, list[int]]
     containers: dict[str, ExpertsContainer]
+    experts: dict[str, ExpertsContainer]
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +68,8 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     if peft_config.header is not None:
         selection = {path: resolved.selection[path] for path in resolved.containers}
         check_header(peft_config, peft_config.header, selection, resolved.containers)
-    compare_base(peft_config, model, find_experts(model), resolved.target_experts)
+        peft_config.check_weights()
+    compare_base(peft_config, model, resolved.experts, resolved.target_experts)
     warn_of_slow_layouts(resolved.containers.values())
     return resolved
 
@@ -93,7 +96,7 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, experts)
     selection = {**target_experts, **{path: [0] for path in whole}}
     containers = {path: (experts | whole)[path] for path in not_excluded(peft_config, selection)}
-    return ResolvedConfig(target_experts, selection, containers)
+    return ResolvedConfig(target_experts, selection, containers, experts)
 
 
 def check_adapter_name(adapter_name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -272,6 +273,18 @@ def test_an_adapter_of_the_same_name_that_was_loaded_beside_it_stays(folder, exp
         pool.get("q")
     assert {name: id(parameter) for name, parameter in pool.model.named_parameters()} == before
     assert "q" in pool.model.peft_config
+
+
+def test_an_evicted_adapter_comes_back_from_host_memory_without_its_file(folder, expected, tmp_path):
+    pool = make_pool(folder, 9 * ROW)
+    shutil.copytree(folder / "law", tmp_path / "law")
+    pool.add("q", tmp_path / "law")
+    pool.get("q")
+    shutil.rmtree(tmp_path / "law")
+    with pool.using("law", "math"):
+        assert "q" not in pool.model.peft_config
+    pool.get("q")
+    assert "q" in pool.statistics().resident and pool.statistics().reads == 3
 
 
 def test_only_models_with_an_esft_adapter_have_pools():

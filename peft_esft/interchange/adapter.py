@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..containers import ExpertsContainer
 from ..deltas import add_deltas
 from ..fingerprint import check_num_experts, compare_bases
 from ..messages import shortened
-from ..storage import SUFFIXES, decode
+from ..storage import FROZEN_SUFFIXES, SUFFIXES, decode
 from ..targets import match_options, not_excluded, resolve_target_experts
 from ..tensor_files import TensorFolder, write_tensors
 from ..untrusted import check_finite, check_header, read_json
@@ -131,7 +131,9 @@ class AdapterFolder:
         """
         ids = self._expert_ids(base)
         check_header(self.config, self.files.entries, ids, base.modules)
-        changes = [change for path in ids for change in self._changes_of(base.modules[path], ids[path])]
+        check_finite(self.files.entries)
+        stored = {key.removeprefix(KEY_PREFIX): key for key in self.files.entries}
+        changes = [change for path in ids for change in self._changes_of(base.modules[path], ids[path], stored)]
         if self.config.base_fingerprint is not None:
             current = base.record({path: own for path, own in ids.items() if path in base.experts})
             compare_bases(self.config.base_fingerprint, current, (self.config.base_model_name_or_path, base.name))
@@ -167,8 +169,10 @@ class AdapterFolder:
         selection = target_experts | {path: [0] for path in base.trained_whole(self.config)}
         return {path: selection[path] for path in not_excluded(self.config, selection)}
 
-    def _changes_of(self, container: ExpertsContainer, expert_ids: list[int]) -> Iterator[Change]:
-        stored = {key.removeprefix(KEY_PREFIX): key for key in self.files.entries}
+    def _changes_of(
+        self, container: ExpertsContainer, expert_ids: list[int], stored: Mapping[str, str]
+    ) -> Iterator[Change]:
+        """The changes in one container; `stored` has the file's keys by themselves without the prefix."""
         for weight in container.weights:
             name = f"{container.path}{MARK}{weight.name}"
             keys = {suffix: stored[f"{name}{suffix}"] for suffix in self._suffixes if f"{name}{suffix}" in stored}
@@ -204,4 +208,4 @@ def write_adapter(
 
 def _suffix(key: str) -> str:
     """What follows the name of a weight; empty for a delta."""
-    return next((suffix for suffix in ("_A", "_B", "_rows", "_codes", "_scales") if key.endswith(suffix)), "")
+    return next((suffix for suffix in ("_A", "_B", *FROZEN_SUFFIXES) if key.endswith(suffix)), "")
