@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ class RoutingAccumulator:
     def update(self, routing: Routing, stream: TokenStream) -> None:
         """Counts one batch.
 
-        A pair counts if its weight is above 0: routers that skip an expert send it with weight 0.
+        A pair counts unless its weight is 0 or less: routers that skip an expert send it with weight 0. A NaN makes
+        the sums of the gates NaN, which `score_experts` refuses.
 
         Args:
             routing: what was chosen for the tokens of the stream.
@@ -68,7 +70,7 @@ class RoutingAccumulator:
         self.num_tokens += stream.num_tokens
         self.num_samples += stream.num_samples
         num_samples = lengths.shape[0]
-        counted = (sample_of_token[:, None] >= 0) & (top_k_weights > 0) & (top_k_index < self.num_experts)
+        counted = (sample_of_token[:, None] >= 0) & ~(top_k_weights <= 0) & (top_k_index < self.num_experts)
         # Pairs that do not count go to a bin of their own: no shape depends on the data, so nothing waits for it.
         bins = sample_of_token[:, None] * self.num_experts + top_k_index
         bins = torch.where(counted, bins, num_samples * self.num_experts).reshape(-1)
@@ -149,7 +151,8 @@ def score_experts(
 
     Raises:
         ValueError: if the model has no experts containers that can be scored, `batches` holds no tokens or something
-            else than batches, or a container sees tokens of which it is not known whose they are.
+            else than batches, a container sees tokens of which it is not known whose they are, or routing weights are
+            NaN or infinite.
 
     Example:
         >>> scores = score_experts(model, loader)
@@ -199,7 +202,19 @@ def score_experts(
     scores = reduce(operator.add, share.gather(scores))
     if scores.num_tokens == 0:
         raise ValueError("the batches hold no token that counts; check that there are any, attention_mask and labels")
+    _check_gates(scores)
     return scores
+
+
+def _check_gates(scores: ExpertScores) -> None:
+    """Refuses scores of a model that computed no numbers, on all processes alike."""
+    broken = [path for path, own in scores.containers.items() if not math.isfinite(sum(own.gate_weight_sum or [0.0]))]
+    if broken:
+        raise ValueError(
+            f"the routing weights in {len(broken)} of {len(scores.containers)} containers, the first of them "
+            f"{broken[0]}, are NaN or infinite for some tokens, so nothing can be said of these. In fp16 an overflow "
+            "is likely: score the model in bf16 or fp32. Otherwise look for NaN in its weights and in the batches"
+        )
 
 
 class _Observer:

@@ -441,3 +441,35 @@ def test_gate_shares_select_the_same_for_any_scale_of_the_gates():
         layer.mlp.gate.routed_scaling_factor *= 3
     scaled = score_experts(model, [{"input_ids": random_tokens()}], progress=False)
     assert select_experts(scaled, metric="gate_share", top_p=0.5) == selection
+
+
+def test_routing_weights_that_are_no_numbers_are_refused_by_name():
+    """They would count as tokens without experts, and too many experts would be chosen."""
+    model = tiny_model("olmoe")
+    model.model.embed_tokens.weight.data[7] = math.nan
+    batch = {"input_ids": torch.tensor([[3, 4, 5, 6], [3, 7, 5, 6]])}
+    with pytest.raises(ValueError, match=r"in 2 of 2 containers.* model.layers.0.mlp.experts, are NaN.*bf16 or fp32"):
+        score_experts(model, [batch], progress=False)
+    # What does not count may be anything.
+    accumulator = RoutingAccumulator(3)
+    gates = torch.tensor([[0.5, 0.5], [math.nan, math.inf], [1.0, 0.0]])
+    stream = TokenStream(torch.tensor([0, -1, 0]), torch.tensor([2]), torch.tensor([0]))
+    accumulator.update(Routing(torch.tensor([[0, 1], [0, 1], [2, 0]]), gates, 2), stream)
+    assert accumulator.result().selected_pairs == [1, 1, 1] and accumulator.result().gate_weight_sum == [0.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"top_p": np.float32(0.5)},
+        {"top_k": np.int64(2), "min_experts": np.int32(2), "max_experts": np.int16(3)},
+        {"budget": np.float64(0.5)},
+    ],
+    ids="+".join,
+)
+def test_numbers_of_numpy_are_kept_as_numbers_of_python(rule, tmp_path):
+    scores = score_experts(tiny_model("olmoe"), [{"input_ids": random_tokens()}], progress=False)
+    config = ESFTConfig.from_scores(scores, **rule)
+    config.save_pretrained(tmp_path)
+    assert ESFTConfig.from_pretrained(tmp_path).selection == config.selection
+    assert {name: config.selection[name] for name in rule} == rule
