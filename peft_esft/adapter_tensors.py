@@ -180,6 +180,11 @@ class AdapterTensors(nn.Module, BaseTunerLayer):
                 settings.pop(adapter_name, None)
         self._forget_adapter(adapter_name, incoming)
 
+    def tensors_of(self, adapter_name: str) -> dict[str, Tensor]:
+        """An adapter's tensors, by the names that they have in its file after the layer's path."""
+        names = (*self.adapter_layer_names, *self.other_param_names)
+        return {name: self._tensors(name)[adapter_name] for name in names if adapter_name in self._tensors(name)}
+
     def cast_to_base_dtype(self, adapter_name: str) -> None:
         """Stores an adapter's deltas in the base's dtype, at the price of updates that its rounding swallows."""
         for name in self.weight_names:

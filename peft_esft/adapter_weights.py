@@ -125,19 +125,24 @@ class AdapterWeights(AdapterTensors):
         return [expert for expert, has_moved in zip(ids, moved.tolist(), strict=True) if not has_moved]
 
     def check_finite(self, adapter_names: Sequence[str]) -> None:
-        """Refuses adapters whose merged rows would not be finite.
+        """Refuses adapters whose merged rows would not be finite, each by itself or all of them together.
 
         Raises:
-            ValueError: naming the adapter.
+            ValueError: naming the adapter, or all.
         """
+        here = self.adapters_here(adapter_names)
+        for names in [[name] for name in here] + ([here] if len(here) > 1 else []):
+            for weight_name in self.weight_names:
+                if not self._has_finite_rows(weight_name, names):
+                    who = f"adapter {names[0]} seems" if len(names) == 1 else f"sum of the adapters {names} seems"
+                    where = f"in {weight_name} of {self.path}"
+                    raise ValueError(f"NaNs detected in the merged weights. The {who} to be broken ({where})")
+
+    def _has_finite_rows(self, weight_name: str, adapter_names: list[str]) -> bool:
+        ids = self.union_of_experts(adapter_names)
         with self.at_hand(self.get_base_layer()):
-            for adapter_name in self.adapters_here(adapter_names):
-                for weight_name in self.weight_names:
-                    if not bool(torch.isfinite(self.effective_rows(weight_name, [adapter_name])).all()):
-                        raise ValueError(
-                            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken "
-                            f"(in {weight_name} of {self.path})"
-                        )
+            rows = self._with_deltas(self.base_rows(weight_name, ids), ids, weight_name, adapter_names)
+        return bool(torch.isfinite(rows).all())
 
     def _deltas_of(self, adapter_names: Sequence[str]) -> list[nn.Parameter]:
         """All deltas and factors of some adapters."""

@@ -135,8 +135,8 @@ def combined_config(
         base_model_name_or_path=configs[0].base_model_name_or_path,
         inference_mode=True,
         selection={
-            "combined": dict(weights),
+            "combined": {name: float(weight) for name, weight in weights.items()},
             "combination_type": combination_type,
-            **({} if density is None else {"density": density}),
+            **({} if density is None else {"density": float(density)}),
         },
     )

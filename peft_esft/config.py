@@ -117,10 +117,12 @@ class ESFTConfig(PeftConfig):
         # What is adapted in the model at hand, by module path, once the adapter is attached. No field: of no meaning
         # in a file.
         self.adapted_paths: dict[str, list[int]] = {}
+        # What attaching this very config recorded: not read from a file with weights, so it binds no later adapter.
+        self.recorded_fingerprint: dict[str, Any] | None = None
         # Of the weights that go with a config that was read, see `header`.
         self._header: Header | None = None
         self._find_header: Callable[[], Header | None] | None = None
-        self._has_checked_weights = False
+        self._has_checked_weights = self._are_next_weights_checked = False
         if self.target_experts is not None:
             self.target_experts = check_target_experts(self.target_experts)
         if isinstance(self.exclude_modules, set):
@@ -153,6 +155,12 @@ class ESFTConfig(PeftConfig):
         if self.header is not None and not self._has_checked_weights:
             check_finite(self.header)
             self._has_checked_weights = True
+        self._are_next_weights_checked = self._has_checked_weights
+
+    def pop_weights_checked(self) -> bool:
+        """True for the first weights after `check_weights`, which has looked at them, and for no others."""
+        are_checked, self._are_next_weights_checked = self._are_next_weights_checked, False
+        return are_checked
 
     @property
     def scaling(self) -> float:
@@ -276,12 +284,13 @@ class ESFTConfig(PeftConfig):
         )
         if top_p is None and top_k is None and budget is None:
             top_p = DEFAULT_TOP_P[metric]
+        kinds = {"top_p": float, "top_k": int, "budget": float, "max_experts": int}  # numpy's numbers become Python's
         rule = {"top_p": top_p, "top_k": top_k, "budget": budget, "max_experts": max_experts}
         selection = {
             **({} if task is None else {"task": task}),
             "metric": metric,
-            **{name: value for name, value in rule.items() if value is not None},
-            **({"min_experts": min_experts} if min_experts > 1 else {}),
+            **{name: kinds[name](value) for name, value in rule.items() if value is not None},
+            **({"min_experts": int(min_experts)} if min_experts > 1 else {}),
             "averaging": scores.averaging,
             "num_tokens": scores.num_tokens,
             "num_samples": scores.num_samples,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 
+from .config import ESFTConfig
 from .model import ESFTModel
 from .undo import undoing_changes, undoing_injection
 
@@ -26,8 +27,8 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
         **kwargs: passed to `PeftModel.load_adapter`, for example `torch_device`.
 
     Raises:
-        ValueError: if there is no such adapter, it is merged, either trains whole modules too (`modules_to_save`), or
-            the new one is not ESFT's or does not fit the model.
+        ValueError: if there is no such adapter, it is merged, either trains whole modules too (`modules_to_save`), the
+            new one is not ESFT's or does not fit the model, or it is for inference only and the old one is trained.
 
     After any error, and after an interrupt, the model is unchanged.
 
@@ -51,6 +52,12 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
         config = model.peft_config[incoming]
         _check_experts_only(config)
         is_trained = any(layer.is_trained(adapter_name) for layer in layers)
+        storage = cast(ESFTConfig, config).storage
+        if is_trained and storage != "delta":
+            raise ValueError(
+                f"adapter {adapter_name!r} is in training, and the one in {path} is stored as {storage!r}, which "
+                "cannot be trained; load it under a name of its own"
+            )
         layers = tuner._layers()  # the incoming adapter may have brought new ones
         with undoing_changes(layers, adapter_name, in_place=True):
             for layer in layers:

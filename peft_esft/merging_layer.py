@@ -79,7 +79,7 @@ class MergingLayer(AdapterWeights):
         if not new_names:
             return
         if safe_merge:
-            self.check_finite(new_names)
+            self.check_finite([*self.merged_adapters, *new_names])
         # Also those without experts here: a layer that they leave alone adds no other adapters either.
         merged_adapters = [*self.merged_adapters, *new_names]
         if not self.adapters_here(new_names):

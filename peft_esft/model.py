@@ -19,7 +19,7 @@ from .layer import ESFTLayer
 from .listed import ListedExperts
 from .mixed_batch import calling_with, check_adapter_names
 from .operations import AdapterOperations
-from .preparation import check_adapter_name, check_layers, prepare_config
+from .preparation import check_adapter_name, check_incoming, prepare_config
 from .resident import planning
 from .substituted import SubstitutedExperts
 from .targets import match_options
@@ -244,7 +244,8 @@ class ESFTModel(AdapterOperations):
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
-            layer.check_finite(layer.active_adapters if adapter_names is None else adapter_names)
+            new_names = layer.active_adapters if adapter_names is None else adapter_names
+            layer.check_finite([*layer.merged_adapters, *new_names])
 
     @classmethod
     def _get_adapter_state_dict(
@@ -264,6 +265,6 @@ class ESFTModel(AdapterOperations):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        check_layers(model, adapter_name, state_dict)
+        check_incoming(model, config, adapter_name, state_dict)
         weights = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return rows_from_file(model, adapter_name, weights)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from .adapter_file import KEY_PREFIX, MARK
 from .config import ESFTConfig
 from .containers import ExpertsContainer, find_experts
-from .expert_parallel import check_expert_parallel, shares_out_experts
+from .expert_parallel import ExpertParallelExperts, check_expert_parallel, shares_out_experts
 from .fingerprint import check_num_experts, compare_base
 from .layer import ESFTLayer
+from .messages import shortened
 from .mixed_batch import BASE
 from .targets import modules_trained_whole, not_excluded, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
-from .untrusted import check_header, check_rank
+from .untrusted import check_finite_tensors, check_header, check_rank
+from .weights import is_spread
 
 
 @dataclass(frozen=True)
@@ -113,24 +115,48 @@ def check_adapter_name(adapter_name: str) -> None:
         )
 
 
-def check_layers(model: nn.Module, adapter_name: str, keys: Iterable[str]) -> None:
-    """Refuses weights for layers that an adapter does not have: those of another adapter, under this one's name.
+def check_incoming(model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are not those of an adapter in the model, before the first of them is copied.
 
     PEFT reads no config where it loads weights for a name that exists.
 
     Args:
         model: with adapters.
-        adapter_name: of the adapter that the weights are for.
-        keys: of the weights, as in a file.
+        config: of the adapter that the weights are for.
+        adapter_name: its name.
+        state_dict: the weights, by their names in a file.
 
     Raises:
-        ValueError: naming the first few layers.
+        ValueError: naming the first few misfits, or the first tensor that is not finite.
     """
-    layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
-    known = {layer.path for layer in layers if adapter_name in layer.expert_ids}
-    paths = {key.removeprefix(KEY_PREFIX).partition(MARK)[0] for key in keys if MARK in key}
-    if strangers := sorted(paths - known):
+    every_layer = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+    layers = {layer.path: layer for layer in every_layer if adapter_name in layer.expert_ids}
+    found = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in state_dict.items() if MARK in key}
+    advice = "Load it under a name of its own, or put it in this one's place with hotswap_adapter"
+    if layers and not found:
+        raise ValueError(f"there are no weights of an ESFT adapter for {adapter_name!r}: they are another method's")
+    if strangers := sorted({key.partition(MARK)[0] for key in found} - layers.keys()):
         raise ValueError(
             f"adapter {adapter_name!r} has no weights in {strangers[:4]}, for which there are some: they are another "
-            "adapter's. Load it under a name of its own, or put it in this one's place with hotswap_adapter"
+            f"adapter's. {advice}"
         )
+    if problems := _misfits(layers.values(), adapter_name, found):
+        raise ValueError(f"the weights do not fit adapter {adapter_name!r}: {shortened(problems)}. {advice}")
+    if not config.pop_weights_checked():
+        check_finite_tensors(found)
+
+
+def _misfits(layers: Iterable[ESFTLayer], adapter_name: str, found: Mapping[str, Tensor]) -> list[str]:
+    """What of some weights is not as the adapter's own tensors are."""
+    own, whole = {}, {}
+    for layer in layers:
+        tensors = {f"{layer.path}.{name}": tensor for name, tensor in layer.tensors_of(adapter_name).items()}
+        own.update(tensors)
+        if not isinstance(layer, ExpertParallelExperts):
+            # Where processes share out the weights, those at hand have another shape than the file's.
+            whole.update({key: tensor for key, tensor in tensors.items() if not is_spread(tensor)})
+    return [f"{key} is none of its tensors" for key in found if key not in own] + [
+        f"{key} is {list(tensor.shape)}, expected is {list(whole[key].shape)}"
+        for key, tensor in found.items()
+        if key in whole and tensor.shape != whole[key].shape
+    ]

@@ -188,12 +188,13 @@ def find_not_finite(entries: Mapping[str, TensorEntry]) -> str | None:
                 size = min(CHUNK_BYTES, entry.num_bytes - start)
                 if stream.readinto(window[:size]) != size:
                     raise ValueError(f"{entry.file} is cut short")
-                if not _is_finite(buffer[:size].view(entry.dtype)):
+                if not is_finite(buffer[:size].view(entry.dtype)):
                     return key
     return None
 
 
-def _is_finite(values: Tensor) -> bool:
+def is_finite(values: Tensor) -> bool:
+    """True if no value is a NaN or an infinity."""
     values = values.float() if values.dtype.itemsize == 1 else values  # 8-bit floats have no sum
     # A sum is quicker than looking at each, and not finite if one of them is not; but it may also overflow.
     return bool(values.sum().isfinite()) or bool(values.isfinite().all())

@@ -14,11 +14,13 @@ import torch
 from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import Tensor
 
 from .adapter_file import KEY_PREFIX, MARK, Header, expected_layout, fits
 from .containers import ExpertsContainer
 from .messages import shortened
-from .tensor_files import find_not_finite, read_header
+from .tensor_files import find_not_finite, is_finite, read_header
+from .weights import is_spread
 
 
 if TYPE_CHECKING:
@@ -153,10 +155,17 @@ def _is_integers(value: Any) -> bool:
 
 
 def _is_selection(value: Any) -> bool:
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not _is_json(value):
         return False
     counts = value.get("num_experts", {})
     return isinstance(counts, dict) and all(map(_is_integer, counts.values()))
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _is_fingerprint(value: Any) -> bool:
@@ -193,7 +202,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (_is_integers, "an integer or a list of integers"),
     "layers_pattern": _PATTERN,
     "init_weights": _BOOL,
-    "selection": (_is_selection, "a dict, its num_experts, if there, of integers by path"),
+    "selection": (_is_selection, "a dict of what JSON can hold, its num_experts, if there, of integers by path"),
     "base_fingerprint": (_is_fingerprint, "a record that attaching an adapter makes"),
 }
 
@@ -247,9 +256,18 @@ def check_finite(header: Header) -> None:
     Raises:
         ValueError: naming the first tensor that holds a NaN or an infinity.
     """
-    broken = find_not_finite(header)
-    if broken is not None:
+    _refuse_broken(find_not_finite(header))
+
+
+def check_finite_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """The same for weights that are loaded already; those of which a process has a part are left to others."""
+    whole = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point() and not is_spread(tensor)}
+    _refuse_broken(next((key for key, tensor in whole.items() if not is_finite(tensor)), None))
+
+
+def _refuse_broken(key: str | None) -> None:
+    if key is not None:
         raise ValueError(
-            f"the adapter's weights are broken: {broken} holds a NaN or an infinity. Training diverged, or the file "
+            f"the adapter's weights are broken: {key} holds a NaN or an infinity. Training diverged, or the file "
             "is damaged; load an earlier checkpoint"
         )

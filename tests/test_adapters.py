@@ -342,6 +342,25 @@ def test_safe_merge_refuses_before_it_touches_any_layer():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_safe_merge_refuses_adapters_that_overflow_together_only():
+    model = get_peft_model(tiny_model("olmoe", torch.float16), config_for(tiny_model("olmoe")), adapter_name="a")
+    model.add_adapter("b", config_for(tiny_model("olmoe")))
+    for name in ("a", "b"):
+        for delta in deltas_of(model, name).values():
+            delta.data.fill_(40_000)
+    before = snapshot(model)
+    message = r"The sum of the adapters \['a', 'b'\] seems to be broken"
+    with pytest.raises(ValueError, match=message):
+        model.merge_adapter(["a", "b"], safe_merge=True)
+    model.merge_adapter(["a"], safe_merge=True)
+    with pytest.raises(ValueError, match=message):
+        model.merge_adapter(["b"], safe_merge=True)
+    model.unmerge_adapter()
+    model.merge_adapter(["b"], safe_merge=True)
+    model.unmerge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_merging_twice_and_unmerging_twice_only_warn():
     model = two_adapters()
     model.merge_adapter(["a"])

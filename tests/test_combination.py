@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -205,3 +206,13 @@ def test_low_rank_and_full_deltas_are_compared():
     model.add_adapter("full", config_for(base, init_weights=False))
     report = adapter_conflicts(model, "low", "full")
     assert len(report.shared) == 6 and all(abs(shared.cosine) < 0.5 for shared in report.shared)
+
+
+def test_factors_of_numpy_are_kept_as_numbers_of_python(tmp_path):
+    model = two_adapters()
+    model.base_model.add_weighted_adapter(["a", "b"], [np.float32(0.5), np.float16(2)], "both")
+    model.save_pretrained(tmp_path)
+    assert ESFTConfig.from_pretrained(tmp_path / "both").selection["combined"] == {"a": 0.5, "b": 2.0}
+    # What JSON cannot hold is refused when a config is made, not when it is saved after the training.
+    with pytest.raises(ValueError, match=r"selection is .* what JSON can hold"):
+        ESFTConfig(target_experts={0: [1]}, selection={"note": np.float32(0.5)})

@@ -7,8 +7,10 @@ import warnings
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from peft_esft import ESFTConfig, ESFTLayer, hotswap_adapter
+from peft_esft.interchange import compact
 
 from families import tiny_model
 from listed import listed_model
@@ -189,3 +191,58 @@ def test_weights_for_layers_that_an_adapter_lacks_are_not_loaded_in_its_name(tmp
     assert torch.equal(logits(model), expected)
     model.load_adapter(str(tmp_path / "law"), adapter_name="law")
     assert torch.equal(logits(model), expected)
+
+
+def lora_of_the_same_base(folder):
+    get_peft_model(tiny_model("olmoe"), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+
+
+def compact_form(folder):
+    whole = folder.with_name("whole")
+    save(whole, lambda: tiny_model("olmoe"), target_experts={0: [1, 2], 1: [3]})
+    compact(whole, folder, form="int8")
+
+
+def diverged(folder):
+    save(folder, lambda: tiny_model("olmoe"), target_experts={0: [1, 2], 1: [3]})
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[max(weights)][0, 0, 0] = float("nan")
+    save_file(weights, file)
+
+
+MISFITS = {
+    "other experts in one layer": (
+        lambda folder: save(folder, lambda: tiny_model("olmoe"), target_experts={0: [5, 6], 1: [3, 4]}),
+        r"layers.1.mlp.experts.esft_\w+ is \[2, .*expected is \[1, .*hotswap_adapter",
+    ),
+    "another form": (compact_form, r"esft_\w+_(codes|scales) is none of its tensors.*hotswap_adapter"),
+    "another method": (lora_of_the_same_base, "no weights of an ESFT adapter for 'law'"),
+    "no numbers": (diverged, "weights are broken: .* holds a NaN"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), MISFITS.values(), ids=MISFITS)
+def test_weights_that_are_no_adapter_s_change_nothing_of_it(make, message, tmp_path):
+    """Where the name exists PEFT reads no config, so what the weights are is seen by themselves alone."""
+    save(tmp_path / "law", lambda: tiny_model("olmoe"), target_experts={0: [1, 2], 1: [3]})
+    model = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path / "law", adapter_name="law").eval()
+    before = {key: delta.clone() for key, delta in deltas_of(model, "law").items()}
+    make(tmp_path / "other")
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(tmp_path / "other"), adapter_name="law")
+    assert all(torch.equal(delta, before[key]) for key, delta in deltas_of(model, "law").items())
+    model.load_adapter(str(tmp_path / "law"), adapter_name="law")
+
+
+def test_what_is_in_training_gives_no_place_to_what_cannot_be_trained(tmp_path):
+    compact_form(tmp_path / "int8")
+    model = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path / "whole", is_trainable=True)
+    before = deltas_of(model)
+    with pytest.raises(ValueError, match=r"'default' is in training, .* stored as 'int8'"):
+        hotswap_adapter(model, tmp_path / "int8")
+    after = deltas_of(model)
+    assert all(after[key] is delta and delta.requires_grad for key, delta in before.items())
+    assert list(model.peft_config) == ["default"] and not model.peft_config["default"].inference_mode
+    frozen = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path / "whole")
+    hotswap_adapter(frozen, tmp_path / "int8")

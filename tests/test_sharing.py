@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import subprocess
@@ -373,6 +374,21 @@ def test_a_base_of_another_name_and_other_weights_is_refused(tmp_path):
     config.base_fingerprint = None
     config.inference_mode = True
     PeftModel.from_pretrained(other, str(tmp_path), config=config)
+
+
+def test_a_config_that_is_used_again_is_of_the_base_that_it_is_used_on(tmp_path):
+    """As for a second stage of training over the merged first one, with the same config."""
+    config = config_for(tiny_model("olmoe"))
+    get_peft_model(tiny_model("olmoe"), config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*other weights")
+        second = get_peft_model(changed(tiny_model("olmoe")), copy.deepcopy(config))
+    second.save_pretrained(tmp_path)
+    assert not loading_warnings(changed(tiny_model("olmoe")), tmp_path)
+    assert loading_warnings(tiny_model("olmoe"), tmp_path)
+    # What was read with weights stays bound to the base that these are for, also to be trained further.
+    with pytest.warns(UserWarning, match="other weights"):
+        PeftModel.from_pretrained(tiny_model("olmoe"), str(tmp_path), is_trainable=True)
 
 
 def test_other_expert_shapes_are_refused(tmp_path):
