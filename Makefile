@@ -69,8 +69,9 @@ bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 	$(RUN) benchmarks/soak.py
 	$(RUN) benchmarks/summary.py
 
-paper: $(VENV)/.installed ## the paper's comparison on the embedded model: some hours, may be stopped and started again
+paper: $(VENV)/.installed ## the paper's comparison on the embedded models: some hours, may be stopped and started again
 	$(RUN) benchmarks/paper/run.py
+	$(RUN) benchmarks/paper/run.py --base deepseek
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest dist site demo_output .peft_tests mutants

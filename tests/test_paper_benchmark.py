@@ -1,4 +1,4 @@
-"""The comparison on the embedded model: it resumes, trains what it says, and its tables say what was measured."""
+"""The comparison on the embedded models: it resumes, trains what it says, and its tables say what was measured."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
@@ -25,8 +25,9 @@ import publish  # noqa: E402
 import reporting  # noqa: E402
 import run as runner  # noqa: E402
 import tasks  # noqa: E402
+from comparisons import COMPARISONS  # noqa: E402
 from methods import METHODS, Choice  # noqa: E402
-from plan import GRID, Protocol, Run, chosen_lr, plan  # noqa: E402
+from plan import GRID, GROUP_SIZES, SHARED, Plan, Protocol, Run, chosen_lr, plan, plan_with_shared_experts  # noqa: E402
 from results import Results  # noqa: E402
 from store import Store  # noqa: E402
 from tables import all_tables  # noqa: E402
@@ -38,12 +39,17 @@ def few(number: int) -> dict[str, int]:
 
 
 TINY = Sizes(batch=few(2), validation=few(3), own=few(3), other=few(2), windows=1, scored=512)
-EXPERT = 3 * 64 * 192  # weights of one expert of the embedded model
+EXPERT = {"olmoe": 3 * 64 * 192, "deepseek": 3 * 48 * 192}  # weights of one expert
 
 
 @pytest.fixture(scope="module")
 def bench():
     return Workbench(TINY)
+
+
+@pytest.fixture(scope="module")
+def bench_with_shared_experts():
+    return Workbench(TINY, "deepseek")
 
 
 def record(run: Run, *, validation=1.0, own=0.5, loss=1.0, general=3.0, experts=None, trained=10) -> dict:
@@ -63,7 +69,7 @@ def record(run: Run, *, validation=1.0, own=0.5, loss=1.0, general=3.0, experts=
     }
 
 
-def finish(protocol: Protocol, store: Store, best: float = 1e-3) -> list[Run]:
+def finish(protocol: Protocol, store: Store, best: float = 1e-3, plan: Plan = plan) -> list[Run]:
     """Carries out a plan with made-up results whose validation loss is least at `best`."""
     done = []
     for planned in plan(protocol, store):
@@ -74,14 +80,15 @@ def finish(protocol: Protocol, store: Store, best: float = 1e-3) -> list[Run]:
 
 
 def test_a_second_start_skips_what_is_done(tmp_path, bench, monkeypatch):
-    monkeypatch.setattr(runner, "Workbench", lambda sizes: bench)
+    monkeypatch.setattr(runner, "Workbench", lambda sizes, base: bench)
     path = tmp_path / "deep" / "runs.jsonl"
-    protocol = Protocol(tasks=("verses",), repeated=0, continued=(), steps=1, grid=(1e-3,), seeds=1)
-    assert runner.carry_out(protocol, TINY, Store(path), limit=2) == 2
+    protocol = Protocol(tasks=("verses",), repeated=(), continued=(), steps=1, grid=(1e-3,), seeds=1)
+    comparison = replace(COMPARISONS["olmoe"], protocol=protocol, folder=path.parent)
+    assert runner.carry_out(comparison, TINY, limit=2) == 2
     with path.open("a") as file:  # killed while it wrote
         file.write('{"task": "verses", "meth')
     before = path.read_text().splitlines()[:2]
-    assert runner.carry_out(protocol, TINY, Store(path), limit=1) == 1
+    assert runner.carry_out(comparison, TINY, limit=1) == 1
     lines = path.read_text().splitlines()
     assert lines[:2] == before and len(lines) == 3
     assert [json.loads(line)["method"] for line in lines] == ["base", "full", "esft_token"]
@@ -96,7 +103,7 @@ def test_equal_runs_have_equal_results(bench):
 
 @pytest.mark.parametrize("best", GRID)
 def test_the_grid_is_tried_until_the_neighbours_of_the_best_are_known(tmp_path, best):
-    protocol = Protocol(tasks=("verses",), repeated=1)
+    protocol = Protocol(tasks=("verses",), repeated=("verses",))
     store = Store(tmp_path / "runs.jsonl")
     runs = finish(protocol, store, best)
     assert chosen_lr(store, "verses", "full", protocol.steps) == best
@@ -108,6 +115,29 @@ def test_the_grid_is_tried_until_the_neighbours_of_the_best_are_known(tmp_path, 
     assert {found.lr for found in runs if found.seed > 0 and found.method == "full"} == chosen | gentler
     assert len(set(runs)) == len(runs)
     assert not finish(protocol, Store(store.path), best)
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS.values(), ids=list(COMPARISONS))
+def test_processes_on_different_tasks_do_together_what_one_does(tmp_path, comparison):
+    protocol, order = comparison.protocol, comparison.plan
+    whole = finish(protocol, Store(tmp_path / "whole.jsonl"), plan=order)
+    names = (*protocol.continued, *protocol.tasks)
+    parts = [finish(protocol.only([name]), Store(tmp_path / f"{name}.jsonl"), plan=order) for name in names]
+    assert all({run.task for run in part} == {name} for name, part in zip(names, parts, strict=True))
+    assert {run for part in parts for run in part} == set(whole)
+    assert sum(map(len, parts)) == len(whole) == len(set(whole))
+
+
+def test_shared_experts_are_in_the_plan_of_the_base_that_has_them(tmp_path):
+    protocol = Protocol(tasks=("verses",), repeated=("verses",), continued=())
+    store = Store(tmp_path / "runs.jsonl")
+    for size in (None, *GROUP_SIZES):
+        store.append(record(Run("verses", "base", group_size=size), own=0.0, loss=5.0, general=2.0))
+    runs = finish(protocol, store, plan=plan_with_shared_experts)
+    for method in SHARED:
+        assert {run.seed for run in runs if run.method == method and run.lr == 1e-3} == {0, 1, 2}
+    table = all_tables(Results(Store(store.path), protocol.steps), {})["trained_verses"]
+    assert all(f"| {name} |" in table for name in ("shared experts only", "ESFT-Token + shared experts"))
 
 
 def test_validation_examples_are_neither_trained_nor_measured_on(bench):
@@ -141,27 +171,59 @@ def changed(bench, method: str, choice: Choice) -> tuple[torch.nn.Module, set[st
 def test_methods_train_what_they_say(bench):
     choice = Choice(bench.scores("verses", None), seed=1)
     chosen = choice.select("token")
-    trained = sum(map(len, chosen.values()))
+    trained, expert = sum(map(len, chosen.values())), EXPERT["olmoe"]
     matrices = 4 * 4 * 192 * 192  # attention
     rest = 4096 * 192 + matrices + 4 * 64 * 192 + 4 * 4 * 192 + 192  # embeddings, routers, norms
     lora = 8 * 64 * ((192 + 128) + (64 + 192))  # both matrices of all experts of a layer
     expected = {
-        "full": rest + 4 * 64 * EXPERT,
-        "esft_token": trained * EXPERT,
-        "random": trained * EXPERT,
-        "esft_gate": sum(map(len, choice.select("gate").values())) * EXPERT,
+        "full": rest + 4 * 64 * expert,
+        "esft_token": trained * expert,
+        "random": trained * expert,
+        "esft_gate": sum(map(len, choice.select("gate").values())) * expert,
         "hot_lora": trained * 8 * ((192 + 128) + (64 + 192)),
         "lora_experts": 4 * lora,
         "lora_all": 4 * lora + 4 * 4 * 8 * (192 + 192) + 4 * 8 * (64 + 192),
-        "esft_non_expert": rest + trained * EXPERT,
+        "esft_non_expert": rest + trained * expert,
         "non_expert": rest,
     }
+    check_trained(bench, choice, expected)
+    assert set(METHODS) == {"base", *expected, *SHARED}
+
+
+def test_methods_train_what_they_say_of_shared_experts(bench_with_shared_experts):
+    bench = bench_with_shared_experts
+    choice = Choice(bench.scores("verses", None), seed=1)
+    trained, expert = sum(map(len, choice.select("token").values())), EXPERT["deepseek"]
+    attention = {(192, 6 * 32): 2, (192, 64 + 16): 1, (64, 6 * (16 + 32)): 1}
+    dense, shared = {(192, 384): 2, (384, 192): 1}, {(192, 96): 2, (96, 192): 1}
+    norms = 5 * (2 * 192 + 64) + 192
+
+    def size(matrices: dict[tuple[int, int], int], rank: int | None = None) -> int:
+        return sum(count * (a * b if rank is None else rank * (a + b)) for (a, b), count in matrices.items())
+
+    rest = 4096 * 192 + norms + 5 * size(attention) + size(dense) + 4 * 64 * 192
+    lora = 8 * 64 * ((192 + 96) + (48 + 192)) + 8 * (64 + 192)  # experts and router of a layer
+    check_trained(
+        bench,
+        choice,
+        {
+            "full": rest + 4 * size(shared) + 4 * 64 * expert,
+            "esft_token": trained * expert,
+            "esft_shared": trained * expert + 4 * size(shared),
+            "shared": 4 * size(shared),
+            "esft_specialise": trained * expert + 4 * size(shared) + rest,
+            "lora_all": 4 * lora + 5 * size(attention, 8) + size(dense, 8) + 4 * size(shared, 8),
+        },
+    )
+
+
+def check_trained(bench, choice: Choice, expected: dict[str, int]) -> None:
+    """Methods have these numbers of trained parameters, and nothing else moves."""
     for method, number in expected.items():
         model, moved = changed(bench, method, choice)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == number, method
         trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert moved and moved <= trainable, method
-    assert set(METHODS) == {"base", *expected}
 
 
 def test_random_experts_are_others_of_the_same_number(bench):
@@ -179,7 +241,7 @@ def test_random_experts_are_others_of_the_same_number(bench):
 def test_coarse_models_train_whole_groups_and_keep_the_share_of_active_experts(bench):
     found = bench.execute(Run("verses", "esft_token", 1e-3, steps=1, group_size=8))
     assert all(count % 8 == 0 for count in found["experts"].values())
-    assert found["trained_parameters"] == sum(found["experts"].values()) * EXPERT
+    assert found["trained_parameters"] == sum(found["experts"].values()) * EXPERT["olmoe"]
     groups = bench.groups(4)
     choice = Choice(bench.scores("verses", 4), groups=groups)
     for path, ids in choice.select("token").items():
@@ -228,9 +290,9 @@ def test_tables_say_what_was_measured(tmp_path):
 
 
 def test_the_page_shows_the_committed_results():
-    results, timing = publish.load(ROOT / "benchmarks" / "results" / "paper")
+    tables = {name: table for found in COMPARISONS.values() for name, table in publish.tables(found).items()}
     page = (ROOT / "docs" / "findings.md").read_text()
     assert reporting.BLOCK.search(page)
-    assert reporting.fill_tables(page, all_tables(results, timing)) == page
+    assert reporting.fill_tables(page, tables) == page
     for figure in re.findall(r"\(figures/(findings_\w+)\.svg\)", page):
         assert (ROOT / "docs" / "figures" / f"{figure}.svg").exists()

@@ -15,7 +15,11 @@ from peft_esft.analysis import select_groups
 
 
 RANK = 8
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
+# As parameters: of modules, PEFT takes any name that ends so for the routed experts'.
+DENSE_WEIGHTS = [
+    f"{module}.{name}_proj.weight" for module in ("mlp", "shared_experts") for name in ("gate", "up", "down")
+]
 EXPERT_WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
@@ -56,8 +60,9 @@ def full(model: PreTrainedModel, choice: Choice) -> nn.Module:
 
 
 def lora_all(model: PreTrainedModel, choice: Choice) -> nn.Module:
-    """LoRA on attention, routers and experts: every matrix of the layers."""
-    return _lora(model, target_modules=ATTENTION, target_parameters=[*EXPERT_WEIGHTS, "mlp.gate.weight"])
+    """LoRA on attention, routers and experts, shared and dense ones too: every matrix of the layers."""
+    matrices = [*EXPERT_WEIGHTS, *DENSE_WEIGHTS, "mlp.gate.weight"]
+    return _lora(model, target_modules=ATTENTION, target_parameters=matrices)
 
 
 def lora_experts(model: PreTrainedModel, choice: Choice) -> nn.Module:
@@ -84,8 +89,23 @@ def hot_lora(model: PreTrainedModel, choice: Choice) -> nn.Module:
     return _esft(model, choice.select("token"), rank=RANK)
 
 
+def esft_shared(model: PreTrainedModel, choice: Choice) -> nn.Module:
+    """ESFT-Token's experts and the shared ones."""
+    return _esft(model, choice.select("token"), train_shared_experts=True)
+
+
+def shared(model: PreTrainedModel, choice: Choice) -> nn.Module:
+    """The shared experts alone."""
+    return _esft(model, None, train_shared_experts=True)
+
+
+def esft_specialise(model: PreTrainedModel, choice: Choice) -> nn.Module:
+    """ESFT-Token's experts, the shared ones, and everything that is no expert: the paper's preset."""
+    return _esft(model, choice.select("token"), train_shared_experts=True, train_non_expert_modules=True)
+
+
 def esft_non_expert(model: PreTrainedModel, choice: Choice) -> nn.Module:
-    """ESFT-Token's experts and everything that is no expert; the embedded model has no shared experts."""
+    """ESFT-Token's experts and everything that is no expert."""
     return _esft(model, choice.select("token"), train_non_expert_modules=True)
 
 
@@ -98,6 +118,7 @@ METHODS: dict[str, Method] = {
     method.__name__: method
     for method in (
         base, full, lora_all, lora_experts, esft_token, esft_gate, random, hot_lora, esft_non_expert, non_expert,
+        esft_shared, shared, esft_specialise,
     )
 }  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 
 from continued import CONTINUED
 from store import Store
@@ -13,6 +13,7 @@ GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 CORE = ("full", "esft_token", "random", "lora_all")
 FURTHER = ("lora_experts", "esft_gate", "hot_lora")
 ABLATION = ("esft_non_expert", "non_expert")
+SHARED = ("esft_shared", "esft_specialise", "shared")  # where there are shared experts
 TOP_PS = (0.1, 0.4, 0.7)  # beside 0.2
 GROUP_SIZES = (1, 2, 4, 8)
 LONGER = 3  # times the steps: does more training change the picture?
@@ -48,8 +49,8 @@ class Protocol:
     """The sizes of the comparison.
 
     Attributes:
-        tasks: in order; the first `repeated` ones get the further experiments.
-        repeated: see above.
+        tasks: in order.
+        repeated: those of them that get the further experiments.
         continued: tasks of plain text of domains that the base has seen.
         steps: of every run.
         grid: learning rates that every method is tried with, on seed 0.
@@ -57,17 +58,26 @@ class Protocol:
     """
 
     tasks: tuple[str, ...] = ("verses", "french", "signatures", "sections")
-    repeated: int = 2
+    repeated: tuple[str, ...] = ("verses", "french")
     continued: tuple[str, ...] = tuple(CONTINUED)
     steps: int = 100
     grid: tuple[float, ...] = GRID
     seeds: int = 3
 
+    def only(self, names: Collection[str]) -> Protocol:
+        """The part of it that is about some tasks, which no run of another task has a say in."""
+        kept = {name: tuple(task for task in getattr(self, name) if task in names) for name in TASK_FIELDS}
+        return replace(self, **kept)
+
+
+TASK_FIELDS = ("tasks", "repeated", "continued")
+Plan = Callable[[Protocol, Store], Iterator[Run]]
+
 
 def plan(protocol: Protocol, store: Store) -> Iterator[Run]:
     """The runs in order. Learning rates that earlier runs decide are looked up when they are reached."""
-    first = protocol.tasks[: protocol.repeated]
-    later = protocol.tasks[protocol.repeated :]
+    first = protocol.repeated
+    later = tuple(task for task in protocol.tasks if task not in first)
     longer = LONGER * protocol.steps
     for task in first:
         yield Run(task, "base")
@@ -118,6 +128,27 @@ def plan(protocol: Protocol, store: Store) -> Iterator[Run]:
         yield from _seeds(protocol, store, task, CORE)
         yield from _grid(protocol, store, task, FURTHER)
         yield from _seeds(protocol, store, task, FURTHER)
+
+
+def plan_with_shared_experts(protocol: Protocol, store: Store) -> Iterator[Run]:
+    """The same on a base that has shared experts: the paper's ablation, more experts, coarser models."""
+    names = (*protocol.continued, *protocol.tasks)
+    for task in names:
+        yield Run(task, "base")
+        yield from _grid(protocol, store, task, CORE)
+        yield from _grid(protocol, store, task, SHARED)
+    for task in names:
+        yield from _seeds(protocol, store, task, (*CORE, *SHARED))
+    for task in names:
+        yield from _grid(protocol, store, task, ("esft_token",), top_p=MORE)
+        yield from _seeds(protocol, store, task, ("esft_token",), top_p=MORE)
+        yield from _gentler(protocol, store, task)
+    for task in names:
+        yield from _grid(protocol, store, task, ("esft_gate",))
+        yield from _seeds(protocol, store, task, ("esft_gate",))
+    for seed in range(protocol.seeds):
+        for task in protocol.repeated:
+            yield from _granularity(protocol, store, task, seed)
 
 
 def chosen_lr(store: Store, task: str, method: str, steps: int, top_p: float | None = None) -> float:

@@ -1,9 +1,10 @@
-"""Compares ESFT with other ways to train, on the embedded model, in the form of the paper's experiments.
+"""Compares ESFT with other ways to train, on an embedded model, in the form of the paper's experiments.
 
-    python benchmarks/paper/run.py [--limit N]
+    python benchmarks/paper/run.py [--base deepseek] [--task NAME ...] [--limit N]
 
 Runs what has no result yet; each run's result is written when it ends, so the command can be stopped at any time and
-started again. At the end the tables and figures are written anew, which `publish.py` does at any time.
+started again. Several may run at once on different tasks. At the end the tables and figures are written anew, which
+`publish.py` does at any time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from transformers.utils import logging
@@ -21,34 +22,35 @@ from transformers.utils import logging
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent / "examples" / "tiny_moe")]
 
+import continued  # noqa: E402
 import publish  # noqa: E402
 import timing  # noqa: E402
-from plan import Protocol, Run, plan  # noqa: E402
-from reporting import RESULTS  # noqa: E402
+from comparisons import COMPARISONS, Comparison  # noqa: E402
+from plan import Run  # noqa: E402
 from store import Store  # noqa: E402
 from training import Sizes, Workbench  # noqa: E402
 
 
-def carry_out(protocol: Protocol, sizes: Sizes, store: Store, limit: int | None = None) -> int:
+def carry_out(comparison: Comparison, sizes: Sizes, limit: int | None = None) -> int:
     """Runs what has no result yet.
 
     Args:
-        protocol: which runs there are.
+        comparison: which runs there are, and the folder that results are appended in.
         sizes: of the data.
-        store: results so far; new ones are appended.
         limit: stop after so many new runs; None means none.
 
     Returns:
         How many runs were carried out.
     """
+    store = Store(comparison.folder / "runs.jsonl")
     bench: Workbench | None = None
     done = 0
-    for run in plan(protocol, store):
+    for run in comparison.plan(comparison.protocol, store):
         if store.select(**asdict(run)):
             continue
         if limit is not None and done == limit:
             break
-        bench = bench or Workbench(sizes)
+        bench = bench or Workbench(sizes, comparison.base)
         started = time.monotonic()
         record = bench.execute(run)
         store.append(record)
@@ -65,15 +67,21 @@ def describe(run: Run) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=COMPARISONS, default="olmoe")
+    parser.add_argument("--task", nargs="+", choices=continued.ALL, help="run these alone, and publish nothing")
     parser.add_argument("--limit", type=int, help="stop after so many new runs")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    folder = RESULTS / "paper"
-    carry_out(Protocol(), Sizes(), Store(folder / "runs.jsonl"), arguments.limit)
-    if not (folder / "timing.json").exists():
-        timing.write(folder / "timing.json")
+    comparison = COMPARISONS[arguments.base]
+    if arguments.task:
+        part = replace(comparison, protocol=comparison.protocol.only(arguments.task))
+        carry_out(part, Sizes(), arguments.limit)
+        return
+    carry_out(comparison, Sizes(), arguments.limit)
+    if not (comparison.folder / "timing.json").exists():
+        timing.write(comparison)
     publish.main()
 
 

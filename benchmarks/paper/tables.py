@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import tasks
-from plan import ABLATION, CORE, FURTHER, GRID, GROUP_SIZES, LONGER, MORE, TOP_PS
+from plan import ABLATION, CORE, FURTHER, GRID, GROUP_SIZES, LONGER, MORE, SHARED, TOP_PS
 from results import GENTLE, METRIC, Results, domain_loss, general_loss, general_right, metric, task_loss, value
 from store import Record
 
@@ -22,7 +22,10 @@ NAMES = {
     "esft_gate": "ESFT-Gate, p 0.1",
     "hot_lora": "LoRA r 8, ESFT-Token's experts",
     "random": "random experts, as many as ESFT-Token",
+    "esft_shared": "ESFT-Token + shared experts",
+    "esft_specialise": "ESFT-Token + shared experts + all non-expert modules",
     "esft_non_expert": "ESFT-Token + all non-expert modules",
+    "shared": "shared experts only",
     "non_expert": "non-expert modules only",
 }
 SHORT = {
@@ -38,6 +41,7 @@ SHORT = {
 }
 ORDER = [name for name in NAMES if name in {*CORE, *FURTHER, *GENTLE}]
 ESFT = ("esft_token", "esft_gentle")
+TRAINED = ("esft_token", "esft_shared", "esft_specialise", "esft_non_expert", "shared", "non_expert", "full")
 MEASURE = {"exact": "exact answers, %", "tokens": "right next tokens, %"}
 SHARES = ["of full's gain", "of full's general loss added"]
 Timing = dict[str, dict[str, float]]
@@ -118,7 +122,7 @@ def grid(results: Results, task: str) -> str:
     """Every run that the learning rates were chosen by."""
     header = ["method", *(f"lr {lr:g}" for lr in GRID)]
     rows = []
-    for method in (*ORDER, *ABLATION):
+    for method in (*ORDER, *SHARED, *ABLATION):
         records = {record["lr"]: record for record in results.grid(task, method)}
         if records:
             chosen = results.lr(task, method)
@@ -163,15 +167,15 @@ def domains(results: Results, task: str) -> str:
 
 
 def what_is_trained(results: Results, task: str) -> str:
-    """The paper's ablation, as far as a model without shared experts allows."""
+    """The paper's ablation, with what of it a model without shared experts allows."""
     rows = []
-    for method in ("esft_token", "esft_non_expert", "non_expert", "full"):
+    for method in TRAINED:
         records = results.finals(task, method)
         if records:
-            rows.append(
-                [NAMES[method], *_quality(records), f"{records[0]['trained_parameters']:,}", str(len(records))]
-            )
-    header = ["what is trained", *_quality_header(task), "trained parameters", "seeds"]
+            shares = ["", ""] if method == "full" else _shares(results, task, records)
+            parameters = f"{records[0]['trained_parameters']:,}"
+            rows.append([NAMES[method], *_quality(records), *shares, parameters, str(len(records))])
+    header = ["what is trained", *_quality_header(task), *SHARES, "trained parameters", "seeds"]
     return markdown(header, rows) if len(rows) > 2 else ""
 
 

@@ -83,11 +83,12 @@ class Workbench:
 
     Args:
         sizes: see there.
+        base: a key of `tasks.BASES`.
     """
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, base: str = "olmoe") -> None:
         self.sizes = sizes
-        self.base, self.tokenizer = tasks.load_base()
+        self.base, self.tokenizer = tasks.load_base(base)
         self.base.set_experts_implementation("grouped_mm")
         general = tasks.load_general()
         self.general = {domain: [("", text) for text in texts[: sizes.windows]] for domain, texts in general.items()}

@@ -1,6 +1,6 @@
-"""Measures how concentrated the embedded model's routing is, and writes `routing.md`.
+"""Measures how concentrated an embedded model's routing is, and writes `routing.md` or `routing_deepseek.md`.
 
-    python examples/tiny_moe/measure_routing.py --cache ~/.cache/peft_esft_tiny_moe
+    python examples/tiny_moe/measure_routing.py --cache ~/.cache/peft_esft_tiny_moe [--base deepseek]
 
 Two disjoint samples of held-out text for each domain: the experts that take 20 % of a domain's choices, and how many
 of the six most used experts two samples share, within a domain and between domains. Means over the layers.
@@ -17,7 +17,7 @@ from torch import Tensor
 from peft_esft import score_experts, select_experts
 
 from corpus import PRETRAINING_DOMAINS, is_held_out, load_domain
-from tasks import FOLDER, load_base
+from tasks import BASES, FOLDER, load_base
 
 
 ROWS, LENGTH = 64, 256  # of one sample: 16,384 tokens
@@ -48,12 +48,14 @@ def shared_top(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--base", choices=BASES, default="olmoe")
     arguments = parser.parse_args()
-    model, tokenizer = load_base()
+    model, tokenizer = load_base(arguments.base)
+    name = {"olmoe": "routing.md", "deepseek": "routing_deepseek.md"}[arguments.base]
     domains = [*PRETRAINING_DOMAINS, "french"]
     shares: dict[str, list[dict[str, Tensor]]] = {}
     lines = [
-        "# Routing of the embedded model",
+        f"# Routing of the embedded {type(model).__name__}",
         "",
         f"Two samples of {ROWS * LENGTH:,} tokens of held-out text for each domain; means over the layers. French is",
         "not in the pretraining data. Uniform routing over 64 experts would need 12.8, 32 and 57.6 of them, and two",
@@ -79,7 +81,7 @@ def main() -> None:
     for one in domains:
         cells = [f"{shared_top(shares[one][0], shares[other][1]):.2f}" for other in domains]
         lines.append(f"| {one} | " + " | ".join(cells) + " |")
-    (FOLDER / "routing.md").write_text("\n".join(lines) + "\n")
+    (FOLDER / name).write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 

@@ -1,9 +1,10 @@
-"""Trains the embedded model: a fine-grained mixture of experts, small enough for two CPU cores.
+"""Trains an embedded model: a fine-grained mixture of experts, small enough for two CPU cores.
 
-    python examples/tiny_moe/pretrain.py --cache ~/.cache/peft_esft_tiny_moe
+    python examples/tiny_moe/pretrain.py --cache ~/.cache/peft_esft_tiny_moe [--base deepseek]
 
 Resumes from the last checkpoint in `--cache`. Batches depend on the step alone, so an interrupted run sees the same
-data as an uninterrupted one. The result (tokenizer, bfloat16 weights, `training.json`) goes to `model/`.
+data as an uninterrupted one. The result (tokenizer, bfloat16 weights, `training.json`) goes to `model/` or to
+`deepseek/`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,24 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from corpus import PRETRAINING_DOMAINS, is_held_out, load_domain
+from tasks import BASES
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -30,6 +41,7 @@ SEQUENCE_LENGTH = 256
 BATCH_SIZE = 16
 PEAK_LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 100
+BALANCE = 0.01  # of the loss that asks for evenly used experts
 EVALUATION_BATCHES = 4
 
 
@@ -79,9 +91,8 @@ def sample_batch(streams: list[Tensor], step: int) -> Tensor:
     return torch.stack(rows).long()
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
+def build_olmoe() -> OlmoeForCausalLM:
     """About 10.9 M parameters: 4 layers of 64 experts, 6 of them for each token."""
-    torch.manual_seed(0)
     return OlmoeForCausalLM(
         OlmoeConfig(
             hidden_size=192,
@@ -94,12 +105,57 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> OlmoeForCausalLM:
             vocab_size=VOCABULARY,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
-            router_aux_loss_coef=0.01,
+            router_aux_loss_coef=BALANCE,
             bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=0,
+            pad_token_id=0,
         )
     )
+
+
+def build_deepseek() -> DeepseekV2ForCausalLM:
+    """The paper's architecture in about 8.9 M parameters.
+
+    A dense layer, then 4 layers of 64 experts, 6 of them for each token, and 2 shared ones.
+    """
+    return DeepseekV2ForCausalLM(
+        DeepseekV2Config(
+            hidden_size=192,
+            intermediate_size=384,
+            moe_intermediate_size=48,
+            num_hidden_layers=5,
+            first_k_dense_replace=1,
+            n_routed_experts=64,
+            n_shared_experts=2,
+            num_experts_per_tok=6,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            q_lora_rank=None,
+            kv_lora_rank=64,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=16,
+            v_head_dim=32,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    )
+
+
+BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {"olmoe": build_olmoe, "deepseek": build_deepseek}
+STEPS = {"olmoe": 2200, "deepseek": 5000}
+
+
+def loss_of(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """The loss of the next tokens and, for evenly used experts, `BALANCE` times that of the Switch Transformer."""
+    outputs = model(input_ids=batch, labels=batch, output_router_logits=True)
+    if outputs.aux_loss is not None:  # the model has added it by itself
+        return outputs.loss
+    experts, top_k = model.config.num_experts, model.config.num_experts_per_tok
+    return outputs.loss + BALANCE * load_balancing_loss_func(outputs.router_logits, experts, top_k)
 
 
 def learning_rate(step: int, steps: int) -> float:
@@ -110,7 +166,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: OlmoeForCausalLM, streams: dict[str, Tensor]) -> dict[str, float]:
+def evaluate(model: PreTrainedModel, streams: dict[str, Tensor]) -> dict[str, float]:
     """Mean loss in nats per token on held-out documents of each domain."""
     model.eval()
     losses = {}
@@ -131,9 +187,12 @@ def save_atomically(state: dict, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, required=True, help="packages, token ids and checkpoints")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=2200, help="of 16 x 256 tokens")
+    parser.add_argument("--base", choices=BASES, default="olmoe")
+    parser.add_argument("--out", type=Path, help="a folder; the base's own if absent")
+    parser.add_argument("--steps", type=int, help="of 16 x 256 tokens; the base's own number if absent")
     arguments = parser.parse_args()
+    out = arguments.out or BASES[arguments.base]
+    steps = arguments.steps or STEPS[arguments.base]
 
     documents = {domain: load_domain(domain, arguments.cache) for domain in PRETRAINING_DOMAINS}
     tokenizer = train_tokenizer(documents)
@@ -149,9 +208,10 @@ def main() -> None:
     tokens = torch.load(token_file)
     streams = list(tokens[False].values())
 
-    model = build_model(tokenizer)
+    torch.manual_seed(0)
+    model = BUILDERS[arguments.base]()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
-    checkpoint = arguments.cache / "checkpoint.pt"
+    checkpoint = arguments.cache / f"checkpoint_{arguments.base}.pt"
     first_step, seconds = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint)
@@ -160,18 +220,18 @@ def main() -> None:
         first_step, seconds = state["step"], state["seconds"]
     model.train()
     started = time.monotonic()
-    for step in range(first_step, arguments.steps):
+    for step in range(first_step, steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, arguments.steps)
+            group["lr"] = learning_rate(step, steps)
         batch = sample_batch(streams, step)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=batch, labels=batch, output_router_logits=True).loss
+            loss = loss_of(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         done = step + 1
-        if done % 50 == 0 or done == arguments.steps:
+        if done % 50 == 0 or done == steps:
             elapsed = seconds + time.monotonic() - started
             save_atomically(
                 {
@@ -187,16 +247,16 @@ def main() -> None:
             print(evaluate(model, tokens[True]), flush=True)
 
     record = {
-        "steps": arguments.steps,
-        "tokens": arguments.steps * BATCH_SIZE * SEQUENCE_LENGTH,
+        "steps": steps,
+        "tokens": steps * BATCH_SIZE * SEQUENCE_LENGTH,
         "training_tokens_per_domain": {domain: len(stream) for domain, stream in tokens[False].items()},
         "held_out_loss": evaluate(model, tokens[True]),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
     }
-    model.to(torch.bfloat16).save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
-    (arguments.out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
 

@@ -1,4 +1,4 @@
-"""The embedded model and its tasks: loading, batching and measuring. What the demo, examples and benchmarks share."""
+"""The embedded models and their tasks: loading, batching, measuring. What the demo, examples and benchmarks share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 
 FOLDER = Path(__file__).parent
+BASES = {"olmoe": FOLDER / "model", "deepseek": FOLDER / "deepseek"}
 TASKS = ("signatures", "sections", "verses", "french")
 MAX_LENGTH = 192
 IGNORED = -100
@@ -20,10 +21,14 @@ IGNORED = -100
 Batch = dict[str, Tensor]
 
 
-def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The embedded model in fp32, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(FOLDER / "model")
+def load_base(name: str = "olmoe") -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """An embedded model in fp32, and its tokenizer; both have the same vocabulary.
+
+    Args:
+        name: a key of `BASES`: the embedded model, or the one with the paper's architecture and shared experts.
+    """
+    model = AutoModelForCausalLM.from_pretrained(BASES[name], dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(BASES[name])
 
 
 def load_task(name: str, split: str) -> list[tuple[str, str]]:
