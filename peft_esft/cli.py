@@ -25,6 +25,7 @@ from .preview import format_previews, preview_selections
 from .scores import ExpertScores
 from .scoring import score_experts
 from .selection import Metric, select_experts
+from .targets import adapted_selection
 
 
 BAR_WIDTH = 32
@@ -259,7 +260,7 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 def _inspect_adapter(folder: Path) -> tuple[Any, str]:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     config = read_config(folder)
-    selection = config.target_experts or {}
+    selection = adapted_selection(config)
     entries = AdapterFolder(folder).files.entries if weights.exists() else {}
     record = {
         "base": config.base_model_name_or_path,

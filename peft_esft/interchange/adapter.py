@@ -18,7 +18,7 @@ from ..deltas import add_deltas
 from ..fingerprint import check_num_experts, compare_bases
 from ..messages import shortened
 from ..storage import FROZEN_SUFFIXES, SUFFIXES, decode
-from ..targets import match_options, not_excluded, resolve_target_experts
+from ..targets import adapted_selection, not_excluded, resolve_target_experts
 from ..tensor_files import TensorFolder, write_tensors
 from ..untrusted import check_finite, check_header, read_json
 from ..weights import ExpertWeight
@@ -147,8 +147,8 @@ class AdapterFolder:
         """
         present = {key.removeprefix(KEY_PREFIX).rpartition(MARK)[0] for key in self.files.entries if MARK in key}
         # The index of a layer says no path.
-        paths = [path for path in self.config.target_experts or {} if not path.isdigit()]
-        missing = [path for path in paths if path not in present and match_options(self.config, path) is True]
+        paths = [path for path in adapted_selection(self.config) if not path.isdigit()]
+        missing = [path for path in paths if path not in present]
         if missing:
             raise ValueError(f"{self.folder} has no weights of {shortened(missing)}, which target_experts selects")
         check_finite(self.files.entries)

@@ -13,6 +13,7 @@ from ..adapter_file import KEY_PREFIX, MARK
 from ..config import ESFTConfig
 from ..fingerprint import EXPERTS, differing_paths
 from ..storage import decode
+from ..targets import adapted_selection
 from .adapter import AdapterFolder
 
 
@@ -92,7 +93,7 @@ def _other_base(first: ESFTConfig, second: ESFTConfig) -> list[str]:
 
 def _changes(adapter: AdapterFolder) -> dict[str, list[int]]:
     """The experts that an adapter changes, by container; modules that are trained whole as expert 0."""
-    selection = dict(adapter.config.target_experts or {})
+    selection = adapted_selection(adapter.config)
     paths = [key.removeprefix(KEY_PREFIX).rpartition(MARK)[0] for key in adapter.files.entries if MARK in key]
     return selection | {path: [0] for path in paths if path not in selection}
 
