@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class RowError(ValueError):
+    """A row of data that is no sample."""
+
+
 def text_batches(
     data: Iterable[str | Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -36,7 +40,8 @@ def text_batches(
 
     Raises:
         ValueError: if `data` is a single text or a dict of splits, or a size is below 1; while batches are made, if a
-            row is neither text nor messages, or there is nothing to pad with.
+            row is neither text nor messages, its messages do not go through the chat template, or there is nothing to
+            pad with.
 
     Example:
         >>> scores = score_experts(model, text_batches(["some text", "some more"], tokenizer))
@@ -126,8 +131,23 @@ def _as_text(row: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -
     if isinstance(row, str):
         return row, False
     if isinstance(row, Mapping) and isinstance(row.get("messages"), list):
-        return str(tokenizer.apply_chat_template(row["messages"], tokenize=False)), True
+        return _apply_chat_template(row["messages"], tokenizer), True
     if isinstance(row, Mapping) and isinstance(row.get("text"), str):
         return row["text"], False
     shown = sorted(row) if isinstance(row, Mapping) else type(row).__name__
-    raise ValueError(f"a row is neither a string nor has a text or messages entry: {shown}")
+    raise RowError(f"a row is neither a string nor has a text or messages entry: {shown}")
+
+
+def _apply_chat_template(messages: list[Any], tokenizer: PreTrainedTokenizerBase) -> str:
+    if not messages:
+        raise RowError("its messages are an empty list")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            shown = f"has {list(message)}" if isinstance(message, Mapping) else f"is a {type(message).__name__}"
+            raise RowError(f"message {number} {shown}; expected a dict of role and content")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except ImportError:
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        raise RowError(f"the chat template does not take its messages: {error}") from error

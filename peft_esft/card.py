@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 
 from .adapter_file import MARK
+from .targets import adapted_selection
 from .tensor_files import TensorEntry
 from .untrusted import find_header
 
@@ -57,8 +58,9 @@ def write_card(folder: Path, config: ESFTConfig, name: str = "name or folder of 
     body = f"{BEGIN}\n{_body(config, header, size, name)}\n{END}"
     card.text = _with_body(card.text, body)
     card.save(file)
-    if config.target_experts:
-        (folder / PICTURE_NAME).write_bytes(_picture(config.target_experts, num_experts_of(config)))
+    selection = adapted_selection(config)
+    if selection:
+        (folder / PICTURE_NAME).write_bytes(_picture(selection, num_experts_of(config)))
 
 
 def is_hub_name(name: str | None) -> bool:
@@ -93,14 +95,13 @@ def _with_body(text: str, body: str) -> str:
 
 def _body(config: ESFTConfig, header: dict[str, TensorEntry], size: int, name: str) -> str:
     base = config.base_model_name_or_path or "an unnamed base"
-    selection = config.target_experts or {}
-    experts = sum(map(len, selection.values()))
+    selection = adapted_selection(config)
     trained = ["the experts below"] * bool(selection) + ["the modules named below"] * bool(_trained_besides(config))
     parts = [
         f"# ESFT adapter for {_code(base)}",
         "Expert-Specialized Fine-Tuning ([arXiv 2407.01906](https://arxiv.org/abs/2407.01906)): only "
         f"{' and '.join(trained)} were trained, everything else is the base's.",
-        _table(("", ""), [("base", _code(base)), *_facts(config, header, size, experts)]),
+        _table(("", ""), [("base", _code(base)), *_facts(config, header, size, selection)]),
         "## Use",
         _usage(config, name),
         "## Trained experts",
@@ -122,14 +123,17 @@ def _body(config: ESFTConfig, header: dict[str, TensorEntry], size: int, name: s
     return "\n\n".join(parts)
 
 
-def _facts(config: ESFTConfig, header: dict[str, TensorEntry], size: int, experts: int) -> list[tuple[str, str]]:
+def _facts(
+    config: ESFTConfig, header: dict[str, TensorEntry], size: int, selection: Mapping[str, list[int]]
+) -> list[tuple[str, str]]:
     facts = [
         ("revision", revision_of(config)),
         ("task type", config.task_type),
         ("task", (config.selection or {}).get("task")),
     ]
     facts.append(("experts chosen by", describe_choice(config)))
-    facts.append(("trained experts", f"{experts} in {len(config.target_experts or {})} layers" if experts else None))
+    experts = sum(map(len, selection.values()))
+    facts.append(("trained experts", f"{experts} in {len(selection)} layers" if experts else None))
     facts.append(("trained besides", ", ".join(_trained_besides(config)) or None))
     facts.append(("stored as", describe_storage(config)))
     tensors = sum(MARK in key for key in header)

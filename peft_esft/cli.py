@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -22,9 +22,11 @@ from .interchange.base import empty_model
 from .interchange_cli import add_commands
 from .planning import ModelSizes, Setup, format_plan, plan, recommended
 from .preview import format_previews, preview_selections
+from .sample_files import SampleFile
 from .scores import ExpertScores
 from .scoring import score_experts
 from .selection import Metric, select_experts
+from .targets import adapted_selection
 
 
 BAR_WIDTH = 32
@@ -77,7 +79,7 @@ def _add_score(commands: Any) -> argparse.ArgumentParser:
         "--data",
         type=Path,
         required=True,
-        help=".jsonl with text or messages in each line, or .txt, a sample a line",
+        help=".jsonl with text or messages in each line, or a text file, a sample a line",
     )
     parser.add_argument("--out", type=Path, required=True, help="file for the scores (JSON)")
     parser.add_argument(
@@ -158,14 +160,15 @@ def _score(options: argparse.Namespace) -> tuple[Any, str]:
 
     if options.out.is_dir() or not options.out.parent.is_dir():
         raise ValueError(f"--out is {options.out}; it is a file for the scores, in a folder that exists")
-    rows = _read_rows(options.data)
+    samples = SampleFile(options.data)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, device_map=options.device_map)
+    batches = text_batches(samples, tokenizer, batch_size=options.batch_size, max_length=options.max_length)
     scores = score_experts(
         model,
-        text_batches(rows, tokenizer, batch_size=options.batch_size, max_length=options.max_length),
+        samples.located(batches),
         max_tokens=options.max_tokens,
         averaging=options.averaging,
         progress=sys.stderr.isatty(),
@@ -259,7 +262,7 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 def _inspect_adapter(folder: Path) -> tuple[Any, str]:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     config = read_config(folder)
-    selection = config.target_experts or {}
+    selection = adapted_selection(config)
     entries = AdapterFolder(folder).files.entries if weights.exists() else {}
     record = {
         "base": config.base_model_name_or_path,
@@ -294,26 +297,6 @@ def _inspect_adapter(folder: Path) -> tuple[Any, str]:
     if entries:
         lines.append(f"{describe_storage(config)}: {len(entries)} tensors, {weights.stat().st_size / 1e6:.2f} MB")
     return record, "\n".join(lines)
-
-
-def _read_rows(path: Path) -> Iterator[str | dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        lines = [line.rstrip("\n") for line in file if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} is empty")
-    if path.suffix != ".jsonl":
-        return iter(lines)
-    return (_parse_line(path, number, line) for number, line in enumerate(lines, start=1))
-
-
-def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"line {number} of {path} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"line {number} of {path} is not a JSON object with a text or messages entry")
-    return row
 
 
 def _bars(counts: dict[str, tuple[int, int]]) -> str:

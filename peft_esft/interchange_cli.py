@@ -22,6 +22,7 @@ from .interchange.base import Base, task_type_of
 from .interchange.compact import compact
 from .interchange.folders import new_folder
 from .storage import FORMS
+from .targets import adapted_selection, resolve_target_experts
 
 
 def add_commands(commands: Any) -> list[argparse.ArgumentParser]:
@@ -79,10 +80,10 @@ def _import(options: argparse.Namespace) -> tuple[Any, str]:
 
 def _export(options: argparse.Namespace) -> tuple[Any, str]:
     if options.selection_only:
-        config = read_config(options.adapter)
+        config, experts = read_config(options.adapter), Base(options.base).experts
         cfg = expert_cfg_from_selection(
-            config.target_experts or {},
-            Base(options.base).experts,
+            adapted_selection(config, resolve_target_experts(config.target_experts or {}, experts)),
+            experts,
             shared_experts=config.train_shared_experts,
             non_expert_modules=config.train_non_expert_modules,
         )
@@ -112,5 +113,5 @@ def _diff(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _count(config: ESFTConfig) -> str:
-    chosen = config.target_experts or {}
+    chosen = adapted_selection(config)
     return f"{sum(map(len, chosen.values()))} experts in {len(chosen)} layers"

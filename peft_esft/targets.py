@@ -6,14 +6,17 @@ import re
 import warnings
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from .config import ESFTConfig
 from .containers import ExpertsContainer, find_other_modules, find_shared_experts
 from .messages import shortened
+
+
+if TYPE_CHECKING:
+    from .config import ESFTConfig
 
 
 def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -> str:
@@ -101,14 +104,48 @@ def match_options(peft_config: ESFTConfig, path: str) -> Any:
     return check_target_module_exists(view, path)
 
 
+def adapted_selection(
+    peft_config: ESFTConfig, selection: Mapping[str, list[int]] | None = None
+) -> dict[str, list[int]]:
+    """The experts that an adapter trains: those of `target_experts` that the config's other options leave.
+
+    A key that is the index of a layer has no path to match: only `layers_to_transform` can be told of it, and that not
+    if `layers_pattern` says to count something else.
+
+    Args:
+        peft_config: of the adapter.
+        selection: to use instead of the config's, for example one whose keys are resolved.
+
+    Returns:
+        `{path or index of a layer: expert ids}`; empty if there are none.
+    """
+    selection = (peft_config.target_experts or {}) if selection is None else selection
+    return {
+        key: ids
+        for key, ids in selection.items()
+        if (_leaves_layer if key.isdigit() else _leaves_path)(peft_config, key)
+    }
+
+
+def _leaves_path(peft_config: ESFTConfig, path: str) -> bool:
+    # PEFT marks an excluded module by an object, which is true as a bool.
+    return match_options(peft_config, path) is True
+
+
+def _leaves_layer(peft_config: ESFTConfig, index: str) -> bool:
+    layers = peft_config.layers_to_transform
+    if layers is None or peft_config.layers_pattern:
+        return True
+    return int(index) in ([layers] if isinstance(layers, int) else layers)
+
+
 def not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) -> list[str]:
     """The containers of a selection that the config's other options leave.
 
     Raises:
         ValueError: if they leave none.
     """
-    # PEFT marks an excluded module by an object, which is true as a bool.
-    chosen = [path for path in selection if match_options(peft_config, path) is True]
+    chosen = [path for path in selection if _leaves_path(peft_config, path)]
     if not chosen:
         raise ValueError(
             f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "

@@ -66,6 +66,13 @@ def test_bad_rows_are_refused(tokenizer):
         list(text_batches([{"prompt": "x"}], tokenizer))
     with pytest.raises(ValueError, match="messages entry: int"):
         list(text_batches([3], tokenizer))
+    with pytest.raises(ValueError, match=r"the chat template does not take its messages: .*chat_template"):
+        list(text_batches([{"messages": [{"role": "user", "content": "Who?"}]}], tokenizer))
+    tokenizer.chat_template = "{{ messages[1].content + 1 }}"
+    with pytest.raises(ValueError, match="the chat template does not take its messages: "):
+        list(text_batches([{"messages": [{"role": "user", "content": "Who?"}]}], tokenizer))
+    with pytest.raises(ValueError, match=r"message 1 has \['from', 'value'\]; expected a dict of role and content"):
+        list(text_batches([{"messages": [{"from": "human", "value": "Who?"}]}], tokenizer))
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="has no pad token"):
         list(text_batches(TEXTS, tokenizer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from peft import get_peft_model
@@ -127,14 +128,60 @@ def test_refusals_exit_with_1_and_say_why(arguments, message, capsys, tmp_path, 
         ("a.jsonl", '{"text": "x"}\nnonsense', "line 2 of"),
         ("a.jsonl", "[1]", "line 1 of"),
         ("a.jsonl", '{"prompt": "x"}', "neither a string nor has a text or messages entry"),
+        ("a.jsonl", '\n \n{"text": "x"}\n{bad\n', "line 4 of"),
+        ("a.JSONL", '{"text": "x"}\n\n{"messages": ["hi"]}', "line 3 of"),
+        ("a.jsonl", '{"messages": ["hi"]}', "message 1 is a str; expected a dict of role and content"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user"}, {"from": "gpt"}]}',
+            "message 2 has ['from']; expected",
+        ),
+        ("a.jsonl", '{"messages": []}', "its messages are an empty list"),
+        ("a.json", '[\n {"text": "x"}\n]', "a.json is a .json file, whose lines are no samples: write an object with"),
+        ("a.CSV", "text\nx", "is a .csv file"),
+        ("a.jsonl.gz", "", "unpack it first"),
         ("a.txt", "\n\n", "is empty"),
+        ("a.txt", b"\xff\xfea\x00", "a.txt is not UTF-8 text"),
     ],
 )
 def test_bad_data_files_are_refused_with_the_line(name, content, message, capsys, tmp_path):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert main(["score", MODEL, "--data", str(tmp_path / name), "--out", str(tmp_path / "s.json")]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "s.json").exists()
+
+
+def test_what_a_chat_template_refuses_is_said_with_the_line(capsys, tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    refusal = "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    (tmp_path / "model" / "chat_template.jinja").write_text(
+        "{% for m in messages %}" + refusal + "{{ m.content }}{% endfor %}"
+    )
+    rows = [{"messages": [{"role": role, "content": "x"}]} for role in ("user", "system", "user")]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    score = ["score", str(tmp_path / "model"), "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "s.json")]
+    for more in ([], ["--batch-size", "1"]):
+        assert main([*score, *more]) == 1
+        error = capsys.readouterr().err
+        assert "line 3 of" in error and "the chat template does not take its messages: System role not" in error
+
+
+def test_data_files_are_known_by_their_ending_in_any_case_and_may_have_a_mark(tmp_path):
+    text = "In the beginning God created"
+    line = json.dumps({"text": text})
+    found = set()
+    for name, content, encoding in (
+        ("a.jsonl", line, "utf-8"),
+        ("b.JSONL", line, "utf-8"),
+        ("c.ndjson", f"\r\n{line}\r\n", "utf-8-sig"),
+        ("d.txt", text, "utf-8-sig"),
+        ("e", f"\n{text}\n", "utf-8"),
+    ):
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        assert main(["score", MODEL, "--data", str(tmp_path / name), "--out", str(tmp_path / "s.json")]) == 0
+        scores = ExpertScores.load(tmp_path / "s.json")
+        found.add((scores.num_samples, scores.num_tokens))
+    assert len(found) == 1 and found.pop()[0] == 1
 
 
 def test_wrong_usage_exits_with_2(capsys):

@@ -61,6 +61,50 @@ def test_selections_alone(folders, tmp_path, capsys):
     assert model.peft_config["default"].target_experts == {"model.layers.1.mlp.experts": [5, 1, 6]}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 0},
+        {"layers_to_transform": [0], "layers_pattern": "layers"},
+        {"exclude_modules": ["layers.1.mlp.experts"]},
+        {"exclude_modules": r".*\.1\..*"},
+    ],
+)
+def test_experts_that_options_leave_out_are_not_shown(options, tmp_path, capsys):
+    tiny_model("mixtral").save_pretrained(tmp_path / "base")
+    base = tiny_model("mixtral")
+    kept, left_out = [f"model.layers.{index}.mlp.experts" for index in (0, 1)]
+    config = ESFTConfig(target_experts={0: [1, 2], 1: [3]}, init_weights=False, **options)
+    get_peft_model(base, config).save_pretrained(tmp_path / "a")
+    get_peft_model(tiny_model("mixtral"), config_for(base, init_weights=False)).save_pretrained(tmp_path / "whole")
+    assert run(capsys, "inspect", tmp_path / "a")["target_experts"] == {kept: [1, 2]}
+    row = run(capsys, "diff", tmp_path / "a", tmp_path / "whole")["containers"][left_out]
+    assert (row["first"], row["both"]) == ([], [])
+    for name, more in (("official", []), ("selection", ["--selection-only"])):
+        assert (
+            main(["export", str(tmp_path / "a"), f"--base={tmp_path / 'base'}", f"--out={tmp_path / name}", *more])
+            == 0
+        )
+        assert capsys.readouterr().out.startswith("2 experts in 1 layers written")
+        assert json.loads((tmp_path / name / "expert_cfg.json").read_text())["experts"] == {"0": [1, 2]}
+
+
+def test_a_selection_by_layers_is_exported_as_it_would_be_attached(tmp_path, capsys):
+    tiny_model("mixtral").save_pretrained(tmp_path / "base")
+    for options, shown in (
+        ({"layers_to_transform": [1]}, {"1": [3]}),
+        (
+            {"exclude_modules": ["layers.1.mlp.experts"]},
+            {"0": [1, 2], "1": [3]},
+        ),  # which path is layer 1's, a base says
+    ):
+        ESFTConfig(target_experts={0: [1, 2], 1: [3]}, **options).save_pretrained(str(tmp_path / "a"))
+        assert run(capsys, "inspect", tmp_path / "a")["target_experts"] == shown
+    run(capsys, "export", tmp_path / "a", "--base", tmp_path / "base", "--out", tmp_path / "cfg", "--selection-only")
+    assert json.loads((tmp_path / "cfg" / "expert_cfg.json").read_text())["experts"] == {"0": [1, 2]}
+
+
 def test_merge_and_compact(folders, tmp_path, capsys):
     run(capsys, "merge", folders / "base", folders / "a", tmp_path / "merged")
     base = PeftModel.from_pretrained(tiny_model("deepseek_v2", torch.bfloat16), str(folders / "a"))

@@ -16,16 +16,17 @@ import pytest
 import torch
 from pages import Page
 from peft import get_peft_model
-from test_examples import ROOT
 
-from peft_esft import score_experts
+from peft_esft import ESFTConfig, find_experts, score_experts
 from peft_esft.analysis import dispersion, overlap, report
-from peft_esft.analysis.adapters import _experts_of_base
+from peft_esft.analysis.adapters import read_adapter
 from peft_esft.analysis.drawing import draw
 from peft_esft.analysis.figures import dispersion_plot, overlap_plot, shares_plot
 from peft_esft.cli import main
+from peft_esft.interchange import compact
 
 import golden
+import zoo
 from families import tiny_model
 from oracle import config_for, random_tokens
 
@@ -106,12 +107,6 @@ def test_equal_numbers_give_equal_files_names_are_escaped_and_folders_stay_priva
         assert (tmp_path / "r_files" / f"shares_token__b__.{ending}").read_bytes() == content
 
 
-def test_the_experts_of_a_base_at_hand_are_counted():
-    path = "model.layers.0.mlp.experts"
-    assert _experts_of_base(str(ROOT / "examples" / "tiny_moe" / "model"), {path: [1]}) == {path: 64}
-    assert _experts_of_base("some/base", {path: [1], "other": [5]}) == {path: 6, "other": 6}
-
-
 def test_scores_without_gates(tiny_scores, tmp_path):
     containers = {
         path: replace(c, gate_weight_sum=None, gate_share_sum=None) for path, c in tiny_scores.containers.items()
@@ -157,6 +152,102 @@ def test_adapters_of_a_model_and_their_folders(adapters, tmp_path):
     assert float(changes[1][0]["change"]) == pytest.approx(scaling * 2e-4, rel=1e-5)
 
 
+@pytest.fixture
+def stored(tmp_path):
+    """A half-precision base and an adapter for it, whose deltas and their root mean squares are returned too."""
+    tiny_model("olmoe", torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = tiny_model("olmoe", torch.bfloat16)
+    base.name_or_path = str(tmp_path / "base")
+    model = get_peft_model(base, config_for(base, [5, 1, 6]))
+    generator = torch.Generator().manual_seed(0)
+    squares = {}
+    for name, parameter in model.named_parameters():
+        if "esft_" in name:
+            scale = torch.tensor([1e-3, 2e-3, 4e-3]).view(3, 1, 1)
+            parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+            path = name.removeprefix("base_model.model.").rpartition(".esft_")[0]
+            squares.setdefault(path, []).append(parameter.data.square().flatten(1))
+    model.save_pretrained(tmp_path / "delta")
+    return tmp_path, {path: torch.cat(rows, 1).mean(1).sqrt().tolist() for path, rows in squares.items()}
+
+
+# The rows are rounded to the base's bf16; one bit keeps the mean, 0.8 of the root mean square of normal numbers.
+@pytest.mark.parametrize(("form", "tolerance"), [("rows", 0.1), ("int8", 5e-3), ("int4", 5e-2), ("int1", 0.3)])
+def test_the_change_is_that_of_the_weights_in_every_form(form, tolerance, stored):
+    folder, expected = stored
+    compact(folder / "delta", folder / form, form=form)
+    original, record = read_adapter(folder / "delta"), read_adapter(folder / form)
+    assert original.change == {path: pytest.approx(row, rel=1e-5) for path, row in expected.items()}
+    assert record.change == {path: pytest.approx(row, rel=tolerance) for path, row in expected.items()}
+    assert record.num_parameters == original.num_parameters == 2 * 3 * 3 * 32 * 24
+    assert record.megabytes < original.megabytes
+
+
+def test_how_far_rows_moved_is_said_only_beside_their_base(stored, tmp_path):
+    folder, _ = stored
+    compact(folder / "delta", folder / "rows")
+    (folder / "base" / "model.safetensors").unlink()
+    for change in (lambda: None, lambda: shutil.rmtree(folder / "base")):
+        change()
+        assert read_adapter(folder / "rows").change is None
+        text = report(folder / "rows", tmp_path / "r.html").read_text()
+        assert "across; how far they moved is not known: the file has the weights themselves" in text
+        assert "moved furthest" not in text and str(folder) not in text
+        assert {row["change"] for row in numbers(tmp_path / "r_files" / "selection_rows.csv")} == {""}
+
+
+def rewrite(folder, **fields):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | fields))
+
+
+def test_experts_are_counted_by_the_config_then_by_the_base(tmp_path):
+    base = zoo.build("switch_transformers")
+    base.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    path, container = next(iter(find_experts(base).items()))
+    highest = container.num_experts - 2
+    get_peft_model(base, ESFTConfig(target_experts={path: [highest]})).save_pretrained(tmp_path / "a")
+    for fields, known in (
+        ({"base_model_name_or_path": "someone/base"}, True),
+        ({"base_model_name_or_path": str(tmp_path / "base"), "base_fingerprint": None}, True),  # no causal LM
+        ({"base_model_name_or_path": str(tmp_path)}, False),  # a folder, but none of a model
+        ({"base_model_name_or_path": "someone/base"}, False),
+    ):
+        rewrite(tmp_path / "a", **fields)
+        assert read_adapter(tmp_path / "a").num_experts == ({path: container.num_experts} if known else {})
+        page = Page(report(tmp_path / "a", tmp_path / "r.html").read_text())
+        of = f" of {container.num_experts}" if known else ""
+        assert page.headings[0].startswith(f"a trains 1.0{of} experts a layer (1)")
+
+
+def test_adapters_of_shared_experts_alone_have_a_row_and_no_figure(stored, tmp_path):
+    model = get_peft_model(tiny_model("deepseek_v2"), ESFTConfig(train_shared_experts=True))
+    model.save_pretrained(tmp_path / "shared")
+    trained = sum(p.numel() for n, p in model.named_parameters() if "esft_" in n)
+    for subject in (model, tmp_path / "shared"):
+        page = Page(report(subject, tmp_path / "r.html").read_text())
+        assert page.ids == [] and "0" in page.cells and f"{trained:,}" in page.cells
+    page = Page(report([tmp_path / "shared", stored[0] / "delta"], tmp_path / "r.html").read_text())
+    assert page.ids == ["selection_delta"] and "shared" in page.cells
+
+
+def test_layers_that_options_leave_out_hide_no_change(tmp_path):
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base, [2], layers_to_transform=[1], init_weights=False))
+    model.save_pretrained(tmp_path / "a")
+    record = read_adapter(tmp_path / "a")
+    assert record.selection == {"model.layers.1.mlp.experts": [2]}
+    assert record.change is not None and record.change["model.layers.1.mlp.experts"][0] > 0
+
+
+def test_a_selection_without_weights_is_shown(tmp_path):
+    ESFTConfig(target_experts={"0": [3, 1], "1": [2]}).save_pretrained(str(tmp_path / "chosen"))
+    text = report(tmp_path / "chosen", tmp_path / "r.html").read_text()
+    assert Page(text).headings[0] == "chosen trains 1.5 experts a layer (1 to 2)"
+    assert "how far they moved is not known without their weights" in text
+
+
 def test_the_command_takes_both(tiny_scores, adapters, tmp_path, capsys):
     _, folder = adapters
     tiny_scores.save(tmp_path / "law.json")
@@ -177,6 +268,10 @@ def test_what_cannot_be_reported_is_refused(tiny_scores, tmp_path, capsys):
     ):
         with pytest.raises(ValueError, match=message):
             report(subject, tmp_path / "r.html")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match="no ESFT adapter: its peft_type is 'LORA'"):
+        report(tmp_path / "lora", tmp_path / "r.html")
     assert main(["report", str(tmp_path / "missing.json")]) == 1
     assert "missing.json" in capsys.readouterr().err
     assert not (tmp_path / "r.html").exists()

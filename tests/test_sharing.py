@@ -78,6 +78,15 @@ def test_the_card_names_what_is_trained_besides(tmp_path):
     assert "| trained besides | shared experts, lm_head |" in text
 
 
+def test_the_card_leaves_out_what_options_leave_out(tmp_path):
+    wrapped(layers_to_transform=[1]).save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| 3 in 1 layers |" in text
+    assert "`model.layers.1.mlp.experts`" in text and "`model.layers.0.mlp.experts`" not in text
+    height = int.from_bytes((tmp_path / "experts.png").read_bytes()[20:24], "big")
+    assert height == 8
+
+
 def test_the_card_names_the_commit_and_the_task(tmp_path):
     base = tiny_model("olmoe")
     base.config._commit_hash = "c0ffee"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -11,17 +11,26 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
 from ..adapter_tensors import PREFIX
+from ..card import num_experts_of
 from ..config import ESFTConfig
 from ..containers import find_experts
+from ..interchange.adapter import AdapterFolder, read_config
+from ..interchange.base import Base, empty_model
 from ..layer import ESFTLayer
 from ..selection import Selection
+from ..targets import adapted_selection
 from .drawing import Plot, Style, heat_map, thinned_ticks, write_in_cells
 from .shares import layer_labels
 from .usage import expert_usage
+
+
+ROOT_MEAN_SQUARE = "root mean square of the change of a weight"
+NO_WEIGHTS = "how far they moved is not known without their weights"
+NO_BASE = "how far they moved is not known: the file has the weights themselves, and the base's cannot be read here"
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,11 @@ class AdapterRecord:
 
     Attributes:
         base: name of its base model.
-        selection: its experts by container path.
-        num_experts: experts of each container, or, where the base is not at hand, one more than the highest id.
+        selection: its experts by container path; empty if it trains none, but shared experts or other modules.
+        num_experts: experts of each of these containers, as far as config or base say.
         change: how far each of these experts moved; None if that is not known.
-        change_label: what `change` is.
-        num_parameters: trained weights of experts; None if not known.
+        change_label: what `change` is, or why it is None.
+        num_parameters: trained weights, those of `modules_to_save` apart; None if not known.
         megabytes: size of its weights' file; None if there is none.
     """
 
@@ -48,32 +57,34 @@ class AdapterRecord:
 
     @property
     def mean_experts(self) -> float:
-        """Trained experts, mean over the containers that have any."""
-        return fmean(map(len, self.selection.values()))
+        """Trained experts, mean over the containers that have any; 0 if there are none."""
+        return fmean(map(len, self.selection.values())) if self.selection else 0.0
 
 
 def read_adapter(folder: Path) -> AdapterRecord:
-    """Reads an adapter's folder. The base is looked at, without its weights, if it is a folder on this machine.
+    """Reads an adapter's folder, with or without weights.
+
+    The base is looked at if it is a folder on this machine: for the number of its experts, where the config does not
+    say it, and, if the adapter stores effective rows, for its weights.
 
     Raises:
-        ValueError: if it is not an ESFT adapter that trains experts.
-        OSError: if there is no adapter.
+        ValueError: if it is not an ESFT adapter, or is malformed.
+        OSError: if there is no adapter, or its weights are pickled.
     """
-    config = ESFTConfig.from_pretrained(str(folder))
-    if not isinstance(config, ESFTConfig) or not config.target_experts:
-        raise ValueError(f"{folder} is no ESFT adapter with experts: its peft_type is {config.peft_type}")
-    selection = {str(path): list(ids) for path, ids in config.target_experts.items()}
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    squares, num_parameters = _read_squares(weights, config) if weights.exists() else ({}, None)
-    known = all(path in squares for path in selection)
+    adapter = AdapterFolder(folder) if weights.exists() or (folder / WEIGHTS_NAME).exists() else None
+    config = read_config(folder) if adapter is None else adapter.config
+    selection = adapted_selection(config)
+    squares = None if adapter is None else _mean_squares(adapter, selection)
+    known = squares is not None and all(path in squares for path in selection)
     return AdapterRecord(
         base=config.base_model_name_or_path,
         selection=selection,
-        num_experts=_experts_of_base(config.base_model_name_or_path, selection),
-        change={path: squares[path].sqrt().tolist() for path in selection} if known else None,
-        change_label="root mean square of the change of a weight",
-        num_parameters=num_parameters,
-        megabytes=weights.stat().st_size / 1e6 if weights.exists() else None,
+        num_experts=_num_experts(config, selection),
+        change={path: squares[path].sqrt().tolist() for path in selection} if squares is not None and known else None,
+        change_label=ROOT_MEAN_SQUARE if known else NO_BASE if adapter and config.storage == "rows" else NO_WEIGHTS,
+        num_parameters=None if adapter is None else adapter.num_parameters,
+        megabytes=None if adapter is None else weights.stat().st_size / 1e6,
     )
 
 
@@ -102,7 +113,7 @@ def adapters_of_model(model: nn.Module) -> dict[str, AdapterRecord]:
             num_experts={path: sizes[path] for path in own},
             change=change,
             change_label="norm of the change over the norm of the expert's weights",
-            num_parameters=sum(_trained_weights(layer, name) for layer in own.values()),
+            num_parameters=sum(_trained_weights(layer, name) for layer in layers if name in layer.expert_ids),
         )
     return records
 
@@ -110,9 +121,9 @@ def adapters_of_model(model: nn.Module) -> dict[str, AdapterRecord]:
 def selection_plot(name: str, record: AdapterRecord) -> Plot:
     """Heat map of the experts that an adapter trains, coloured by how far they moved."""
     counts = [len(ids) for ids in record.selection.values()]
-    most = max(record.num_experts.values())
+    of = f" of {max(record.num_experts.values())}" if record.num_experts.keys() == record.selection.keys() else ""
     spread = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
-    title = f"{name} trains {record.mean_experts:.1f} of {most} experts a layer ({spread})"
+    title = f"{name} trains {record.mean_experts:.1f}{of} experts a layer ({spread})"
     if record.change is not None:
         value, path, place = max((v, p, i) for p, row in record.change.items() for i, v in enumerate(row))
         label = dict(zip(record.selection, layer_labels(list(record.selection)), strict=True))[path]
@@ -120,9 +131,8 @@ def selection_plot(name: str, record: AdapterRecord) -> Plot:
     return Plot(
         name=f"selection_{''.join(c if c.isalnum() or c in '-_' else '_' for c in name)}",
         title=title,
-        caption=f"Trained experts, layers down and experts across; colour: {record.change_label}."
-        if record.change is not None
-        else "Trained experts, layers down and experts across.",
+        caption="Trained experts, layers down and experts across; "
+        f"{'colour: ' if record.change is not None else ''}{record.change_label}.",
         header=("container", "expert", "change"),
         rows=[
             (path, expert, "" if record.change is None else record.change[path][place])
@@ -166,41 +176,68 @@ def _trained_weights(layer: ESFTLayer, adapter_name: str) -> int:
     )
 
 
-def _read_squares(weights: Path, config: ESFTConfig) -> tuple[dict[str, Tensor], int]:
-    """Mean square of each trained expert's change, by container path, and the number of trained weights."""
-    from safetensors import safe_open
-
+def _mean_squares(adapter: AdapterFolder, selection: Selection) -> dict[str, Tensor] | None:
+    """Mean square of the change of each expert's weights, by container path; None if that takes a base not at hand."""
+    adapter.check_alone()
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    with safe_open(weights, "pt") as file:
-        keys = [key for key in file.keys() if f".{PREFIX}" in key]  # noqa: SIM118 (not a dict)
-        for key in keys:
-            path, _, name = key.removeprefix("base_model.model.").rpartition(f".{PREFIX}")
-            if name.endswith("_A"):
-                continue
-            delta = file.get_tensor(key).double()
-            if f"{key.removesuffix('_B')}_A" in keys:
-                delta = config.scaling * (delta @ file.get_tensor(f"{key.removesuffix('_B')}_A").double())
-            square = delta.flatten(1).square().sum(1)
+    try:
+        for path, delta in (_deltas_over_base if adapter.config.storage == "rows" else _deltas)(adapter, selection):
+            square = delta.double().flatten(1).square().sum(1)
             sums[path] = sums[path] + square if path in sums else square
             counts[path] = counts.get(path, 0) + delta[0].numel()
-        trained = sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in keys)
-    return {path: sums[path] / counts[path] for path in sums}, trained
+    except (FileNotFoundError, NotImplementedError):  # the base's weights are not there, or quantised
+        return None
+    return {path: sums[path] / counts[path] for path in sums}
 
 
-def _experts_of_base(base: str | None, selection: Selection) -> dict[str, int]:
-    highest = {path: max(ids) + 1 for path, ids in selection.items()}
-    if base is None or not Path(base).is_dir():
-        return dict.fromkeys(highest, max(highest.values()))
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _deltas(adapter: AdapterFolder, selection: Selection) -> Iterator[tuple[str, Tensor]]:
+    """The deltas of a selection's experts, weight by weight, each with its container's path."""
+    weights = adapter.weights()
+    for path in selection:
+        for name in weights.get(path, []):
+            delta = adapter.delta(path, name)
+            if delta is None:
+                raise ValueError(f"{adapter.folder} has only some of the tensors of {path}.{name}")
+            yield path, delta
 
-    with torch.device("meta"):
-        containers = find_experts(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base)))
-    return {path: containers[path].num_experts if path in containers else high for path, high in highest.items()}
+
+def _deltas_over_base(adapter: AdapterFolder, selection: Selection) -> Iterator[tuple[str, Tensor]]:
+    """The same of an adapter that stores effective rows.
+
+    Raises:
+        FileNotFoundError: if the base is not at hand.
+        NotImplementedError: if it is quantised.
+    """
+    folder = _folder_of_base(adapter.config)
+    if folder is None:
+        raise FileNotFoundError(f"the base of {adapter.folder} is no folder of a model on this machine")
+    base = Base(folder)
+    for change in adapter.changes(base):
+        if change.container.path in selection:
+            rows = base.rows(change.container, change.weight, change.expert_ids)
+            yield change.container.path, change.delta(rows)
+
+
+def _folder_of_base(config: ESFTConfig) -> Path | None:
+    folder = Path(config.base_model_name_or_path or "")
+    return folder if config.base_model_name_or_path and (folder / "config.json").is_file() else None
+
+
+def _num_experts(config: ESFTConfig, selection: Selection) -> dict[str, int]:
+    """How many experts the containers of a selection have, as far as config or base say."""
+    known, base = num_experts_of(config), _folder_of_base(config)
+    if base is not None and not selection.keys() <= known.keys():
+        try:
+            containers = find_experts(empty_model(base))
+        except (OSError, ValueError):  # a model that cannot be built here, for example of code of its own
+            containers = {}
+        known = {path: container.num_experts for path, container in containers.items()} | known
+    return {path: known[path] for path in selection if path in known}
 
 
 def _draw_selection(axes: Any, style: Style, record: AdapterRecord) -> None:
-    most = max(record.num_experts.values())
+    most = max(*record.num_experts.values(), *(max(ids) + 1 for ids in record.selection.values()), 1)
     values = torch.full((len(record.selection), most), torch.nan, dtype=torch.float64)
     for line, (path, ids) in zip(values, record.selection.items(), strict=True):
         line[ids] = 1.0 if record.change is None else torch.tensor(record.change[path], dtype=torch.float64)

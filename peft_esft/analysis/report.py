@@ -218,15 +218,16 @@ def _adapter_sections(adapters: Mapping[str, AdapterRecord]) -> list[Section]:
             name,
             _model_name(record.base) or "–",
             str(len(record.selection)),
-            f"{record.mean_experts:.1f}",
+            f"{record.mean_experts:.1f}" if record.selection else "–",
             f"{record.num_parameters:,}" if record.num_parameters is not None else "–",
             f"{record.megabytes:,.2f}" if record.megabytes is not None else "–",
         ]
         for name, record in adapters.items()
     ]
     table = Table(["adapter", "base", "layers", "experts a layer", "trained weights", "MB"], rows)
-    plots = [selection_plot(name, record) for name, record in adapters.items()]
-    plots += [adapter_overlap_plot(adapters)] if len(adapters) > 1 else []
+    drawn = {name: record for name, record in adapters.items() if record.selection}
+    plots = [selection_plot(name, record) for name, record in drawn.items()]
+    plots += [adapter_overlap_plot(drawn)] if len(drawn) > 1 else []
     return [Section("Experts that are trained", table=table, figures=[draw(plot) for plot in plots])]
 
 

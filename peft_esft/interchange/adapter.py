@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +18,8 @@ from ..containers import ExpertsContainer
 from ..deltas import add_deltas
 from ..fingerprint import check_num_experts, compare_bases
 from ..messages import shortened
-from ..storage import FROZEN_SUFFIXES, SUFFIXES, decode
-from ..targets import match_options, not_excluded, resolve_target_experts
+from ..storage import BITS, FROZEN_SUFFIXES, SUFFIXES, decode
+from ..targets import adapted_selection, not_excluded, resolve_target_experts
 from ..tensor_files import TensorFolder, write_tensors
 from ..untrusted import check_finite, check_header, read_json
 from ..weights import ExpertWeight
@@ -147,8 +148,8 @@ class AdapterFolder:
         """
         present = {key.removeprefix(KEY_PREFIX).rpartition(MARK)[0] for key in self.files.entries if MARK in key}
         # The index of a layer says no path.
-        paths = [path for path in self.config.target_experts or {} if not path.isdigit()]
-        missing = [path for path in paths if path not in present and match_options(self.config, path) is True]
+        paths = [path for path in adapted_selection(self.config) if not path.isdigit()]
+        missing = [path for path in paths if path not in present]
         if missing:
             raise ValueError(f"{self.folder} has no weights of {shortened(missing)}, which target_experts selects")
         check_finite(self.files.entries)
@@ -158,9 +159,43 @@ class AdapterFolder:
         """Bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.files.entries.values())
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights of all changes, however few bits they are stored in; of low rank those of the factors."""
+        counts = {key: math.prod(entry.shape) for key, entry in self.files.entries.items() if MARK in key}
+        return sum(
+            0 if _suffix(key) == "_scales" else self._length(count) if _suffix(key) == "_codes" else count
+            for key, count in counts.items()
+        )
+
+    def weights(self) -> dict[str, list[str]]:
+        """The weights that are changed, by container path: names without a suffix."""
+        names: dict[str, dict[str, None]] = {}
+        for key in self.files.entries:
+            if MARK in key:
+                path, _, name = key.removesuffix(_suffix(key)).removeprefix(KEY_PREFIX).rpartition(MARK)
+                names.setdefault(path, {})[name] = None
+        return {path: list(own) for path, own in names.items()}
+
+    def delta(self, path: str, name: str) -> Tensor | None:
+        """A weight's delta `[n, ...]`, as far as it is known without the base; None for effective rows."""
+        files, key = self.files, f"{KEY_PREFIX}{path}{MARK}{name}"
+        if key in files.entries:
+            return files.read(key)
+        if f"{key}_A" in files.entries and f"{key}_B" in files.entries:
+            return self.config.scaling * (files.read(f"{key}_B") @ files.read(f"{key}_A"))
+        if f"{key}_codes" in files.entries and f"{key}_scales" in files.entries:
+            codes, scales = files.read(f"{key}_codes"), files.read(f"{key}_scales")
+            return decode(self.config.storage, codes, scales, self._length(codes.shape[-1]))
+        return None
+
     def other_tensors(self) -> list[str]:
         """Keys of tensors that are no experts' changes: those of `modules_to_save`."""
         return [key for key in self.files.entries if MARK not in key]
+
+    def _length(self, num_codes: int) -> int:
+        """How many codes of few bits fit into so many bytes."""
+        return num_codes * 8 // BITS[self.config.storage]
 
     def _expert_ids(self, base: Base) -> dict[str, list[int]]:
         """The experts that are adapted, by path, as the loader of adapters finds them."""

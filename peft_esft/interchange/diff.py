@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..adapter_file import KEY_PREFIX, MARK
 from ..config import ESFTConfig
 from ..fingerprint import EXPERTS, differing_paths
-from ..storage import decode
+from ..targets import adapted_selection
 from .adapter import AdapterFolder
 
 
@@ -92,7 +91,7 @@ def _other_base(first: ESFTConfig, second: ESFTConfig) -> list[str]:
 
 def _changes(adapter: AdapterFolder) -> dict[str, list[int]]:
     """The experts that an adapter changes, by container; modules that are trained whole as expert 0."""
-    selection = dict(adapter.config.target_experts or {})
+    selection = adapted_selection(adapter.config)
     paths = [key.removeprefix(KEY_PREFIX).rpartition(MARK)[0] for key in adapter.files.entries if MARK in key]
     return selection | {path: [0] for path in paths if path not in selection}
 
@@ -111,11 +110,11 @@ def _compare(
     adapters: tuple[AdapterFolder, AdapterFolder], path: str, ids: list[list[int]], both: list[int]
 ) -> dict[str, Any] | None:
     squares, product, distance = [0.0, 0.0], 0.0, 0.0
-    names = [_weight_names(adapter, path) for adapter in adapters]
+    names = [set(adapter.weights().get(path, [])) for adapter in adapters]
     if names[0] != names[1] or not names[0]:
         return None
     for name in names[0]:
-        deltas = [_delta(adapter, path, name) for adapter in adapters]
+        deltas = [adapter.delta(path, name) for adapter in adapters]
         if deltas[0] is None or deltas[1] is None or deltas[0].shape[1:] != deltas[1].shape[1:]:
             return None
         first, second = (
@@ -133,25 +132,3 @@ def _compare(
         "distance": math.sqrt(distance) / norms[0] if norms[0] else math.inf if distance else 0.0,
         "cosine": product / (norms[0] * norms[1]) if all(norms) else math.nan,
     }
-
-
-def _weight_names(adapter: AdapterFolder, path: str) -> set[str]:
-    prefix = f"{KEY_PREFIX}{path}{MARK}"
-    leaves = {key.removeprefix(prefix) for key in adapter.files.entries if key.startswith(prefix)}
-    for suffix in ("_A", "_B", "_rows", "_codes", "_scales"):
-        leaves = {leaf.removesuffix(suffix) for leaf in leaves}
-    return leaves
-
-
-def _delta(adapter: AdapterFolder, path: str, name: str) -> Tensor | None:
-    """A weight's delta, as far as it is known without the base."""
-    files, key = adapter.files, f"{KEY_PREFIX}{path}{MARK}{name}"
-    if key in files.entries:
-        return files.read(key)
-    if f"{key}_A" in files.entries and f"{key}_B" in files.entries:
-        return adapter.config.scaling * (files.read(f"{key}_B") @ files.read(f"{key}_A"))
-    if f"{key}_codes" in files.entries and f"{key}_scales" in files.entries:
-        codes, scales = files.read(f"{key}_codes"), files.read(f"{key}_scales")
-        length = codes.shape[-1] * {"int8": 1, "int4": 2, "int1": 8}[adapter.config.storage]
-        return decode(adapter.config.storage, codes, scales, length)
-    return None
