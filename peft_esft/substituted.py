@@ -82,6 +82,6 @@ class SubstitutedExperts(ESFTLayer):
                 f"{self.path} ({type(base_layer).__name__}) returns more than one tensor, so adapter_names cannot "
                 "tell its samples apart; call the model once for each adapter, after set_adapter(name)"
             )
-        adapter_of_row = batch.adapter_of_row(outputs[0].shape[0], outputs[0].device)
+        adapter_of_row = batch.adapter_of_row(outputs[0], self, self.path)
         rows = torch.arange(len(adapter_of_row), device=adapter_of_row.device)
         return torch.stack(outputs)[adapter_of_row, rows]
