@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .hooks import in_this_thread
 from .samples import TOKEN_INPUTS, CallsUnderWay, watching_calls
@@ -146,6 +147,28 @@ def check_adapter_names(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(adapter_names)} and {value.shape[0]} respectively."
             )
+
+
+def refusing_adapter_names(model: nn.Module) -> RemovableHandle | None:
+    """Has a base model refuse `adapter_names`, which its own forward would take among other keywords and ignore.
+
+    PEFT's models, and this package's around it, keep the argument to themselves.
+
+    Returns:
+        What ends it; None if the model does so already.
+    """
+    if _refuse_adapter_names in model._forward_pre_hooks.values():
+        return None
+    return model.register_forward_pre_hook(_refuse_adapter_names, with_kwargs=True)
+
+
+def _refuse_adapter_names(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    if kwargs and kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            f"adapter_names is not known to {type(module).__name__} itself, which would use its active adapter for "
+            "all samples. Call the PeftModel around it (get_peft_model, PeftModel.from_pretrained), or call the model "
+            "once for each adapter, after set_adapter(name)"
+        )
 
 
 def _count_calls(change: int) -> None:
