@@ -63,7 +63,7 @@ class FusedExperts(ESFTLayer):
             frozen=self._by_name({name: weight.whole(base_layer) for name, weight in self._stacked_weights()}),
             slots=plan.slots.to(hidden_states.device),
             body=self._body(base_layer),
-            adapter_of_token=batch.adapter_of_row(hidden_states.shape[0], hidden_states.device),
+            adapter_of_token=batch.adapter_of_row(hidden_states, self, self.path),
         )
 
     def _slots(self, selections: Sequence[tuple[Sequence[int], int]], num_rows: int) -> Tensor:

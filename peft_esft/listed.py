@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from .deltas import connected
-from .substituted import SubstitutedExperts, alone, call_with
+from .parts import AdaptedPart
+from .substituted import SubstitutedExperts, alone
 from .weights import ListedWeight
 
 
@@ -27,7 +28,7 @@ class ListedExperts(SubstitutedExperts):
         expert = self._experts[key]
         if isinstance(key, slice):
             return [self[place] for place in range(len(self))[key]]
-        return expert if self.current_call() is None else AdaptedExpert(self, expert)
+        return self._adapted(expert) if self._changes_parts("experts one by one") else expert
 
     def __len__(self) -> int:
         return len(self._experts)
@@ -48,43 +49,30 @@ class ListedExperts(SubstitutedExperts):
         """The experts of a `ModuleDict`."""
         return [self[key] for key in self._experts]
 
-    def call_expert(self, expert: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Runs one of the experts with the active adapters' deltas; one thread after another."""
-        with alone():
-            return self._call_expert(expert, *args, **kwargs)
+    def _adapted(self, expert: nn.Module) -> AdaptedPart:
+        """One of the experts, with the active adapters' deltas."""
+        return AdaptedPart(expert, partial(self._effective_expert, expert), self._call_part)
 
-    def _call_expert(self, expert: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _effective_expert(self, expert: nn.Module) -> dict[str, Tensor]:
+        """The parameters of an expert that deltas change, by path below it; none if no active adapter trains it."""
         call = self.current_call()
         if call is None:
-            return expert(*args, **kwargs)
+            return {}
         modules = self._weights()[0].expert_modules(self.base_layer)
         expert_id = next(number for number, module in enumerate(modules) if module is expert)
         if expert_id not in call.expert_ids:
-            return connected(expert(*args, **kwargs), self._deltas_of(call.key))
-        resident = self.resident(call.key)
+            return {}
         substitutes: dict[str, Tensor] = {}
-        for weight in self._weights():
-            if resident is None:
-                row = self.effective_rows(weight.name, call.key, [expert_id])[0]
-            else:
-                row = resident.rows[weight.name][call.expert_ids.index(expert_id)]
-            substitutes |= weight.substitutes_of_expert(self.base_layer, expert_id, row)
-        return connected(call_with(expert, substitutes, *args, **kwargs), self._deltas_of(call.key))
+        with alone():
+            resident = self.resident(call.key)
+            for weight in self._weights():
+                if resident is None:
+                    row = self.effective_rows(weight.name, call.key, [expert_id])[0]
+                else:
+                    row = resident.rows[weight.name][call.expert_ids.index(expert_id)]
+                substitutes |= weight.substitutes_of_expert(self.base_layer, expert_id, row)
+        return substitutes
 
     def _weights(self) -> list[ListedWeight]:
         """The weights; those of a list are all listed."""
         return [weight for weight in self.weights.values() if isinstance(weight, ListedWeight)]
-
-
-class AdaptedExpert:
-    """One expert as a callable; everything but the call is the expert's own."""
-
-    def __init__(self, layer: ListedExperts, expert: nn.Module) -> None:
-        self._layer = layer
-        self._expert = expert
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._layer.call_expert(self._expert, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._expert, name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import onload_layer, set_adapter
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .adapter_tensors import PREFIX
 from .config import ESFTConfig
@@ -17,7 +18,7 @@ from .expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, ro
 from .fused import FusedExperts
 from .layer import ESFTLayer
 from .listed import ListedExperts
-from .mixed_batch import calling_with, check_adapter_names
+from .mixed_batch import calling_with, check_adapter_names, refusing_adapter_names
 from .operations import AdapterOperations
 from .preparation import check_adapter_name, check_incoming, prepare_config
 from .resident import planning
@@ -58,6 +59,7 @@ class ESFTModel(AdapterOperations):
     prefix: str = PREFIX
     tuner_layer_cls = ESFTLayer
     target_module_mapping: dict[str, list[str]] = {}
+    _refusing: RemovableHandle | None = None
 
     def _prepare_adapter_config(self, peft_config: ESFTConfig, model_config: dict[str, Any]) -> ESFTConfig:
         """Resolves and checks the config against the model, see `preparation.prepare_config`."""
@@ -143,8 +145,20 @@ class ESFTModel(AdapterOperations):
         with calling_with(self.model, adapter_names, plans):
             yield
 
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward, with the active adapters or with one for each sample."""
+        if adapter_names is None:
+            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(*args, adapter_names=adapter_names, **kwargs):
+            return super().forward(*args, **kwargs)
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`."""
+        """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`.
+
+        Raises:
+            ValueError: if there is no adapter of one of the names.
+        """
+        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
         merged = [layer for layer in self._layers() if layer.merged]
         if merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
@@ -197,6 +211,7 @@ class ESFTModel(AdapterOperations):
                 # Layers that are new are enabled otherwise.
                 for module in self._modules_with_adapters():
                     module.enable_adapters(False)
+        self._refusing = self._refusing or refusing_adapter_names(model)
         self._containers = {}
         self.forget_modules()  # PEFT puts its own wrappers around other modules next
 
@@ -236,6 +251,8 @@ class ESFTModel(AdapterOperations):
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         self.forget_modules()
+        if self._refusing is not None:
+            self._refusing.remove()
         return model
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from threading import RLock
+from types import MethodType
 from typing import Any
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from .calls import AdapterCall
 from .deltas import connected
 from .layer import ESFTLayer
-from .mixed_batch import AdapterBatch
+from .mixed_batch import AdapterBatch, current_batch
+from .parts import AdaptedPart, Substitutes, part_of
 
 
 _substituting = RLock()
@@ -49,6 +52,72 @@ class SubstitutedExperts(ESFTLayer):
     but slow.
     """
 
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the module; with the deltas, since model code may read a weight and not call the module."""
+        value = super().__getattr__(name)
+        return value if name in self._modules else self.attribute(self.base_layer, name, value)
+
+    @property
+    def weight(self) -> Any:
+        """The module's `weight` with the active adapters' deltas. `get_base_layer()` has the base's."""
+        return self.attribute(self.base_layer, "weight", self.base_layer.weight)
+
+    @property
+    def bias(self) -> Any:
+        """The module's `bias`, see `weight`."""
+        return self.attribute(self.base_layer, "bias", self.base_layer.bias)
+
+    def attribute(self, base_layer: nn.Module, name: str, value: Any) -> Any:
+        """An attribute of `base_layer`, this layer's or one tied to it, as who reads it is to see it.
+
+        Args:
+            base_layer: the module.
+            name: of the attribute.
+            value: the module's own.
+
+        Raises:
+            ValueError: if it is one that deltas change, and the call under way has `adapter_names`.
+        """
+        if not isinstance(value, nn.Parameter | nn.Module | MethodType) or not self._changes_parts(name):
+            return value
+        adapted = AdaptedPart(base_layer, partial(self._effective_parameters, base_layer), self._call_part)
+        return part_of(base_layer, name, value, adapted)
+
+    def _changes_parts(self, name: str) -> bool:
+        """True if a part of the module is not the base's own for a call under way, or outside of one.
+
+        Raises:
+            ValueError: if it depends on the sample.
+        """
+        batch = None if self._disable_adapters else current_batch()
+        if batch is None:
+            return self.current_call() is not None
+        plan = batch.plans.get(self)
+        if plan is not None and any(resident is not None for resident in plan.residents):
+            raise ValueError(
+                f"adapter_names is not supported by {self.path}: the model takes its {name} in place of calling it. "
+                "Call the model once for each adapter, after set_adapter(name)"
+            )
+        return False
+
+    def _effective_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
+        """The parameters of `base_layer` that deltas change, by path, with the deltas of the active adapters."""
+        call = self.current_call()
+        if call is None:
+            return {}
+        with alone(), self.at_hand(base_layer):
+            return self._substitutes(base_layer, call.expert_ids, self.rows_for(call))
+
+    def _call_part(self, module: nn.Module, substitutes: Substitutes, *args: Any, **kwargs: Any) -> Any:
+        """Calls a module in the base layer; one thread after another."""
+        with alone():
+            values = substitutes()
+            output = call_with(module, values, *args, **kwargs) if values else module(*args, **kwargs)
+        call = self.current_call()
+        if call is None or not isinstance(output, Tensor):
+            return output
+        return connected(output, self._deltas_of(call.key))
+
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """See `ESFTLayer.forward_through`; one thread after another."""
         with alone():
@@ -61,10 +130,15 @@ class SubstitutedExperts(ESFTLayer):
     def _substituted_forward(
         self, base_layer: nn.Module, expert_ids: tuple[int, ...], rows: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Any:
+        return call_with(base_layer, self._substitutes(base_layer, expert_ids, rows), *args, **kwargs)
+
+    def _substitutes(
+        self, base_layer: nn.Module, expert_ids: tuple[int, ...], rows: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         substitutes: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
             substitutes |= weight.substitutes(base_layer, expert_ids, rows[name])
-        return call_with(base_layer, substitutes, *args, **kwargs)
+        return substitutes
 
     def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:
         plan = batch.plans.get(self)
@@ -82,6 +156,6 @@ class SubstitutedExperts(ESFTLayer):
                 f"{self.path} ({type(base_layer).__name__}) returns more than one tensor, so adapter_names cannot "
                 "tell its samples apart; call the model once for each adapter, after set_adapter(name)"
             )
-        adapter_of_row = batch.adapter_of_row(outputs[0].shape[0], outputs[0].device)
+        adapter_of_row = batch.adapter_of_row(outputs[0], self, self.path)
         rows = torch.arange(len(adapter_of_row), device=adapter_of_row.device)
         return torch.stack(outputs)[adapter_of_row, rows]

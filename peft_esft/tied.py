@@ -8,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .layer import ESFTLayer
+from .substituted import SubstitutedExperts
 
 
 class TiedLayer(nn.Module, BaseTunerLayer):
@@ -48,7 +49,22 @@ class TiedLayer(nn.Module, BaseTunerLayer):
         except AttributeError:
             if name in ("base_layer", "_leader"):
                 raise
-            return getattr(self.base_layer, name)
+            return self._attribute(name)
+
+    @property
+    def weight(self) -> Any:
+        """The module's `weight` with the active adapters' deltas."""
+        return self._attribute("weight")
+
+    @property
+    def bias(self) -> Any:
+        """The module's `bias`, see `weight`."""
+        return self._attribute("bias")
+
+    def _attribute(self, name: str) -> Any:
+        value = getattr(self.base_layer, name)
+        leader = self.leader
+        return leader.attribute(self.base_layer, name, value) if isinstance(leader, SubstitutedExperts) else value
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Nothing of its own to set."""

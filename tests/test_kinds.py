@@ -89,8 +89,10 @@ def test_a_list_of_modules_still_looks_like_one():
     model = get_peft_model(base, config_for(base))
     layer = base.model.layers[1].mlp.experts
     assert len(layer) == 8
-    assert [expert.up_proj for expert in layer] == [expert.up_proj for expert in experts]
-    assert [expert.up_proj for expert in layer[2:4]] == [expert.up_proj for expert in experts[2:4]]
+    assert [expert.act_fn for expert in layer.base_layer] == [expert.act_fn for expert in experts]
+    weights = [expert.up_proj.weight for expert in experts]
+    assert all(torch.equal(expert.up_proj.weight, own) for expert, own in zip(layer, weights, strict=True))
+    assert all(torch.equal(expert.up_proj.weight, own) for expert, own in zip(layer[2:4], weights[2:4], strict=True))
     with model.disable_adapter():
         assert layer[3] is experts[3]
 

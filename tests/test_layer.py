@@ -249,26 +249,39 @@ def routed(layer):
     }
 
 
+class Caller(torch.nn.Module):
+    """A model of one layer, which it calls by position or by keywords."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states, by_keywords, **others):
+        inputs = {"hidden_states": hidden_states, **others}
+        return self.layer(**inputs) if by_keywords else self.layer(*inputs.values())
+
+
 def test_a_layer_can_be_called_by_keywords():
-    model = adapted()
-    layer = layer_of(model)
+    layer = layer_of(adapted())
+    model = Caller(layer)
     inputs = routed(layer)
+    hidden_states = inputs.pop("hidden_states")
 
     def check():
-        outputs.append(layer(*inputs.values()))
-        assert torch.equal(layer(**inputs), outputs[-1])
+        outputs.append(model(hidden_states, by_keywords=False, **inputs))
+        assert torch.equal(model(hidden_states, by_keywords=True, **inputs), outputs[-1])
 
     outputs = []
     with torch.no_grad():
         check()
         names = ["b", "__base__", "a"]
-        with calling_with(model.get_base_model(), names, {layer: layer.plan_mixed(names)}):
+        with calling_with(model, names, {layer: layer.plan_mixed(names)}):
             check()
             layer.enable_adapters(False)
             check()
         check()
     active, mixed, off_in_a_mix, off = outputs
-    assert torch.equal(off, layer.base_layer(*inputs.values())) and torch.equal(off_in_a_mix, off)
+    assert torch.equal(off, layer.base_layer(hidden_states, *inputs.values())) and torch.equal(off_in_a_mix, off)
     torch.testing.assert_close(mixed[2:4], off[2:4])
     torch.testing.assert_close(mixed[4:], active[4:])
     assert not torch.allclose(mixed[:2], active[:2]) and not torch.allclose(mixed[:2], off[:2])

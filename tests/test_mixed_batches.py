@@ -241,10 +241,50 @@ def test_threads_do_not_mix_their_batches():
 
 def test_nothing_stays_behind_after_an_error():
     model = with_adapters(tiny_model("olmoe"))
+    before = hooks_of(model)
     with pytest.raises(IndexError):
         model(input_ids=torch.full((5, 3), 10_000), adapter_names=NAMES)
     assert current_batch() is None
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert hooks_of(model) == before
+
+
+def hooks_of(model):
+    return [
+        [*module._forward_pre_hooks, *module._forward_pre_hooks_with_kwargs, *module._forward_hooks]
+        for module in model.modules()
+    ]
+
+
+@torch.no_grad()
+def test_names_are_honoured_by_the_model_inside_of_peft_s_too():
+    model = with_adapters(tiny_model("olmoe"))
+    expected = model(input_ids=TOKENS, adapter_names=NAMES)[0]
+    assert torch.equal(model.base_model(input_ids=TOKENS, adapter_names=NAMES)[0], expected)
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): typo"):
+        model.base_model(input_ids=TOKENS, adapter_names=["typo"] * 5)
+    assert torch.equal(model.base_model(input_ids=TOKENS)[0], model(input_ids=TOKENS)[0])
+
+
+@torch.no_grad()
+def test_names_that_reach_the_base_itself_are_refused():
+    native = tiny_model("olmoe")
+    native.add_adapter(ESFTConfig(target_experts={0: [1]}, init_weights=False), "a")
+    wrapped = with_adapters(tiny_model("olmoe"))
+    for call in (native, native.generate, wrapped.get_base_model(), wrapped.base_model.generate):
+        with pytest.raises(ValueError, match="adapter_names"):
+            call(input_ids=TOKENS, adapter_names=["__base__"] * 5)
+    with pytest.raises(ValueError, match=r"is not known to OlmoeForCausalLM itself.*Call the PeftModel around it"):
+        native(input_ids=TOKENS, adapter_names=["__base__"] * 5)
+    assert torch.equal(native(input_ids=TOKENS, adapter_names=None)[0], native(input_ids=TOKENS)[0])
+    assert not any(map(any, hooks_of(wrapped.unload())))
+
+
+@pytest.mark.parametrize("names", ["typo", ["a", "typo"]])
+def test_names_that_no_adapter_has_are_not_made_active(names):
+    model = with_adapters(tiny_model("olmoe"))
+    with pytest.raises(ValueError, match=r"there are no adapters \['typo'\]; there are \['a', 'b', 'c'\]"):
+        model.base_model.set_adapter(names)
+    assert model.active_adapters == ["a"] and model.base_model.active_adapters == ["a"]
 
 
 @pytest.mark.parametrize(
