@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .resident import Key, Resident
 
@@ -23,6 +23,8 @@ class AdapterCall:
         deltas: by weight name, if the effective rows are the base's and these; for compiled graphs, since whatever
             moves or shards parameters replaces them.
         rows: the effective rows by weight name, if they are known to hold.
+        parameters: the deltas and factors that these were computed from. Who makes them trainable by other means than
+            `set_adapter` tells nobody, and rows hold no longer.
     """
 
     key: Key
@@ -31,6 +33,11 @@ class AdapterCall:
     slots: Tensor | None
     deltas: dict[str, Tensor] | None
     rows: dict[str, Tensor] | None = None
+    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    def forget_rows(self) -> None:
+        """To be called when the adapters are trained, after which the rows would be old ones."""
+        self.rows, self.parameters = None, []
 
 
 @dataclass(frozen=True, eq=False)

@@ -96,7 +96,7 @@ class ESFTLayer(MergingLayer):
         names = [] if is_off else self.adapters_here(self.active_adapters)
         self._call = self.call_of(tuple(names)) if names else None
         if self._call is not None and self._call.rows is not None and any(self.is_trained(name) for name in names):
-            self._call.rows = None
+            self._call.forget_rows()
 
     def call_of(self, key: Key) -> AdapterCall:
         """What a forward pass with some adapters has to know, of which each has experts in this layer."""
@@ -140,6 +140,10 @@ class ESFTLayer(MergingLayer):
             Effective rows and False; or, of adapters in training, their deltas and True.
         """
         if torch.compiler.is_compiling():
+            # PEFT's `set_requires_grad` trains an adapter without a word to its layers; whether a parameter requires a
+            # gradient is guarded.
+            if call.rows is not None and any(delta.requires_grad for delta in call.parameters):
+                call.forget_rows()
             if call.rows is not None:
                 return call.rows, False
             if call.deltas is not None and self._knows_its_deltas():
@@ -183,6 +187,8 @@ class ESFTLayer(MergingLayer):
             if key in self.bank.residents:
                 with planning:
                     self.bank.remove(key)
+            if key in self._calls and self._calls[key].rows is not None:
+                self._calls[key].forget_rows()
             return None
         sources = self._sources(key)
         state = None if is_trained else self._state(sources)
@@ -190,7 +196,8 @@ class ESFTLayer(MergingLayer):
         if known is None or known.state != state or state is None:
             known = self._make_resident(key, state, sources)
         if not is_trained:
-            self.call_of(key).rows = known.rows
+            call = self.call_of(key)
+            call.rows, call.parameters = known.rows, self._deltas_of(key)
         return known
 
     def _make_resident(self, key: Key, state: Any, sources: list[Tensor]) -> Resident:

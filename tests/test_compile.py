@@ -152,6 +152,35 @@ def test_a_compiled_model_sees_what_happens_to_its_adapters(tmp_path):
     assert all(not torch.allclose(a, b) for a, b in itertools.combinations(outputs[1:], 2))
 
 
+@pytest.mark.parametrize("trained_by", ["compiled", "eager"])
+@pytest.mark.parametrize("options", [{}, {"rank": 2}], ids=["delta", "rank"])
+def test_a_compiled_model_trains_what_peft_has_made_trainable_since(options, trained_by):
+    model = adapters_of_equal_size(inference_mode=True, **options).eval()
+    model.base_model.set_adapter("first", inference_mode=True)
+    compiled = compiled_inside(model)
+    tokens = random_tokens()
+    with torch.no_grad():
+        for call in (model, compiled):
+            run(call, tokens)  # with rows that are computed once
+    model.set_requires_grad("first", True)
+    results = []
+    for call in (compiled, model) if trained_by == "compiled" else (model, compiled):
+        output = run(call, tokens)
+        task_loss(output).backward()
+        results.append([output, *(delta.grad.clone() for delta in deltas_of(model, "first").values())])
+        model.zero_grad()
+    for own, expected in zip(*results, strict=True):
+        torch.testing.assert_close(own, expected)
+    for is_trained in (True, False):  # and what training leaves behind when it ends
+        model.set_requires_grad("first", is_trained)
+        with torch.no_grad():
+            for delta in deltas_of(model, "first").values():
+                delta.add_(0.1)
+            changed = run(compiled, tokens)
+            assert not torch.allclose(changed, output)
+            torch.testing.assert_close(changed, run(model, tokens))
+
+
 @pytest.mark.slow
 def test_inductor_gives_the_same_outputs_and_gradients():
     base = tiny_model("olmoe", torch.bfloat16)
