@@ -117,12 +117,13 @@ def test_scoring_sees_through_an_adapter_and_leaves_no_trace():
     batches = [{"input_ids": random_tokens()}]
     expected = score_experts(base, batches, progress=False)
     model = get_peft_model(base, config_for(base)).train()
+    hooks = {module: dict(module._forward_pre_hooks) for module in model.modules()}
     scores = score_experts(model, batches, progress=False)
     for path, observed in scores.containers.items():
         assert observed.selected_pairs == expected.containers[path].selected_pairs
         torch.testing.assert_close(scores.gate()[path], expected.gate()[path])
     assert model.training
-    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert {module: dict(module._forward_pre_hooks) for module in model.modules()} == hooks
 
 
 def test_a_failing_forward_leaves_no_trace():
