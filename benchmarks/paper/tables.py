@@ -88,14 +88,14 @@ def summary(results: Results) -> str:
     """Of what full fine-tuning gains and loses, how much the others do: metric, loss, general loss."""
     names = [task for task in results.tasks() if all(results.finals(task, method) for method in CORE)]
     rows = []
-    for method in ORDER:
-        if method != "full":
-            cells = [
-                " · ".join(f"{100 * share:.0f}" for share in shares_of_full(results, task, method))
-                if results.finals(task, method)
-                else ""
-                for task in names
-            ]
+    for method in (*ORDER, *SHARED):
+        cells = [
+            " · ".join(f"{100 * share:.0f}" for share in shares_of_full(results, task, method))
+            if results.finals(task, method)
+            else ""
+            for task in names
+        ]
+        if method != "full" and any(cells):
             rows.append([NAMES[method], *cells])
     return markdown(["of full fine-tuning's, %", *names], rows) if names else ""
 
