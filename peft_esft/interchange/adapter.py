@@ -62,13 +62,13 @@ class Change:
         stored = self._read()
         if "_rows" in stored:
             return stored["_rows"].to(rows.dtype)
-        return add_deltas(rows, [(None, self._delta(stored))])
+        return add_deltas(rows, [(None, self.adapter.decoded(stored, self.shape[-1]))])
 
     def delta(self, rows: Tensor | None = None) -> Tensor:
         """The change `[n, ...]` in fp32; `rows`, the base's, are needed if the adapter stores effective rows."""
         stored = self._read()
         if "_rows" not in stored:
-            return self._delta(stored)
+            return self.adapter.decoded(stored, self.shape[-1])
         if rows is None:
             raise ValueError("the adapter stores effective rows: their deltas need the base")
         wide = torch.promote_types(rows.dtype, torch.float32)
@@ -76,14 +76,6 @@ class Change:
 
     def _read(self) -> dict[str, Tensor]:
         return {suffix: self.adapter.files.read(key) for suffix, key in self.keys.items()}
-
-    def _delta(self, stored: dict[str, Tensor]) -> Tensor:
-        config = self.adapter.config
-        if "_codes" in stored:
-            return decode(config.storage, stored["_codes"], stored["_scales"], self.shape[-1])
-        if "_A" in stored:
-            return config.scaling * (stored["_B"] @ stored["_A"])
-        return stored[""]
 
 
 class AdapterFolder:
@@ -179,15 +171,25 @@ class AdapterFolder:
 
     def delta(self, path: str, name: str) -> Tensor | None:
         """A weight's delta `[n, ...]`, as far as it is known without the base; None for effective rows."""
-        files, key = self.files, f"{KEY_PREFIX}{path}{MARK}{name}"
-        if key in files.entries:
-            return files.read(key)
-        if f"{key}_A" in files.entries and f"{key}_B" in files.entries:
-            return self.config.scaling * (files.read(f"{key}_B") @ files.read(f"{key}_A"))
-        if f"{key}_codes" in files.entries and f"{key}_scales" in files.entries:
-            codes, scales = files.read(f"{key}_codes"), files.read(f"{key}_scales")
-            return decode(self.config.storage, codes, scales, self._length(codes.shape[-1]))
-        return None
+        keys = {suffix: f"{KEY_PREFIX}{path}{MARK}{name}{suffix}" for suffix in self._suffixes}
+        if self.config.storage == "rows" or not self.files.entries.keys() >= set(keys.values()):
+            return None
+        return self.decoded({suffix: self.files.read(key) for suffix, key in keys.items()})
+
+    def decoded(self, stored: Mapping[str, Tensor], length: int | None = None) -> Tensor:
+        """The delta `[n, ...]` that a weight's tensors, by suffix, amount to; they are no effective rows.
+
+        Args:
+            stored: the tensors.
+            length: of the last dimension; None means as many values as its codes may hold.
+        """
+        if "_codes" in stored:
+            codes = stored["_codes"]
+            length = self._length(codes.shape[-1]) if length is None else length
+            return decode(self.config.storage, codes, stored["_scales"], length)
+        if "_A" in stored:
+            return self.config.scaling * (stored["_B"] @ stored["_A"])
+        return stored[""]
 
     def other_tensors(self) -> list[str]:
         """Keys of tensors that are no experts' changes: those of `modules_to_save`."""
