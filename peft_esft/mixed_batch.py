@@ -12,9 +12,10 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from .hooks import in_this_thread
-from .samples import TOKEN_INPUTS, CallsUnderWay, watching_calls
+from .samples import TOKEN_INPUTS, CallsUnderWay
 
 
 BASE = "__base__"
@@ -114,8 +115,11 @@ def calling_with(model: nn.Module, adapter_names: Sequence[str], plans: Mapping[
         stack.callback(_count_calls, -1)
         token = _CURRENT.set(batch)
         stack.callback(_CURRENT.reset, token)
-        stack.enter_context(watching_calls(model, _begin, _end))
         for path, module in model.named_modules():
+            if module is model or isinstance(module, PreTrainedModel):
+                # The same functions in every call: a compiled graph may keep them.
+                stack.callback(module.register_forward_pre_hook(_begin, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(_end).remove)
             # PEFT's wrappers of `modules_to_save` take the names as an argument.
             if isinstance(module, ModulesToSaveWrapper):
                 stack.callback(module.register_forward_pre_hook(_naming(batch, path), with_kwargs=True).remove)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 
 TOKEN_INPUTS = ("decoder_inputs_embeds", "decoder_input_ids", "inputs_embeds", "input_ids", "inputs")
@@ -80,20 +78,6 @@ class CallsUnderWay:
         if tokens is None or tokens.samples % num_names:
             return None
         return tensor.shape[0] // num_names if tokens.hold(tensor, is_logits=module is self._logits) else None
-
-
-@contextmanager
-def watching_calls(model: nn.Module, begin: Any, end: Any) -> Iterator[None]:
-    """Has the hooks `begin` and `end` called around the forward of a model and of all models in it.
-
-    They are functions of the module `mixed_batch`, the same ones in every call: a compiled graph may keep them.
-    """
-    with ExitStack() as stack:
-        for module in model.modules():
-            if module is model or isinstance(module, PreTrainedModel):
-                stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(end).remove)
-        yield
 
 
 def _tokens(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], is_outermost: bool) -> Tokens | None:
