@@ -42,6 +42,18 @@ BATCH_SIZE = 16
 PEAK_LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 100
 BALANCE = 0.01  # of the loss that asks for evenly used experts
+SETTINGS = {
+    "hidden_size": 192,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+}
+"""Of both models."""
 EVALUATION_BATCHES = 4
 
 
@@ -95,20 +107,12 @@ def build_olmoe() -> OlmoeForCausalLM:
     """About 10.9 M parameters: 4 layers of 64 experts, 6 of them for each token."""
     return OlmoeForCausalLM(
         OlmoeConfig(
-            hidden_size=192,
             intermediate_size=64,
             num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=6,
             num_experts=64,
             num_experts_per_tok=6,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
             router_aux_loss_coef=BALANCE,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
+            **SETTINGS,
         )
     )
 
@@ -120,7 +124,6 @@ def build_deepseek() -> DeepseekV2ForCausalLM:
     """
     return DeepseekV2ForCausalLM(
         DeepseekV2Config(
-            hidden_size=192,
             intermediate_size=384,
             moe_intermediate_size=48,
             num_hidden_layers=5,
@@ -128,19 +131,12 @@ def build_deepseek() -> DeepseekV2ForCausalLM:
             n_routed_experts=64,
             n_shared_experts=2,
             num_experts_per_tok=6,
-            num_attention_heads=6,
-            num_key_value_heads=6,
             q_lora_rank=None,
             kv_lora_rank=64,
             qk_nope_head_dim=16,
             qk_rope_head_dim=16,
             v_head_dim=32,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=1024,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=0,
-            pad_token_id=0,
+            **SETTINGS,
         )
     )
 
