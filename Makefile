@@ -5,8 +5,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 # What depends on the versions of other libraries: the tuner, its hooks in PEFT, reading of checkpoints.
-CORE_TESTS = $(addprefix tests/test_,plugin.py packaging.py adapters.py functional.py grouped.py oracle.py compile.py scoring.py \
-	official.py merge_checkpoint.py)
+CORE_TESTS = tests/tuner/test_plugin.py tests/project/test_packaging.py tests/tuner/test_adapters.py tests/ops/test_functional.py tests/ops/test_grouped.py tests/tuner/test_oracle.py tests/tuner/test_compile.py tests/scoring/test_scoring.py tests/interchange/test_official.py tests/interchange/test_merge_checkpoint.py
 
 .PHONY: demo test test-slow test-oldest test-newest contract mutation lint types docs package bench paper clean
 

@@ -26,7 +26,7 @@ from demo import train
 
 from peft_esft import ESFTConfig, ESFTLayer, score_experts
 from peft_esft.interchange import compact
-from peft_esft.storage import FORMS
+from peft_esft.ops.encodings import FORMS
 
 from reporting import versions, write_results
 from tasks import FOLDER, TASKS, batches, evaluate, general_loss, load_base, load_task

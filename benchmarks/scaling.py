@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_esft import ESFTConfig, find_experts
-from peft_esft.planning import ModelSizes, Setup, activation_bytes, estimate, num_trained
+from peft_esft.scoring.memory_estimate import ModelSizes, Setup, activation_bytes, estimate, num_trained
 
 from reporting import peak_of, versions, write_results
 from scoring import build_model

@@ -16,7 +16,7 @@ import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from peft_esft import find_experts
-from peft_esft.scoring import _Observer
+from peft_esft.scoring.measure import _Observer
 
 from reporting import peak_of, versions, write_results
 

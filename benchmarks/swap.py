@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import OlmoeForCausalLM
 
 from peft_esft import ESFTConfig
-from peft_esft.layer import ESFTLayer
+from peft_esft.tuner.layers.layer import ESFTLayer
 
 from reporting import add_clock_arguments, set_clock, time_in_turns, versions, write_results
 from scoring import build_model

@@ -13,17 +13,17 @@ from .registration import extend_peft_type, register  # noqa: E402
 
 extend_peft_type()  # before the config, which names the new member
 
-from .batches import text_batches  # noqa: E402
-from .config import ESFTConfig  # noqa: E402
-from .containers import ExpertsContainer, find_experts  # noqa: E402
-from .hotswap import hotswap_adapter  # noqa: E402
-from .hub import push_to_hub  # noqa: E402
-from .layer import ESFTLayer  # noqa: E402
-from .model import ESFTModel  # noqa: E402
-from .pool import AdapterPool, PoolStatistics  # noqa: E402
-from .scores import ExpertScores  # noqa: E402
-from .scoring import score_experts  # noqa: E402
-from .selection import random_experts, select_experts  # noqa: E402
+from .moe.containers import ExpertsContainer, find_experts  # noqa: E402
+from .scoring.batches import text_batches  # noqa: E402
+from .scoring.measure import score_experts  # noqa: E402
+from .scoring.scores import ExpertScores  # noqa: E402
+from .scoring.selection import random_experts, select_experts  # noqa: E402
+from .tuner.config import ESFTConfig  # noqa: E402
+from .tuner.hotswap import hotswap_adapter  # noqa: E402
+from .tuner.hub import push_to_hub  # noqa: E402
+from .tuner.layers.layer import ESFTLayer  # noqa: E402
+from .tuner.model import ESFTModel  # noqa: E402
+from .tuner.pool import AdapterPool, PoolStatistics  # noqa: E402
 
 
 register(ESFTConfig, ESFTModel)

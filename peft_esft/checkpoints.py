@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .adapter_tensors import PREFIX
-from .card import CARD_NAME
 from .interchange.adapter import AdapterFolder
-from .weights import is_spread
+from .moe.weights import is_spread
+from .tuner.layers.adapter_tensors import PREFIX
+from .tuner.model_card import CARD_NAME
 
 
 PREVIOUS_SUFFIX = ".previous"

@@ -18,7 +18,7 @@ _LAYERS = [
 ]
 TESTS = {  # by file of the package
     "selection": ["selection"],
-    "functional": _ARITHMETIC,
+    "split_forward": _ARITHMETIC,
     "row_order": _ARITHMETIC,
     "deltas": [*_ARITHMETIC, "combination", "resident"],
     "layer": _LAYERS,
@@ -51,6 +51,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _files() -> list[str]:
     """The names of the test files for the mutant under test, or all."""
-    module = os.environ.get("MUTANT_UNDER_TEST", "").removeprefix("peft_esft.").partition(".")[0]
+    module = os.environ.get("MUTANT_UNDER_TEST", "").partition(".x")[0].rpartition(".")[2]
     names = TESTS.get(module, [name for own in TESTS.values() for name in own])
     return [f"test_{name}" for name in names]

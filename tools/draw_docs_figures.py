@@ -16,7 +16,7 @@ from peft_esft.analysis.figures import dispersion_plot, granularity_plot, overla
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "figures"
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "examples" / "tiny_moe")]
+sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "examples" / "tiny_moe")]
 
 import golden  # noqa: E402
 import tasks  # noqa: E402

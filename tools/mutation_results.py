@@ -24,7 +24,7 @@ KILLED = ("killed", "timeout", "segfault")
 
 def change_of(mutant: str, path: Path) -> str:
     """The mutant's function, and its lines that differ, before and after."""
-    # peft_esft.deltas.x__private__mutmut_1 or peft_esft.layer.xǁClassǁmethod__mutmut_1
+    # peft_esft.ops.deltas.x__private__mutmut_1 or peft_esft.tuner.layers.layer.xǁClassǁmethod__mutmut_1
     function = mutant.rpartition(".x")[2].rpartition("__mutmut_")[0][1:].replace("ǁ", ".")
     lines = [line for line in get_diff_for_mutant(mutant, path=path).splitlines() if line[:3] not in ("---", "+++")]
     before, after = (" ".join(line[1:].strip() for line in lines if line[:1] == sign) for sign in "-+")

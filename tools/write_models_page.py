@@ -2,7 +2,7 @@
 
     python tools/write_models_page.py
 
-Runs tests/test_families.py and reads its results; what is said of a family's gates is measured on its tiny model.
+Runs tests/moe/test_families.py and reads its results; what is said of a family's gates is measured on its tiny model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import transformers
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
 from peft_esft import find_experts  # noqa: E402
 
@@ -89,7 +89,7 @@ def run_tests() -> dict[str, dict[str, str]]:
     outcomes: dict[str, dict[str, str]] = defaultdict(dict)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "tests/test_families.py", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-q", "tests/moe/test_families.py", f"--junitxml={report}"]
         subprocess.run(command, cwd=ROOT, check=False)
         for case in ElementTree.parse(report).iter("testcase"):
             test, _, family = case.attrib["name"].rstrip("]").partition("[")

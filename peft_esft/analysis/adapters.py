@@ -14,15 +14,15 @@ import torch
 from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor, nn
 
-from ..adapter_tensors import PREFIX
-from ..card import num_experts_of
-from ..config import ESFTConfig
-from ..containers import find_experts
 from ..interchange.adapter import AdapterFolder, read_config
 from ..interchange.base import Base, empty_model
-from ..layer import ESFTLayer
-from ..selection import Selection
-from ..targets import adapted_selection
+from ..moe.containers import find_experts
+from ..scoring.selection import Selection
+from ..tuner.config import ESFTConfig
+from ..tuner.layers.adapter_tensors import PREFIX
+from ..tuner.layers.layer import ESFTLayer
+from ..tuner.model_card import num_experts_of
+from ..tuner.targets import adapted_selection
 from .drawing import Plot, Style, heat_map, thinned_ticks, write_in_cells
 from .shares import layer_labels
 from .usage import expert_usage

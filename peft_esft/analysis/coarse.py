@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..containers import ExpertsContainer, find_experts
+from ..moe.containers import ExpertsContainer, find_experts
 from .grouping import Groups
 
 

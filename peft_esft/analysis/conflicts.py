@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layer import ESFTLayer
+from ..tuner.layers.layer import ESFTLayer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ..selection import Metric, ranking
+from ..scoring.selection import Metric, ranking
 from .shares import ScoreTable, layer_shares
 
 

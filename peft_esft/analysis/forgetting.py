@@ -11,9 +11,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..batches import check_batch, is_encoder_decoder, to_device, with_decoder_inputs
-from ..eval_mode import eval_mode
-from ..token_streams import IGNORED_LABEL
+from ..scoring.batches import check_batch, is_encoder_decoder, to_device, with_decoder_inputs
+from ..scoring.eval_mode import eval_mode
+from ..scoring.token_streams import IGNORED_LABEL
 
 
 Batch = Mapping[str, Any]

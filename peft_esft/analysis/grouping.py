@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..containers import find_experts
-from ..routing import Routing
-from ..selection import DEFAULT_TOP_P, Metric, Selection, select_experts
+from ..moe.containers import find_experts
+from ..moe.routing import Routing
+from ..scoring.selection import DEFAULT_TOP_P, Metric, Selection, select_experts
+from ..scoring.watching import run_batches
 from .shares import ScoreTable, layer_shares
-from .watching import run_batches
 
 
 Groups = dict[str, list[list[int]]]

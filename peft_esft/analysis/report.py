@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..preview import preview_selections
-from ..scores import ExpertScores
-from ..selection import DEFAULT_TOP_P
+from ..scoring.preview import preview_selections
+from ..scoring.scores import ExpertScores
+from ..scoring.selection import DEFAULT_TOP_P
 from .adapters import AdapterRecord, adapter_overlap_plot, adapters_of_model, read_adapter, selection_plot
 from .dispersion import Dispersion, dispersion
 from .drawing import Drawn, draw, import_matplotlib

@@ -8,9 +8,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ..containers import layer_number
-from ..scores import ExpertScores
-from ..selection import Metric
+from ..moe.containers import layer_number
+from ..scoring.scores import ExpertScores
+from ..scoring.selection import Metric
 
 
 ScoreTable = ExpertScores | Mapping[str, Tensor | Sequence[float]]

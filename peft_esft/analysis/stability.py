@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..scores import ExpertScores, HalfCounts
-from ..selection import DEFAULT_TOP_P, select_experts
+from ..scoring.scores import ExpertScores, HalfCounts
+from ..scoring.selection import DEFAULT_TOP_P, select_experts
 
 
 @dataclass(frozen=True)

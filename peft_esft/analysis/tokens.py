@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..config import check_target_experts
-from ..containers import find_experts
-from ..routing import Routing
-from ..selection import Selection
-from ..targets import resolve_target_experts
-from .watching import run_batches
+from ..moe.containers import find_experts
+from ..moe.routing import Routing
+from ..scoring.selection import Selection
+from ..scoring.watching import run_batches
+from ..tuner.config import check_target_experts
+from ..tuner.targets import resolve_target_experts
 
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def _count(model: nn.Module, input_ids: Tensor, masks: dict[str, Tensor]) -> Ten
 
 
 def _active_experts(model: nn.Module) -> Selection:
-    from ..layer import ESFTLayer
+    from ..tuner.layers.layer import ESFTLayer
 
     experts = {
         module.path: module.union_of_experts(module.adapters_here(module.active_adapters))

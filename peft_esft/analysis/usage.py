@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..layer import ESFTLayer
-from ..scores import ExpertScores
+from ..scoring.scores import ExpertScores
+from ..tuner.layers.layer import ESFTLayer
 
 
 @dataclass(frozen=True)

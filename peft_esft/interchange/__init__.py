@@ -2,9 +2,9 @@
 
 from .compact import compact
 from .diff import diff_adapters, format_diff
-from .merging import merge_checkpoint
+from .expert_cfg import expert_cfg_from_selection, read_expert_cfg, selection_from_expert_cfg
+from .merge_checkpoint import merge_checkpoint
 from .official import export_official, import_official
-from .selections import expert_cfg_from_selection, read_expert_cfg, selection_from_expert_cfg
 
 
 __all__ = [

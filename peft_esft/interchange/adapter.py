@@ -12,17 +12,17 @@ import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
-from ..adapter_file import KEY_PREFIX, MARK
-from ..config import ESFTConfig
-from ..containers import ExpertsContainer
-from ..deltas import add_deltas
-from ..fingerprint import check_num_experts, compare_bases
-from ..messages import shortened
-from ..storage import BITS, FROZEN_SUFFIXES, SUFFIXES, decode
-from ..targets import adapted_selection, not_excluded, resolve_target_experts
-from ..tensor_files import TensorFolder, write_tensors
-from ..untrusted import check_finite, check_header, read_json
-from ..weights import ExpertWeight
+from ..moe.containers import ExpertsContainer
+from ..moe.weights import ExpertWeight
+from ..ops.deltas import add_deltas
+from ..ops.encodings import BITS, FROZEN_SUFFIXES, SUFFIXES, decode
+from ..tuner.adapter_file import KEY_PREFIX, MARK
+from ..tuner.checks import check_finite, check_header, read_json
+from ..tuner.config import ESFTConfig
+from ..tuner.fingerprint import check_num_experts, compare_bases
+from ..tuner.messages import shortened
+from ..tuner.targets import adapted_selection, not_excluded, resolve_target_experts
+from ..tuner.tensor_files import TensorFolder, write_tensors
 from .base import Base
 
 

@@ -10,12 +10,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from ..architectures import READABLE_DTYPES
-from ..config import ESFTConfig
-from ..containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts
-from ..fingerprint import EXPERTS, fingerprint
-from ..tensor_files import TensorFolder, block_shape, overwrite
-from ..weights import ExpertWeight, StackedWeight
+from ..moe.architectures import READABLE_DTYPES
+from ..moe.containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts
+from ..moe.weights import ExpertWeight, StackedWeight
+from ..tuner.config import ESFTConfig
+from ..tuner.fingerprint import EXPERTS, fingerprint
+from ..tuner.tensor_files import TensorFolder, block_shape, overwrite
 from .key_map import KeyMap, Source, mixed_weights
 
 

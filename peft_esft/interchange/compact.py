@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..adapter_file import MARK
-from ..storage import FORMS, encode, stored_layout
+from ..ops.encodings import FORMS, encode, stored_layout
+from ..tuner.adapter_file import MARK
 from .adapter import AdapterFolder, Change, TensorLayout, write_adapter
 from .base import Base
 from .folders import new_folder

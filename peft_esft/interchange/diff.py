@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..adapter_file import KEY_PREFIX, MARK
-from ..config import ESFTConfig
-from ..fingerprint import EXPERTS, differing_paths
-from ..targets import adapted_selection
+from ..tuner.adapter_file import KEY_PREFIX, MARK
+from ..tuner.config import ESFTConfig
+from ..tuner.fingerprint import EXPERTS, differing_paths
+from ..tuner.targets import adapted_selection
 from .adapter import AdapterFolder
 
 

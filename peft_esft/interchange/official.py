@@ -13,24 +13,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter_file import KEY_PREFIX, MARK
-from ..config import ESFTConfig
-from ..containers import ExpertsContainer
-from ..deltas import add_deltas
-from ..messages import shortened
-from ..storage import stored_layout
-from ..tensor_files import TensorFolder, sorted_tensor_files, write_tensors
-from ..weights import ExpertWeight, StackedWeight
+from ..moe.containers import ExpertsContainer
+from ..moe.weights import ExpertWeight, StackedWeight
+from ..ops.deltas import add_deltas
+from ..ops.encodings import stored_layout
+from ..tuner.adapter_file import KEY_PREFIX, MARK
+from ..tuner.config import ESFTConfig
+from ..tuner.messages import shortened
+from ..tuner.tensor_files import TensorFolder, sorted_tensor_files, write_tensors
 from .adapter import AdapterFolder, Change, TensorLayout, write_adapter
 from .base import Base, task_type_of
+from .expert_cfg import EXPERT_CONFIG_NAME, expert_cfg_from_selection, read_expert_cfg, selection_from_expert_cfg
 from .folders import new_folder
 from .key_map import Source
-from .selections import (
-    EXPERT_CONFIG_NAME,
-    expert_cfg_from_selection,
-    read_expert_cfg,
-    selection_from_expert_cfg,
-)
 
 
 @dataclass(frozen=True)

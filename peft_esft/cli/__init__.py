@@ -1,0 +1,6 @@
+"""`peft-esft`, the command line."""
+
+from .main import main
+
+
+__all__ = ["main"]

@@ -1,0 +1,90 @@
+"""`expert_cfg.json`, the original code's selection of experts, to `target_experts` and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..moe.containers import ExpertsContainer
+from ..tuner.checks import read_json
+from ..tuner.config import check_target_experts
+from ..tuner.targets import resolve_container, resolve_target_experts
+
+
+EXPERT_CONFIG_NAME = "expert_cfg.json"
+
+
+def read_expert_cfg(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Reads and checks an `expert_cfg.json`.
+
+    Args:
+        source: the file, the folder that holds it, or its content.
+
+    Returns:
+        `experts` (`{key: ids}`), `shared_experts` and `non_expert_modules`, the latter two False where missing.
+
+    Raises:
+        ValueError: if it is malformed.
+        FileNotFoundError: if the folder has none.
+    """
+    content: Any = source
+    if isinstance(source, str | Path):
+        file = Path(source) / EXPERT_CONFIG_NAME if Path(source).is_dir() else Path(source)
+        content = read_json(file)
+    where = f"{EXPERT_CONFIG_NAME} ({source})" if isinstance(source, str | Path) else EXPERT_CONFIG_NAME
+    if not isinstance(content, Mapping) or not isinstance(content.get("experts"), Mapping):
+        raise ValueError(f'{where} has no object "experts" of layer indices and lists of expert ids')
+    flags = {name: content.get(name, False) for name in ("shared_experts", "non_expert_modules")}
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise ValueError(f'{where}: "{name}" is {value!r}; it is true or false')
+    experts = {key: ids for key, ids in content["experts"].items() if not (isinstance(ids, list) and not ids)}
+    try:
+        return {"experts": check_target_experts(experts), **flags}
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).replace('target_experts', 'experts')}") from error
+
+
+def selection_from_expert_cfg(
+    source: str | Path | Mapping[str, Any], containers: dict[str, ExpertsContainer]
+) -> dict[str, list[int]]:
+    """The original code's selection as `target_experts` of a model.
+
+    Args:
+        source: see `read_expert_cfg`.
+        containers: `find_experts(model)`.
+
+    Raises:
+        ValueError: if a layer or an expert is not in the model.
+    """
+    experts = read_expert_cfg(source)["experts"]
+    try:
+        return resolve_target_experts(experts, containers)
+    except ValueError as error:
+        message = str(error).replace("target_experts", "experts")
+        raise ValueError(f"{EXPERT_CONFIG_NAME} does not fit the model: {message}") from error
+
+
+def expert_cfg_from_selection(
+    target_experts: Mapping[str, list[int]],
+    containers: dict[str, ExpertsContainer],
+    *,
+    shared_experts: bool = False,
+    non_expert_modules: bool = False,
+) -> dict[str, Any]:
+    """`target_experts` as the original code's `expert_cfg.json`, which counts decoder layers.
+
+    Raises:
+        ValueError: if two containers belong to layers of the same number, or one to none.
+    """
+    experts: dict[str, list[int]] = {}
+    for key, ids in target_experts.items():
+        container = containers[resolve_container(key, containers)]
+        same = [c.path for c in containers.values() if c.layer_index == container.layer_index]
+        if container.layer_index is None or len(same) > 1:
+            raise ValueError(
+                f"{EXPERT_CONFIG_NAME} names containers by the index of their layer, and {same} have the same"
+            )
+        experts[str(container.layer_index)] = list(ids)
+    return {"experts": experts, "shared_experts": shared_experts, "non_expert_modules": non_expert_modules}

@@ -1,0 +1,1 @@
+"""What a mixture-of-experts model has: its experts, their weights, its routing."""

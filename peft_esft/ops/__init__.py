@@ -1,0 +1,1 @@
+"""Tensor arithmetic of ESFT layers: torch only, no model, no PEFT."""

@@ -1,0 +1,1 @@
+"""Which experts a task uses, and which of them to train."""

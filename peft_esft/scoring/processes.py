@@ -1,0 +1,93 @@
+"""What each of several processes does when all of them score: whose batches count, and who waits for whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..moe.weights import is_spread
+
+
+@dataclass(frozen=True)
+class ProcessShare:
+    """The part of a process.
+
+    Attributes:
+        index: which part of the data it has.
+        parts: how many parts there are; 1 in a single process.
+        counts: False where another process sees the same batches and is the one that is counted.
+        in_step: True if all processes have to run the model equally often, since its weights are spread over them.
+    """
+
+    index: int = 0
+    parts: int = 1
+    counts: bool = True
+    in_step: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ProcessShare:
+        """That of this process, for a model as it was prepared for all of them."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        # In transformers' mesh the processes of one batch follow one another.
+        same_batch = getattr(model, "_tp_size", None) or 1
+        rank = dist.get_rank()
+        return cls(
+            index=rank // same_batch,
+            parts=dist.get_world_size() // same_batch,
+            counts=rank % same_batch == 0,
+            in_step=any(map(is_spread, model.parameters())),
+        )
+
+    def of_tokens(self, tokens: int) -> int:
+        """This process's share of a number of tokens."""
+        return tokens // self.parts + (self.index < tokens % self.parts)
+
+    def gather(self, result: Any) -> list[Any]:
+        """What all processes that count found."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return [result]
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, result if self.counts else None)
+        return [found for found in gathered if found is not None]
+
+
+def batches_in_step(
+    batches: Iterable[Any], wants_more: Callable[[], bool], share: ProcessShare, model: nn.Module
+) -> Iterator[tuple[Any, bool]]:
+    """Batches for as long as this process wants some; in step, for as long as any process does.
+
+    Args:
+        batches: of this process.
+        wants_more: asked before each batch.
+        share: of this process.
+        model: that is run.
+
+    Yields:
+        A batch, and whether it is to be counted. One that is not, for the sake of the others, is the last one again.
+
+    Raises:
+        ValueError: if this process has no batch at all, but others do.
+    """
+    iterator = iter(batches)
+    last = None
+    while True:
+        batch = next(iterator, None) if wants_more() else None
+        goes_on = batch is not None
+        if share.in_step:
+            flag = torch.tensor(int(goes_on), device=next(model.parameters()).device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            goes_on = bool(flag)
+        if not goes_on:
+            return
+        if batch is None and last is None:
+            raise ValueError(
+                "this process has no batch, but others do; a sharded model has to be run by all: give each some data"
+            )
+        last = last if batch is None else batch
+        yield last, batch is not None

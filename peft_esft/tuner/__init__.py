@@ -1,0 +1,1 @@
+"""The PEFT tuner: config, model, and what is done with adapters."""

@@ -1,0 +1,341 @@
+"""`ESFTConfig`: which experts of which layers are trained, and how that choice was made."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, PeftType
+
+from ..ops.encodings import FORMS
+from ..scoring.scores import ExpertScores
+from ..scoring.selection import DEFAULT_TOP_P, Metric, select_experts
+from .adapter_file import Header
+from .checks import check_fields, check_finite, find_header, find_hub_header
+from .model_card import write_card
+
+
+@dataclass
+class ESFTConfig(PeftConfig):
+    """Configuration of Expert-Specialized Fine-Tuning (arXiv 2407.01906).
+
+    Args:
+        target_experts (`dict[str, list[int]]`):
+            The experts to train, by the module path of their container (`"model.layers.3.mlp.experts"`; see
+            `find_experts`) or by the index of the decoder layer (`3` or `"3"`), which is resolved to the path when the
+            adapter is attached.
+        train_shared_experts (`bool`, *optional*, defaults to `False`):
+            Also train the experts that every token goes through, in all layers that have some.
+        train_non_expert_modules (`bool`, *optional*, defaults to `False`):
+            Also train everything that is neither an expert nor a shared expert; routers included, as the released code
+            of the paper does.
+        rank (`int`, *optional*):
+            The rank of the deltas; None means full rank. With a rank only matrices change, vectors such as biases do
+            not.
+        alpha (`float`, *optional*):
+            Deltas of low rank are scaled by `alpha / rank`; None means `alpha = rank`.
+        use_rslora (`bool`, *optional*, defaults to `False`):
+            Scale by `alpha / sqrt(rank)` instead (arXiv 2312.03732).
+        modules_to_save (`list[str]`, *optional*):
+            Further modules that are trained and saved whole, for example a classification head.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Containers to leave out: names or path endings, or a regular expression.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Restricts the adapter to these layers of those in `target_experts`.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            The name of the module list whose index `layers_to_transform` counts, if it is not the first number of the
+            path.
+        init_weights (`bool`, *optional*, defaults to `True`):
+            True starts from zero deltas: the model is unchanged before training. False starts from small random
+            deltas, which is of use in tests only.
+        selection (`dict`, *optional*):
+            Where the choice of experts came from: metric, top_p, averaging, tokens seen. A record, but for
+            `num_experts`: a model that has another number of experts than the one scored is refused.
+        storage (`str`, *optional*, defaults to `"delta"`):
+            How the file stores the weights: "delta" for training; "rows", "int8", "int4" or "int1" for files that
+            `interchange.compact` made smaller, for inference only.
+        base_fingerprint (`dict`, *optional*):
+            What the base's rows looked like when the adapter was made, to notice another base. Set by attaching a new
+            adapter; None takes no notice.
+    """
+
+    target_experts: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={"help": "The experts to train: {module path of the container or decoder layer index: expert ids}."},
+    )
+    train_shared_experts: bool = field(
+        default=False, metadata={"help": "Also train the experts that every token goes through."}
+    )
+    train_non_expert_modules: bool = field(
+        default=False, metadata={"help": "Also train everything that is not an expert, routers included."}
+    )
+    rank: int | None = field(default=None, metadata={"help": "Rank of the deltas; None means full rank."})
+    alpha: float | None = field(
+        default=None, metadata={"help": "Deltas of low rank are scaled by alpha / rank; None means alpha = rank."}
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank) instead."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules that are trained and saved whole."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Containers to leave out: names, path endings or a regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Restricts the adapter to these layers of those in target_experts."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list whose index layers_to_transform counts."}
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: zero deltas, the model starts unchanged. False: small random deltas."}
+    )
+    selection: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Where the choice came from: metric, top_p, averaging, tokens seen."}
+    )
+    storage: str = field(
+        default="delta", metadata={"help": "How the file stores the weights; all but 'delta' are for inference only."}
+    )
+
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What the base's rows looked like when the adapter was made."}
+    )
+
+    # PEFT reads this attribute of every config. Ours is no field: `target_experts` alone says what is adapted.
+    target_modules: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.ESFT
+        check_fields(self)
+        # What is adapted in the model at hand, by module path, once the adapter is attached. No field: of no meaning
+        # in a file.
+        self.adapted_paths: dict[str, list[int]] = {}
+        # What attaching this very config recorded: not read from a file with weights, so it binds no later adapter.
+        self.recorded_fingerprint: dict[str, Any] | None = None
+        # Of the weights that go with a config that was read, see `header`.
+        self._header: Header | None = None
+        self._find_header: Callable[[], Header | None] | None = None
+        self._has_checked_weights = self._are_next_weights_checked = False
+        if self.target_experts is not None:
+            self.target_experts = check_target_experts(self.target_experts)
+        if isinstance(self.exclude_modules, set):
+            self.exclude_modules = sorted(self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
+        if self.storage not in FORMS:
+            raise ValueError(f"storage is {self.storage!r}; it is one of {', '.join(FORMS)}")
+        if self.storage != "delta" and self.rank is not None:
+            raise ValueError(f"storage {self.storage!r} is for full-rank adapters; with a rank it is 'delta'")
+        if self.rank is None and (self.alpha is not None or self.use_rslora):
+            raise ValueError("alpha and use_rslora scale deltas of low rank; without rank they would have no effect")
+
+    @property
+    def header(self) -> Header | None:
+        """The header of the weights that go with a config that was read, to be checked before anything is changed.
+
+        For a config from the Hub it is asked for when the adapter is attached: to read a config downloads no weights.
+        """
+        if self._find_header is not None:
+            self._header, self._find_header = self._find_header(), None
+        return self._header
+
+    def check_weights(self) -> None:
+        """Looks once at the values of the weights that go with a config that was read.
+
+        Raises:
+            ValueError: naming the first tensor that is not finite.
+        """
+        if self.header is not None and not self._has_checked_weights:
+            check_finite(self.header)
+            self._has_checked_weights = True
+        self._are_next_weights_checked = self._has_checked_weights
+
+    def pop_weights_checked(self) -> bool:
+        """True for the first weights after `check_weights`, which has looked at them, and for no others."""
+        are_checked, self._are_next_weights_checked = self._are_next_weights_checked, False
+        return are_checked
+
+    @property
+    def scaling(self) -> float:
+        """What the product of a low-rank delta's factors is multiplied with; 1 for full-rank deltas."""
+        if self.rank is None:
+            return 1.0
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / math.sqrt(self.rank) if self.use_rslora else alpha / self.rank
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Saves the config, and a model card if the adapter's weights lie in the same folder.
+
+        Args:
+            save_directory: the folder.
+            **kwargs: see `peft.PeftConfig.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(Path(save_directory), self)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> ESFTConfig:
+        """Reads a config, and the header of the weights beside it if it lies in a folder.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub name.
+            subfolder: below it.
+            **kwargs: see `peft.PeftConfig.from_pretrained`. `use_safetensors=False` accepts pickled weights too.
+
+        Raises:
+            ValueError: if a field is malformed, the weights' header is, or they are pickled and not asked for. For a
+                Hub name, what concerns the weights is raised when the adapter is attached.
+        """
+        pickled = kwargs.pop("use_safetensors", True) is False
+        folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
+        header = find_header(folder, pickled=pickled)
+        config: ESFTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, ESFTConfig) or kwargs.get("ignore_mismatched_sizes"):
+            return config
+        if (folder / CONFIG_NAME).is_file():
+            config._header = header
+        else:
+            download, _, _ = cls._split_kwargs(kwargs)
+            name = str(pretrained_model_name_or_path)
+            config._find_header = partial(find_hub_header, name, subfolder, pickled=pickled, **download)
+        return config
+
+    @classmethod
+    def balance(cls, scores: ExpertScores, **kwargs: Any) -> ESFTConfig:
+        """The paper's choice between the task and all else (arXiv 2407.01906, section 6.3): relevant experts only.
+
+        Args:
+            scores: from `score_experts`.
+            **kwargs: see `from_scores`.
+        """
+        return cls.from_scores(scores, **kwargs)
+
+    @classmethod
+    def specialise(cls, scores: ExpertScores, **kwargs: Any) -> ESFTConfig:
+        """The paper's choice for the task alone (arXiv 2407.01906, section 6.3).
+
+        Relevant experts, shared experts, and all non-expert modules are trained.
+
+        Args:
+            scores: from `score_experts`.
+            **kwargs: see `from_scores`.
+        """
+        return cls.from_scores(scores, train_shared_experts=True, train_non_expert_modules=True, **kwargs)
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: ExpertScores,
+        *,
+        metric: Metric = "token",
+        top_p: float | None = None,
+        top_k: int | None = None,
+        budget: float | None = None,
+        min_experts: int = 1,
+        max_experts: int | None = None,
+        task: str | None = None,
+        **kwargs: Any,
+    ) -> ESFTConfig:
+        """Builds a config that trains the experts which a task uses most.
+
+        Args:
+            scores: from `score_experts`.
+            metric: "token" for the token selection ratio, "gate" for the average gate score, "gate_share" for the
+                latter as a share of the layer's.
+            top_p: the share that the chosen experts cover; None means 0.2, the paper's 0.1 for "gate".
+            top_k: see `select_experts`, as for the next three.
+            budget: share of the experts' parameters.
+            min_experts: of each container.
+            max_experts: of each container.
+            task: what the adapter is for, in words; kept for the model card.
+            **kwargs: further fields of the config.
+
+        Returns:
+            The config, its `selection` recording how the experts were chosen.
+
+        Raises:
+            ValueError: if `scores` are something else, and as `select_experts` does.
+
+        Example:
+            >>> config = ESFTConfig.from_scores(scores, task_type="CAUSAL_LM")
+        """
+        if not isinstance(scores, ExpertScores):
+            raise ValueError(
+                f"scores are a {type(scores).__name__}, which does not say what was scored; give what score_experts "
+                "returns, or choose by yourself: ESFTConfig(target_experts=select_experts(scores))"
+            )
+        target_experts = select_experts(
+            scores,
+            metric=metric,
+            top_p=top_p,
+            top_k=top_k,
+            budget=budget,
+            min_experts=min_experts,
+            max_experts=max_experts,
+        )
+        if top_p is None and top_k is None and budget is None:
+            top_p = DEFAULT_TOP_P[metric]
+        kinds = {"top_p": float, "top_k": int, "budget": float, "max_experts": int}  # numpy's numbers become Python's
+        rule = {"top_p": top_p, "top_k": top_k, "budget": budget, "max_experts": max_experts}
+        selection = {
+            **({} if task is None else {"task": task}),
+            "metric": metric,
+            **{name: kinds[name](value) for name, value in rule.items() if value is not None},
+            **({"min_experts": int(min_experts)} if min_experts > 1 else {}),
+            "averaging": scores.averaging,
+            "num_tokens": scores.num_tokens,
+            "num_samples": scores.num_samples,
+            "num_experts": {path: scores.containers[path].num_experts for path in target_experts},
+        }
+        return cls(target_experts=target_experts, selection=selection, **kwargs)
+
+
+def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[int]]:
+    """Brings a selection into the form in which it is stored.
+
+    Args:
+        target_experts: `{path or layer index: expert ids}`, ids as any sequence of integers.
+
+    Returns:
+        The same with string keys and lists of ints, in the same order.
+
+    Raises:
+        ValueError: if it is no such mapping, or a container has no experts, a repeated or a negative id.
+    """
+    if not isinstance(target_experts, Mapping):
+        raise ValueError(f"target_experts is a {type(target_experts).__name__}; expected a dict {{path: expert ids}}")
+    checked: dict[str, list[int]] = {}
+    for key, values in target_experts.items():
+        if not isinstance(key, str | int) or isinstance(key, bool):
+            raise ValueError(f"target_experts has the key {key!r}; expected a module path or a layer index")
+        if str(key) in checked:
+            raise ValueError(f"target_experts names {key} twice")
+        if isinstance(values, str) or not hasattr(values, "__iter__"):
+            raise ValueError(f"target_experts[{key!r}] is {values!r}; expected a list of expert ids")
+        ids = [_expert_id(key, value) for value in values]
+        if not ids:
+            raise ValueError(f"target_experts[{key!r}] is empty; leave the container out to train none of its experts")
+        repeated = sorted(expert for expert, times in Counter(ids).items() if times > 1)
+        if repeated:
+            raise ValueError(f"target_experts[{key!r}] repeats the expert ids {repeated}")
+        checked[str(key)] = ids
+    return checked
+
+
+def _expert_id(key: str | int, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = -1
+    if isinstance(value, bool | str) or number != value or number < 0:
+        raise ValueError(f"target_experts[{key!r}] holds {value!r}; expert ids are integers of at least 0")
+    return number

@@ -1,0 +1,152 @@
+"""A short record of the base's rows that an adapter changes, to notice a base that only looks the same."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.architectures import READABLE_DTYPES
+from ..moe.containers import ExpertsContainer
+from ..moe.weights import is_spread
+from .config import ESFTConfig
+from .model_card import is_hub_name
+
+
+EXPERTS, VALUES = 4, 1024  # of each container and each weight of an expert
+
+
+def record_base(
+    containers: Mapping[str, ExpertsContainer], selection: Mapping[str, list[int]], commit: str | None = None
+) -> dict[str, Any] | None:
+    """What a config keeps of its base.
+
+    Args:
+        containers: of the base model.
+        selection: the experts that are adapted.
+        commit: of the base on the Hub, if it was loaded from there.
+
+    Returns:
+        `num_experts` and `rows` (fingerprints) by path, and the commit; None if the weights cannot be read here.
+    """
+    rows = {path: fingerprint_container(containers[path], ids) for path, ids in selection.items()}
+    if not rows or any(value is None for value in rows.values()):
+        return None
+    record: dict[str, Any] = {"num_experts": {path: containers[path].num_experts for path in selection}, "rows": rows}
+    return record if commit is None else {**record, "commit": commit}
+
+
+def fingerprint_container(container: ExpertsContainer, expert_ids: list[int]) -> str | None:
+    """The fingerprint of some experts' rows; None if they cannot be read here (meta, sharded, merged)."""
+    parameters = container.parameters()
+    if getattr(container.wrapper_or_module, "merged", False) or not all(map(_is_readable, parameters)):
+        return None
+    ids = expert_ids[:EXPERTS]
+    return fingerprint([weight.rows(container.module, ids) for weight in container.weights])
+
+
+def _is_readable(parameter: Tensor) -> bool:
+    is_plain = type(parameter.data) is Tensor and not is_spread(parameter)
+    return is_plain and parameter.device.type != "meta" and parameter.dtype in READABLE_DTYPES
+
+
+def fingerprint(weights: Sequence[Sequence[Tensor] | Tensor]) -> str:
+    """A hash of values spread over some rows `[...]` of each weight, rounded to bf16.
+
+    So a checkpoint has the same fingerprint whether it is loaded in fp32 or bf16. fp16 rounds otherwise, which the
+    prefix tells.
+    """
+    digest = hashlib.sha256()
+    for rows in weights:
+        for row in rows[:EXPERTS]:
+            flat = row.detach().flatten()
+            sample = flat[:: max(1, flat.shape[0] // VALUES)].to("cpu", torch.bfloat16)
+            digest.update(bytes(sample.contiguous().view(torch.uint8).tolist()))
+    kind = "fp16" if weights[0][0].dtype == torch.float16 else "bf16"
+    return f"{kind}:{digest.hexdigest()[:16]}"
+
+
+def check_num_experts(
+    records: Iterable[Mapping[str, Any] | None], paths: Iterable[str], containers: Mapping[str, ExpertsContainer]
+) -> None:
+    """Refuses a base that has another number of experts than the one that an adapter was made for.
+
+    Args:
+        records: what a config says of that one: its `selection` and `base_fingerprint`.
+        paths: the containers that are adapted.
+        containers: of the base at hand.
+
+    Raises:
+        ValueError: naming the first container.
+    """
+    known = [record.get("num_experts", {}) for record in records if record]
+    for path in paths:
+        for num_experts in (numbers[path] for numbers in known if path in numbers):
+            if containers[path].num_experts != num_experts:
+                raise ValueError(
+                    f"the experts of {path} were chosen among {num_experts}, but this model has "
+                    f"{containers[path].num_experts}: the selection was made for another model"
+                )
+
+
+def compare_base(
+    config: ESFTConfig, model: nn.Module, containers: dict[str, ExpertsContainer], target_experts: dict[str, list[int]]
+) -> None:
+    """Records the base's rows in the config of a new adapter; compares them with the record of an old one.
+
+    A config that is used again, for a new adapter on another base, gets another record.
+
+    Raises:
+        ValueError: if the rows differ and the config names another base.
+    """
+    # transformers leaves the commit that it loaded in this field of the model's config.
+    commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+    current = record_base(containers, target_experts, commit)
+    is_used_again = not config.inference_mode and config.recorded_fingerprint is config.base_fingerprint
+    if config.base_fingerprint is not None and not is_used_again:
+        names = (config.base_model_name_or_path, model.__dict__.get("name_or_path") or None)
+        compare_bases(config.base_fingerprint, current or {}, names)
+    elif not config.inference_mode:
+        config.base_fingerprint = config.recorded_fingerprint = current
+
+
+def compare_bases(
+    recorded: Mapping[str, Any],
+    current: Mapping[str, Any],
+    names: tuple[str | None, str | None],
+) -> None:
+    """Warns of a base whose rows are not those that the adapter was made over.
+
+    Args:
+        recorded: what the adapter's config keeps, see `record_base`.
+        current: the same of the base at hand.
+        names: of the adapter's base, and of the one at hand.
+
+    Raises:
+        ValueError: if both also have names on the Hub, which differ.
+    """
+    different = differing_paths(recorded, current)
+    if not different:
+        return
+    made_for, name = names
+    message = (
+        f"the adapter was made over a base with other weights, in {len(different)} of {len(recorded['rows'])} layers, "
+        f"{different[0]} among them: it was made for {made_for!r}, this is {name!r}"
+    )
+    if is_hub_name(made_for) and is_hub_name(name) and made_for != name:
+        raise ValueError(f"{message}. To use it here all the same, set base_fingerprint to None in its config")
+    warnings.warn(message, stacklevel=3)
+
+
+def differing_paths(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The containers whose rows are not those that the adapter was made over."""
+    known, present = recorded.get("rows", {}), current.get("rows", {})
+    return [
+        path
+        for path in known
+        if path in present and known[path] != present[path] and known[path][:5] == present[path][:5]
+    ]

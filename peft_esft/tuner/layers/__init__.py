@@ -1,0 +1,1 @@
+"""The modules that ESFT puts around experts."""

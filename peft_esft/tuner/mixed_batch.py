@@ -1,0 +1,207 @@
+"""Batches whose samples have adapters of their own: which adapter each token has, and how layers learn of it."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from ..moe.hooks import in_this_thread
+from .samples import TOKEN_INPUTS, CallsUnderWay
+
+
+BASE = "__base__"
+"""PEFT's name for no adapter."""
+
+
+class AdapterBatch:
+    """The adapter of each sample of a batch.
+
+    Attributes:
+        names: of each sample, `"__base__"` for no adapter.
+        adapters: the different ones among them.
+        calls: of the model, as far as they are under way.
+        plans: by layer, where the rows of `adapters` lie. Made before the call begins: what other threads do to the
+            adapters in the meantime does not change its result. A layer that has none is younger than the call.
+    """
+
+    def __init__(self, names: Sequence[str], plans: Mapping[Any, Any], model: nn.Module) -> None:
+        self.plans = plans
+        self.names = list(names)
+        self.adapters = list(dict.fromkeys(names))
+        self.calls = CallsUnderWay(model)
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def adapter_of_row(self, tensor: Tensor, module: nn.Module, path: str) -> Tensor:
+        """The place in `adapters` of each row's adapter, int64 `[rows]`.
+
+        Rows lie sample after sample: tokens, and for each sample as many beams or returned sequences as there are.
+
+        Args:
+            tensor: `[rows, ...]`, an input or output of `module`.
+            module: which one.
+            path: where it stands in the model.
+
+        Raises:
+            ValueError: if it is not known whose the rows are.
+        """
+        repeats = self._rows_of_sample(tensor, module, path)
+        key = (tensor.shape[0], tensor.device)
+        if key not in self._indices:
+            places = torch.tensor([self.adapters.index(name) for name in self.names])
+            rows = places.new_zeros(key[0]) if repeats is None else places.repeat_interleave(repeats)
+            with torch.inference_mode(False):
+                self._indices[key] = rows.to(tensor.device)
+        return self._indices[key]
+
+    def names_of_rows(self, tensor: Tensor, module: nn.Module, known: Container[str], path: str) -> list[str]:
+        """The adapter of each row by name, as PEFT's modules take them; no adapter in place of an unknown one.
+
+        Raises:
+            ValueError: if it is not known whose the rows are.
+        """
+        repeats = self._rows_of_sample(tensor, module, path)
+        names = [self.names[0]] * tensor.shape[0] if repeats is None else _repeated(self.names, repeats)
+        return [name if name in known else BASE for name in names]
+
+    def _rows_of_sample(self, tensor: Tensor, module: nn.Module, path: str) -> int | None:
+        """Rows of each sample; None if it does not matter whose they are."""
+        if len(self.adapters) == 1 or not len(tensor):
+            return None
+        repeats = self.calls.rows_of_sample(tensor, len(self.names), module)
+        if repeats is None:
+            raise ValueError(
+                f"{path} sees a tensor of shape {list(tensor.shape)}, which does not tell the tokens of the "
+                f"{len(self.names)} samples in adapter_names apart: a model may have gathered them, or they are parts "
+                "of images. Call the model once for each adapter, after set_adapter(name)"
+            )
+        return repeats
+
+
+_CURRENT: ContextVar[AdapterBatch | None] = ContextVar("adapter_batch", default=None)
+"""The batch of the call under way in this thread, so that calls of several threads do not mix."""
+
+_calls_under_way = 0
+"""In all threads. Compiled graphs can depend on this number, but not on a context variable."""
+
+_counting = Lock()
+
+
+def current_batch() -> AdapterBatch | None:
+    """The adapters of the samples of this thread's call; None outside of a call with `adapter_names`."""
+    return _CURRENT.get() if _calls_under_way else None
+
+
+@contextmanager
+def calling_with(model: nn.Module, adapter_names: Sequence[str], plans: Mapping[Any, Any]) -> Iterator[None]:
+    """Calls of `model` within the context, in this thread, give each sample its own adapter.
+
+    Args:
+        model: the base model.
+        adapter_names: an adapter for each sample.
+        plans: see `AdapterBatch`.
+    """
+    batch = AdapterBatch(adapter_names, plans, model)
+    with ExitStack() as stack:
+        _count_calls(1)
+        stack.callback(_count_calls, -1)
+        token = _CURRENT.set(batch)
+        stack.callback(_CURRENT.reset, token)
+        for path, module in model.named_modules():
+            if module is model or isinstance(module, PreTrainedModel):
+                # The same functions in every call: a compiled graph may keep them.
+                stack.callback(module.register_forward_pre_hook(_begin, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(_end).remove)
+            # PEFT's wrappers of `modules_to_save` take the names as an argument.
+            if isinstance(module, ModulesToSaveWrapper):
+                stack.callback(module.register_forward_pre_hook(_naming(batch, path), with_kwargs=True).remove)
+        yield
+
+
+def check_adapter_names(
+    adapter_names: Sequence[str],
+    known: Sequence[str],
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Refuses names that no adapter has, and another number of them than of samples in a call of the model.
+
+    Raises:
+        ValueError: with PEFT's own words.
+    """
+    if not isinstance(adapter_names, list | tuple) or not adapter_names:
+        raise ValueError(f"adapter_names is {adapter_names!r}; it is a list with a name for each sample of the batch")
+    unknown = sorted({name for name in adapter_names if name != BASE and name not in known})
+    if unknown:
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+    main = getattr(model, "main_input_name", "input_ids")  # an image model has other inputs than text
+    inputs = [*(kwargs.get(name) for name in (main, *TOKEN_INPUTS)), *args[:1]]
+    for value in inputs:
+        if isinstance(value, Tensor) and value.shape[0] != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {value.shape[0]} respectively."
+            )
+
+
+def refusing_adapter_names(model: nn.Module) -> RemovableHandle | None:
+    """Has a base model refuse `adapter_names`, which its own forward would take among other keywords and ignore.
+
+    PEFT's models, and this package's around it, keep the argument to themselves.
+
+    Returns:
+        What ends it; None if the model does so already.
+    """
+    if _refuse_adapter_names in model._forward_pre_hooks.values():
+        return None
+    return model.register_forward_pre_hook(_refuse_adapter_names, with_kwargs=True)
+
+
+def _refuse_adapter_names(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    if kwargs and kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            f"adapter_names is not known to {type(module).__name__} itself, which would use its active adapter for "
+            "all samples. Call the PeftModel around it (get_peft_model, PeftModel.from_pretrained), or call the model "
+            "once for each adapter, after set_adapter(name)"
+        )
+
+
+def _count_calls(change: int) -> None:
+    global _calls_under_way  # noqa: PLW0603
+    with _counting:
+        _calls_under_way += change
+
+
+def _repeated(names: Sequence[str], repeats: int) -> list[str]:
+    return [name for name in names for _ in range(repeats)]
+
+
+def _begin(module: nn.Module, args: Any, kwargs: Any = None) -> None:
+    batch = current_batch()
+    # Without keywords the hook is that of another thread, see `hooks.in_this_thread`; this one's is called too.
+    if batch is not None and kwargs is not None:
+        batch.calls.begin(module, args, kwargs)
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    batch = current_batch()
+    if batch is not None:
+        batch.calls.end(module)
+
+
+def _naming(batch: AdapterBatch, path: str) -> Any:
+    @in_this_thread
+    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        names = batch.names_of_rows(args[0], module, module.modules_to_save, path)
+        return args, {**kwargs, "adapter_names": names}
+
+    return hook

@@ -1,0 +1,287 @@
+"""`ESFTModel`: config and containers to layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import onload_layer, set_adapter
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..moe.containers import ContainerKind
+from .config import ESFTConfig
+from .layers.adapter_tensors import PREFIX
+from .layers.expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, rows_to_file, shares_out_experts
+from .layers.fused import FusedExperts
+from .layers.layer import ESFTLayer
+from .layers.listed import ListedExperts
+from .layers.resident import planning
+from .layers.substituted import SubstitutedExperts
+from .layers.tied import TiedLayer
+from .mixed_batch import calling_with, check_adapter_names, refusing_adapter_names
+from .operations import AdapterOperations
+from .preparation import check_adapter_name, check_incoming, prepare_config
+from .targets import match_options
+from .undo import undoing_injection, undoing_merges, undoing_unloading
+from .untrained import warn_of_shared_config, warn_of_unreached_experts
+
+
+LAYER_CLASSES: dict[ContainerKind, type[ESFTLayer]] = {
+    "fused": FusedExperts,
+    "listed": ListedExperts,
+    "stacked": SubstitutedExperts,
+    "module": SubstitutedExperts,
+}
+"""The layer for each kind of container."""
+
+
+class ESFTModel(AdapterOperations):
+    """Expert-Specialized Fine-Tuning (arXiv 2407.01906) of a mixture-of-experts model.
+
+    PEFT makes it: `get_peft_model` and `PeftModel.from_pretrained` put it between the `PeftModel` and the base.
+
+    Attributes:
+        model (torch.nn.Module): the base, its experts containers wrapped.
+        peft_config (dict[str, ESFTConfig]): the config of each adapter.
+
+    Example:
+        >>> import peft_esft
+        >>> from peft import get_peft_model
+        >>> from peft_esft import ESFTConfig
+
+        >>> config = ESFTConfig(target_experts={0: [3, 7], 1: [12]}, task_type="CAUSAL_LM")
+        >>> model = get_peft_model(model, config)
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = ESFTLayer
+    target_module_mapping: dict[str, list[str]] = {}
+    _refusing: RemovableHandle | None = None
+
+    def _prepare_adapter_config(self, peft_config: ESFTConfig, model_config: dict[str, Any]) -> ESFTConfig:
+        """Resolves and checks the config against the model, see `preparation.prepare_config`."""
+        prepared = prepare_config(peft_config, self.model)
+        self._containers = prepared.containers
+        names = [name for name, config in self.peft_config.items() if config is peft_config]
+        if len(names) > 1:
+            warn_of_shared_config(self._layers(), names)
+        peft_config.target_experts = prepared.target_experts
+        # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
+        peft_config.adapted_paths = prepared.selection
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: ESFTConfig, key: str) -> Any:
+        return key in peft_config.adapted_paths and match_options(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: ESFTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        expert_ids = peft_config.adapted_paths.get(current_key)
+        if expert_ids is None:
+            raise ValueError(f"the state dict has weights for {current_key}, which target_experts does not name")
+        if isinstance(target, ESFTLayer):
+            target.update_layer(adapter_name, expert_ids, peft_config)
+            return
+        container = self._containers[current_key]
+        layer_class = ExpertParallelExperts if shares_out_experts(container) else LAYER_CLASSES[container.kind]
+        new_module = layer_class(target, adapter_name, container, expert_ids, peft_config)
+        if isinstance(new_module, ExpertParallelExperts):
+            new_module.exchange = Exchange.of_model(self.model)
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+        for place in container.places[1:]:
+            setattr(place.parent, place.path.rpartition(".")[2], TiedLayer(place.module, new_module))
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The deltas are created on the device of the rows they change; PEFT's own moves things to `child.weight`.
+        setattr(parent, child_name, new_module)
+        self.forget_modules()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self._layers():
+            layer.restore_stored_dtypes(adapter_name)
+        if not autocast_adapter_dtype:
+            for layer in self._layers():
+                layer.cast_to_base_dtype(adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's hook for `model(..., adapter_names=[...])`: each sample of the batch has an adapter of its own.
+
+        Raises:
+            ValueError: in training, for unknown names or another number of them than of samples, for merged adapters,
+                or if a layer cannot tell the samples apart.
+        """
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        with planning:
+            check_adapter_names(adapter_names, list(self.peft_config), self.model, args, kwargs)
+            layers = self._layers()
+            if any(layer.merged for layer in layers):
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
+            for layer in layers:
+                layer.check_mixes()
+            different = list(dict.fromkeys(adapter_names))
+            plans = {layer: layer.plan_mixed(different) for layer in layers}
+        with calling_with(self.model, adapter_names, plans):
+            yield
+
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The base model's forward, with the active adapters or with one for each sample."""
+        if adapter_names is None:
+            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(*args, adapter_names=adapter_names, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`.
+
+        Raises:
+            ValueError: if there is no adapter of one of the names.
+        """
+        self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        merged = [layer for layer in self._layers() if layer.merged]
+        if merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+        with undoing_merges(merged):
+            for layer in merged:
+                with onload_layer(layer):
+                    layer.unmerge()
+        # As PEFT's own does, but on the modules that have adapters: that walks through all modules, twice.
+        for module in self._modules_with_adapters():
+            if isinstance(module, ESFTLayer):
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+            else:
+                set_adapter(module, adapter_name, inference_mode, layer_cls=ESFTLayer)
+        self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter, see `peft.tuners.tuners_utils.BaseTuner.delete_adapter`.
+
+        If it was the only active one another takes its place, the same in all layers: PEFT has each layer choose among
+        those that it has.
+        """
+        layers = self._layers()
+        is_deletable = adapter_name in self.peft_config and not any(
+            adapter_name in layer.merged_adapters for layer in layers
+        )
+        if is_deletable and adapter_name in self.active_adapters:
+            active = [name for name in self.active_adapters if name != adapter_name]
+            if not active:
+                active = sorted(name for name in self.peft_config if name != adapter_name)[:1]
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to "
+                    f"{', '.join(active) or 'none'}.",
+                    stacklevel=2,
+                )
+            for_inference = all(self.peft_config[name].inference_mode for name in active)
+            for layer in layers:
+                layer.set_adapter(active, inference_mode=for_inference)
+        super().delete_adapter(adapter_name)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, see `peft.tuners.tuners_utils.BaseTuner.inject_adapter`.
+
+        If that fails or is interrupted in the middle the model is what it was, without the adapter's config.
+        """
+        is_disabled = any(layer.disable_adapters for layer in self._layers())
+        with undoing_injection(self, adapter_name):
+            check_adapter_name(adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if is_disabled:
+                # Layers that are new are enabled otherwise.
+                for module in self._modules_with_adapters():
+                    module.enable_adapters(False)
+        self._refusing = self._refusing or refusing_adapter_names(model)
+        self._containers = {}
+        self.forget_modules()  # PEFT puts its own wrappers around other modules next
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters into the base, see `peft.tuners.tuners_utils.BaseTuner.merge_adapter`.
+
+        With `safe_merge`, all layers are checked before the first one is changed. If the merge fails or is interrupted
+        in the middle, no layer is changed.
+
+        Raises:
+            ValueError: if there is no adapter of one of the names, or with `safe_merge` a merged row is not finite.
+        """
+        self._check_known(adapter_names or [], " to merge")
+        if safe_merge:
+            self._check_finite(adapter_names)
+        with undoing_merges(self._layers()):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Unmerges all adapters, see `peft.tuners.tuners_utils.BaseTuner.unmerge_adapter`."""
+        with undoing_merges(self._layers()):
+            super().unmerge_adapter()
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_known(adapter_names or [], " to merge")
+        if merge and safe_merge:
+            self._check_finite(adapter_names)
+        with undoing_unloading(self.model, self._layers()):
+            model = super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+        self.forget_modules()
+        if self._refusing is not None:
+            self._refusing.remove()
+        return model
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
+        return []
+
+    def _check_finite(self, adapter_names: list[str] | None) -> None:
+        for layer in self._layers():
+            new_names = layer.active_adapters if adapter_names is None else adapter_names
+            layer.check_finite([*layer.merged_adapters, *new_names])
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: ESFTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # Called when an adapter is saved: the place where a user can still act on what training did not do.
+        warn_of_unreached_experts([m for m in model.modules() if isinstance(m, ESFTLayer)], adapter_name)
+        weights = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return rows_to_file(model, adapter_name, weights)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        check_incoming(model, config, adapter_name, state_dict)
+        weights = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return rows_from_file(model, adapter_name, weights)

@@ -1,0 +1,320 @@
+"""More adapters than fit on the device: loaded when asked for, the least recently used ones dropped for room."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition, RLock
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import load_peft_weights, set_peft_model_state_dict
+from torch import Tensor
+
+from .config import ESFTConfig
+from .layers.resident import planning
+from .mixed_batch import BASE
+from .model import ESFTModel
+from .preparation import check_adapter_name
+
+
+@dataclass(frozen=True)
+class PoolStatistics:
+    """What a pool holds and has done.
+
+    Attributes:
+        resident: names of the adapters on the device, the least recently used first.
+        device_bytes: of their effective rows.
+        host_bytes: of the files' tensors in host memory.
+        hits: how often an adapter was asked for that was on the device.
+        misses: how often it was not.
+        reads: files read.
+        evictions: adapters that were dropped for room.
+    """
+
+    resident: tuple[str, ...]
+    device_bytes: int
+    host_bytes: int
+    hits: int
+    misses: int
+    reads: int
+    evictions: int
+
+
+@dataclass(frozen=True)
+class _HostCopy:
+    """An adapter in host memory: its config, and its tensors as the file has them."""
+
+    config: ESFTConfig
+    weights: dict[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.weights.values())
+
+
+class AdapterPool:
+    """Adapters of one base, of which as many are on the device as there is room for.
+
+    All methods may be called from several threads, also while requests run. What a call with `adapter_names` began
+    with it goes on with; `using` keeps adapters in place from before a call until after it.
+
+    Args:
+        model: a `PeftModel` with an ESFT adapter, which is not part of the pool.
+        device_bytes: the most that the effective rows of the pool's adapters may take on the device.
+        host_bytes: the most that their files' tensors may take in host memory, from where they are loaded again after
+            they were dropped; None for no limit. The last one that was read always stays.
+
+    Example:
+        >>> pool = AdapterPool(model, device_bytes=8 * 2**30)
+        >>> pool.add("law", "org/law")
+        >>> with pool.using("law"):
+        ...     model.generate(**batch, adapter_names=["law", "__base__"])
+    """
+
+    def __init__(self, model: PeftModel, device_bytes: int, host_bytes: int | None = None) -> None:
+        if not isinstance(model, PeftModel) or not isinstance(model.base_model, ESFTModel):
+            raise ValueError(
+                f"model is a {type(model).__name__} without an ESFT adapter; wrap the base with "
+                "PeftModel.from_pretrained(base, adapter) first"
+            )
+        self.model = model
+        self._tuner: ESFTModel = model.base_model
+        self.device_bytes = device_bytes
+        self.host_bytes = host_bytes
+        self._sources: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._host: OrderedDict[str, Future[_HostCopy]] = OrderedDict()
+        self._resident: OrderedDict[str, None] = OrderedDict()  # the least recently used first
+        self._sizes: dict[str, int] = {}  # bytes on the device, of all that were ever read
+        self._users: dict[str, int] = {}
+        self._hits = self._misses = self._reads = self._evictions = 0
+        self._condition = Condition(RLock())
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
+
+    def add(self, adapter_name: str, path: str | Path, **kwargs: Any) -> None:
+        """Makes an adapter known; it is read when it is first asked for.
+
+        Args:
+            adapter_name: what it is called in `adapter_names`.
+            path: folder or Hub name.
+            **kwargs: passed to `ESFTConfig.from_pretrained` and `peft.load_peft_weights`, for example `revision`.
+
+        Raises:
+            ValueError: if the name is taken, or cannot be one.
+        """
+        check_adapter_name(adapter_name)
+        with self._condition:
+            if adapter_name in self._sources or adapter_name in self.model.peft_config:
+                raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
+            self._sources[adapter_name] = (str(path), kwargs)
+
+    def __contains__(self, adapter_name: object) -> bool:
+        return adapter_name in self._sources
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def get(self, adapter_name: str) -> str:
+        """Puts an adapter on the device, where it stays until others need its room; see `using`.
+
+        Raises:
+            ValueError: if it is unknown, does not fit the model, or is larger than the room for all.
+        """
+        with self.using(adapter_name):
+            return adapter_name
+
+    @contextmanager
+    def using(self, *adapter_names: str) -> Iterator[list[str]]:
+        """Puts adapters on the device and keeps them there within the context, which waits for room if it must.
+
+        Args:
+            *adapter_names: names, also repeated, and `"__base__"`.
+
+        Raises:
+            ValueError: if one is unknown, does not fit the model, or they are larger than the room for all.
+        """
+        names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
+        self._take(names)
+        try:
+            yield list(adapter_names)
+        finally:
+            with self._condition:
+                for name in names:
+                    self._users[name] -= 1
+                self._condition.notify_all()
+
+    def prefetch(self, *adapter_names: str) -> list[Future[str]]:
+        """`get` in the background, one after another."""
+        return [self._loader.submit(self.get, name) for name in adapter_names]
+
+    def drop(self, adapter_name: str) -> None:
+        """Takes an adapter off the device and out of host memory, when nobody uses it any more; it stays known."""
+        self._check_known([adapter_name])
+        with self._condition:
+            self._condition.wait_for(lambda: not self._users.get(adapter_name))
+            if adapter_name in self._resident:
+                self._delete(adapter_name)
+            self._host.pop(adapter_name, None)
+            self._condition.notify_all()
+
+    def statistics(self) -> PoolStatistics:
+        """What the pool holds and has done so far."""
+        with self._condition:
+            return PoolStatistics(
+                resident=tuple(self._resident),
+                device_bytes=self._held(),
+                host_bytes=self._host_nbytes(),
+                hits=self._hits,
+                misses=self._misses,
+                reads=self._reads,
+                evictions=self._evictions,
+            )
+
+    def close(self) -> None:
+        """Ends the pool's threads, after what they have begun."""
+        self._loader.shutdown()
+        self._reader.shutdown()
+
+    def _take(self, names: list[str]) -> None:
+        self._check_known(names)
+        is_taken = False
+        while not is_taken:
+            # Files are read while others hold the lock.
+            copies = {name: self._read(name).result() for name in names if name not in self._resident}
+            for name, own in copies.items():
+                self._sizes[name] = self._nbytes(own.config)
+            with self._condition:
+                self._check_size(names)
+                self._condition.wait_for(lambda: self._makes_room(names))
+                missing = [name for name in names if name not in self._resident]
+                # Unless one was dropped that was still there when the files were read.
+                is_taken = copies.keys() >= set(missing)
+                if is_taken:
+                    self._put(names, {name: copies[name] for name in missing})
+
+    def _put(self, names: list[str], copies: dict[str, _HostCopy]) -> None:
+        for name, own in copies.items():
+            self._insert(name, own)
+        for name in names:
+            self._users[name] = self._users.get(name, 0) + 1
+            self._resident.move_to_end(name)
+        self._misses += len(copies)
+        self._hits += len(names) - len(copies)
+
+    def _check_known(self, names: Sequence[str]) -> None:
+        unknown = [name for name in names if name not in self._sources]
+        if unknown:
+            raise ValueError(f"the pool has no adapters {unknown}; it has {sorted(self._sources)}")
+
+    def _check_size(self, names: list[str]) -> None:
+        needed = sum(self._sizes[name] for name in names)
+        if needed > self.device_bytes:
+            raise ValueError(
+                f"{names} take {needed:,} bytes together, more than the {self.device_bytes:,} of device_bytes"
+            )
+
+    def _nbytes(self, config: ESFTConfig) -> int:
+        with planning:
+            return self._tuner.rows_nbytes(config)
+
+    def _makes_room(self, names: list[str]) -> bool:
+        """Drops what was not used for longest until there is room; False, and nothing dropped, if there cannot be."""
+        needed = sum(self._sizes[name] for name in names if name not in self._resident)
+        free = self.device_bytes - self._held()
+        unused = [name for name in self._resident if not self._users.get(name) and name not in names]
+        if free + sum(self._sizes[name] for name in unused) < needed:
+            return False
+        for name in unused:
+            if free >= needed:
+                break
+            free += self._sizes[name]
+            self._delete(name)
+            self._evictions += 1
+        return True
+
+    def _held(self) -> int:
+        return sum(self._sizes[name] for name in self._resident)
+
+    def _insert(self, name: str, own: _HostCopy) -> None:
+        with planning:
+            if name in self.model.peft_config:
+                raise ValueError(f"an adapter {name!r} was loaded beside the pool's; delete it or rename either")
+            try:
+                self._attach(name, own)
+                self._tuner.freeze_layers(name)
+            except BaseException:
+                if name in self.model.peft_config:
+                    self.model.delete_adapter(name)
+                raise
+            self._resident[name] = None
+            if self._gaps() > self.device_bytes - self._held():
+                for layer in self._tuner._layers():
+                    layer.bank.compact()
+
+    def _attach(self, name: str, own: _HostCopy) -> None:
+        self.model.add_adapter(name, copy.deepcopy(own.config), low_cpu_mem_usage=True)
+        # Copies: the first rows of a layer become its bank, in which others lie later.
+        weights = {key: tensor.clone() for key, tensor in own.weights.items()}
+        found: Any = set_peft_model_state_dict(self.model, weights, adapter_name=name, low_cpu_mem_usage=True)
+        missing = [key for key in found.missing_keys if ".esft_" in key and key.split(".")[-1] == name]
+        if missing:
+            raise ValueError(f"the file of adapter {name!r} lacks {len(missing)} weights, {missing[0]} among them")
+        for layer in self._tuner._layers():
+            if name in layer.expert_ids:
+                layer._move_adapter_to_device_of_base_layer(name)
+
+    def _delete(self, name: str) -> None:
+        with planning:
+            self.model.delete_adapter(name)
+        del self._resident[name]
+
+    def _gaps(self) -> int:
+        """Bytes of the banks in which no adapter's rows lie."""
+        return sum(layer.bank.gap_nbytes for layer in self._tuner._layers())
+
+    def _read(self, name: str) -> Future[_HostCopy]:
+        """The adapter's tensors in host memory, there already or on the way."""
+        with self._condition:
+            known = self._host.get(name)
+            if known is None or (known.done() and known.exception() is not None):
+                known = self._host[name] = self._reader.submit(self._read_file, name)
+                self._reads += 1
+            self._host.move_to_end(name)
+            self._forget_host_copies()
+            return known
+
+    def _read_file(self, name: str) -> _HostCopy:
+        path, kwargs = self._sources[name]
+        config = ESFTConfig.from_pretrained(path, **kwargs)
+        if not isinstance(config, ESFTConfig):
+            raise ValueError(f"{path} holds an adapter of type {config.peft_type}, not ESFT")
+        config.inference_mode = True
+        # Here, once: what is loaded is a copy of this config. On the Hub the header is a request.
+        config.check_weights()
+        weights = load_peft_weights(path, device="cpu", **kwargs)
+        # A file that is only mapped into memory would be read when it is loaded.
+        keep = torch.Tensor.pin_memory if torch.cuda.is_available() else torch.Tensor.clone
+        return _HostCopy(config, {key: keep(tensor) for key, tensor in weights.items()})
+
+    def _forget_host_copies(self) -> None:
+        """Forgets the host copies that were not used for longest, but for the last one."""
+        if self.host_bytes is None:
+            return
+        *older, _ = self._host
+        for name in older:
+            if self._host_nbytes() > self.host_bytes and _is_ready(self._host[name]):
+                del self._host[name]
+
+    def _host_nbytes(self) -> int:
+        return sum(own.result().nbytes for own in self._host.values() if _is_ready(own))
+
+
+def _is_ready(own: Future[_HostCopy]) -> bool:
+    return own.done() and own.exception() is None
