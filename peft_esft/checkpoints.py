@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .interchange.adapter import AdapterFolder
 from .moe.weights import is_spread
-from .tuner.layers.adapter_tensors import PREFIX
+from .tuner.layers.layer import PREFIX
 from .tuner.model_card import CARD_NAME
 
 

@@ -19,8 +19,7 @@ from ..interchange.base import Base, empty_model
 from ..moe.containers import find_experts
 from ..scoring.selection import Selection
 from ..tuner.config import ESFTConfig
-from ..tuner.layers.adapter_tensors import PREFIX
-from ..tuner.layers.layer import ESFTLayer
+from ..tuner.layers.layer import PREFIX, ESFTLayer
 from ..tuner.model_card import num_experts_of
 from ..tuner.targets import adapted_selection
 from .drawing import Plot, Style, heat_map, thinned_ticks, write_in_cells

@@ -55,6 +55,10 @@ class StackedWeight:
         """The parameters that hold the weight."""
         return [attrgetter(self.parameter)(module)]
 
+    def named_parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """The same, with their paths below the module."""
+        return [(self.parameter, self.parameters(module)[0])]
+
     def whole(self, module: nn.Module) -> Tensor:
         """The weight of all experts, `[E, ...]`, a view of the parameter."""
         return self._view(self.parameters(module)[0])
@@ -71,10 +75,10 @@ class StackedWeight:
         weight = self.whole(module)
         return [weight[expert] for expert in expert_ids]
 
-    def read(self, module: nn.Module, expert_ids: Sequence[int], out: Tensor | None = None) -> Tensor:
-        """A copy of the rows of some experts, `[n, ...]`; in `out` if it is given."""
+    def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
+        """A copy of the rows of some experts, `[n, ...]`."""
         weight = self.whole(module)
-        return torch.index_select(weight, 0, expert_index(expert_ids, weight.device), out=out)
+        return weight.index_select(0, expert_index(expert_ids, weight.device))
 
     def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
         """Writes the rows `[n, ...]` of some experts, casting them to the parameter's dtype."""
@@ -119,7 +123,12 @@ class ListedWeight:
 
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
         """The parameters that hold the weight."""
-        return [attrgetter(part)(expert) for expert in self.expert_modules(module) for part in self.parts]
+        return [parameter for _, parameter in self.named_parameters(module)]
+
+    def named_parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """The same, with their paths below the module."""
+        experts = zip(self.experts, self.expert_modules(module), strict=True)
+        return [(f"{name}.{part}", attrgetter(part)(expert)) for name, expert in experts for part in self.parts]
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """The shape of one expert's weight."""
@@ -130,9 +139,9 @@ class ListedWeight:
         """The rows `[...]` of some experts, copies if they are in several parameters."""
         return [torch.cat(parts) if len(parts := self._parts(module, e)) > 1 else parts[0] for e in expert_ids]
 
-    def read(self, module: nn.Module, expert_ids: Sequence[int], out: Tensor | None = None) -> Tensor:
-        """A copy of the rows of some experts, `[n, ...]`; in `out` if it is given."""
-        return torch.stack(self.rows(module, expert_ids), out=out)
+    def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
+        """A copy of the rows of some experts, `[n, ...]`."""
+        return torch.stack(self.rows(module, expert_ids))
 
     def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
         """Writes the rows `[n, ...]` of some experts, casting them to the parameters' dtype."""

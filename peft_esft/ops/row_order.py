@@ -135,6 +135,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         inputs, frozen, trained, trained_ids, tokens, places, ends = ctx.saved_tensors
         grad = grad_outputs[0].contiguous()
         grad_inputs = grad_trained = None
@@ -186,6 +187,7 @@ class _LinearAndSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         rows, weights, frozen, trained, trained_ids, pairs, tokens, places, ends = ctx.saved_tensors
         grad = grad_outputs[0].to(frozen.dtype).contiguous()
         weight_of_row = weights.reshape(-1).index_select(0, pairs)[:, None]
@@ -202,6 +204,19 @@ class _LinearAndSum(torch.autograd.Function):
             weighted = (rows[part.span] * weight_of_row[part.span]).to(rows.dtype)
             grad_trained = part.outer(weighted, part.rows(grad, tokens), ctx.is_transposed, trained.dtype)
         return grad_rows, grad_weights, None, grad_trained, None, None, None, None, None, None, None
+
+
+def _refuse_second_derivative() -> None:
+    """Refuses a backward pass that is to be differentiated again.
+
+    torch's `once_differentiable` is not enough: where an input is reached on another way too, as around experts by the
+    residual connection, autograd passes over its error and returns a part of the second derivative.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "second derivatives (create_graph=True) are not defined for experts with an active adapter. Merge the "
+            "adapter first (merge_adapter, or merge_and_unload): the model's own experts then run"
+        )
 
 
 @dataclass(frozen=True)

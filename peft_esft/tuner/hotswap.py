@@ -6,11 +6,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel
 
 from .config import ESFTConfig
 from .model import ESFTModel
-from .undo import undoing_changes, undoing_injection
+from .restoring import restoring
 
 
 def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> None:
@@ -45,9 +46,10 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before it is replaced")
     incoming = next(name for n in count() if (name := f"{adapter_name}_incoming_{n}") not in model.peft_config)
-    deltas = [delta for layer in layers for delta in layer._deltas_of([adapter_name])]
-    kwargs.setdefault("autocast_adapter_dtype", all(delta.dtype.itemsize >= 4 for delta in deltas))
-    with undoing_injection(tuner, incoming):
+    deltas = [delta for layer in layers for delta in layer.tensors_of(adapter_name).values()]
+    is_wide = all(delta.dtype.itemsize >= 4 for delta in deltas if isinstance(delta, torch.nn.Parameter))
+    kwargs.setdefault("autocast_adapter_dtype", is_wide)
+    with restoring(tuner, written=deltas):
         model.load_adapter(str(path), incoming, **kwargs)
         config = model.peft_config[incoming]
         _check_experts_only(config)
@@ -58,12 +60,10 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
                 f"adapter {adapter_name!r} is in training, and the one in {path} is stored as {storage!r}, which "
                 "cannot be trained; load it under a name of its own"
             )
-        layers = tuner._layers()  # the incoming adapter may have brought new ones
-        with undoing_changes(layers, adapter_name, in_place=True):
-            for layer in layers:
-                layer.replace_adapter(adapter_name, incoming, is_trained)
-            config.inference_mode = model.peft_config[adapter_name].inference_mode
-            model.peft_config[adapter_name] = model.peft_config.pop(incoming)
+        for layer in tuner._layers():  # the incoming adapter may have brought new ones
+            layer.replace_adapter(adapter_name, incoming, is_trained)
+        config.inference_mode = model.peft_config[adapter_name].inference_mode
+        model.peft_config[adapter_name] = model.peft_config.pop(incoming)
 
 
 def _check_experts_only(config: Any) -> None:

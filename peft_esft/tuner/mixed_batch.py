@@ -28,17 +28,33 @@ class AdapterBatch:
     Attributes:
         names: of each sample, `"__base__"` for no adapter.
         adapters: the different ones among them.
-        calls: of the model, as far as they are under way.
-        plans: by layer, where the rows of `adapters` lie. Made before the call begins: what other threads do to the
-            adapters in the meantime does not change its result. A layer that has none is younger than the call.
+        rows: by layer, the rows of `adapters` (`layers.held.MixedRows`), None where they leave it as it is. They are
+            put together before the call begins: what other threads do to the adapters meanwhile changes nothing. A
+            layer that is missing was added later.
+        calls: of the model, as far as they have begun and not ended.
+        is_counted: True if the number of names was compared with that of samples. What `generate` calls the model with
+            may then have several rows for each.
     """
 
-    def __init__(self, names: Sequence[str], plans: Mapping[Any, Any], model: nn.Module) -> None:
-        self.plans = plans
+    def __init__(self, names: Sequence[str], rows: Mapping[Any, Any], model: nn.Module, is_counted: bool) -> None:
         self.names = list(names)
         self.adapters = list(dict.fromkeys(names))
+        self.rows = rows
         self.calls = CallsUnderWay(model)
+        self.is_counted = is_counted
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def begin(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Notes the input of a model's call; of the first one, compares the number of samples with that of names.
+
+        Raises:
+            ValueError: if the numbers differ.
+        """
+        samples = self.calls.begin(module, args, kwargs)
+        if not self.is_counted and samples is not None:
+            self.is_counted = True
+            if samples != len(self.names):
+                raise _wrong_number(len(self.names), samples)
 
     def adapter_of_row(self, tensor: Tensor, module: nn.Module, path: str) -> Tensor:
         """The place in `adapters` of each row's adapter, int64 `[rows]`.
@@ -101,15 +117,18 @@ def current_batch() -> AdapterBatch | None:
 
 
 @contextmanager
-def calling_with(model: nn.Module, adapter_names: Sequence[str], plans: Mapping[Any, Any]) -> Iterator[None]:
+def calling_with(
+    model: nn.Module, adapter_names: Sequence[str], rows: Mapping[Any, Any], is_counted: bool = False
+) -> Iterator[None]:
     """Calls of `model` within the context, in this thread, give each sample its own adapter.
 
     Args:
         model: the base model.
         adapter_names: an adapter for each sample.
-        plans: see `AdapterBatch`.
+        rows: see `AdapterBatch`.
+        is_counted: see `AdapterBatch`.
     """
-    batch = AdapterBatch(adapter_names, plans, model)
+    batch = AdapterBatch(adapter_names, rows, model, is_counted)
     with ExitStack() as stack:
         _count_calls(1)
         stack.callback(_count_calls, -1)
@@ -132,25 +151,73 @@ def check_adapter_names(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> None:
+) -> bool:
     """Refuses names that no adapter has, and another number of them than of samples in a call of the model.
+
+    Returns:
+        True if the call shows how many samples it has.
 
     Raises:
         ValueError: with PEFT's own words.
     """
     if not isinstance(adapter_names, list | tuple) or not adapter_names:
-        raise ValueError(f"adapter_names is {adapter_names!r}; it is a list with a name for each sample of the batch")
+        raise ValueError(
+            f"adapter_names is {adapter_names!r}; expected a list with a name for each sample of the batch"
+        )
     unknown = sorted({name for name in adapter_names if name != BASE and name not in known})
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
     main = getattr(model, "main_input_name", "input_ids")  # an image model has other inputs than text
     inputs = [*(kwargs.get(name) for name in (main, *TOKEN_INPUTS)), *args[:1]]
-    for value in inputs:
-        if isinstance(value, Tensor) and value.shape[0] != len(adapter_names):
+    numbers = [value.shape[0] for value in inputs if isinstance(value, Tensor)]
+    for number in numbers:
+        if number != len(adapter_names):
+            raise _wrong_number(len(adapter_names), number)
+    return bool(numbers)
+
+
+def _wrong_number(names: int, samples: int) -> ValueError:
+    return ValueError(
+        "Length of `adapter_names` should be the same as the number of inputs, but got "
+        f"{names} and {samples} respectively."
+    )
+
+
+def check_mixes_whole_modules(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Refuses adapters with whole modules (`modules_to_save`) that cannot be called once for each adapter.
+
+    Raises:
+        ValueError: naming the first module.
+    """
+    for path, module in model.named_modules():
+        is_asked_for = isinstance(module, ModulesToSaveWrapper) and set(module.modules_to_save) & set(adapter_names)
+        if is_asked_for and not is_stateless(module.original_module, model):
             raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {value.shape[0]} respectively."
+                f"adapter_names is not supported by {path}: {type(module.original_module).__name__} may keep a state "
+                "or take rows that are no samples, so it cannot be called once for each adapter. Call the model once "
+                "for each adapter, after set_adapter(name)"
             )
+
+
+def is_stateless(module: nn.Module, model: nn.Module) -> bool:
+    """True for a module that can be called once for each adapter, and whose rows are samples or their tokens.
+
+    These are linear layers, norms and the embeddings of tokens. A module that takes a cache is none of them, and
+    neither is an embedding of positions: its rows are no samples, even where there are as many.
+    """
+    if isinstance(module, nn.Embedding):
+        models = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+        return any(module is getattr(own, "base_layer", own) for own in map(_token_embedding, models))
+    return isinstance(module, nn.Linear | nn.LayerNorm) or type(module).__name__.endswith("Norm")
+
+
+def _token_embedding(model: PreTrainedModel) -> nn.Module | None:
+    try:
+        embedding: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:  # a model of images
+        return None
+    # PEFT's wrapper of `modules_to_save` keeps the module that it is around.
+    return getattr(embedding, "original_module", embedding)
 
 
 def refusing_adapter_names(model: nn.Module) -> RemovableHandle | None:
@@ -189,7 +256,7 @@ def _begin(module: nn.Module, args: Any, kwargs: Any = None) -> None:
     batch = current_batch()
     # Without keywords the hook is that of another thread, see `hooks.in_this_thread`; this one's is called too.
     if batch is not None and kwargs is not None:
-        batch.calls.begin(module, args, kwargs)
+        batch.begin(module, args, kwargs)
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:

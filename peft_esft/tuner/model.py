@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 from peft.tuners.tuners_utils import onload_layer, set_adapter
@@ -13,21 +15,31 @@ from torch.utils.hooks import RemovableHandle
 
 from ..moe.containers import ContainerKind
 from .config import ESFTConfig
-from .layers.adapter_tensors import PREFIX
 from .layers.expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, rows_to_file, shares_out_experts
 from .layers.fused import FusedExperts
-from .layers.layer import ESFTLayer
+from .layers.held import holding, mixed_rows
+from .layers.layer import PREFIX, ESFTLayer
 from .layers.listed import ListedExperts
-from .layers.resident import planning
+from .layers.merging import check_finite
 from .layers.substituted import SubstitutedExperts
-from .layers.tied import TiedLayer
-from .mixed_batch import calling_with, check_adapter_names, refusing_adapter_names
+from .layers.tied import TiedLayer, update_tied_keys
+from .messages import shortened
+from .mixed_batch import (
+    calling_with,
+    check_adapter_names,
+    check_mixes_whole_modules,
+    current_batch,
+    refusing_adapter_names,
+)
 from .operations import AdapterOperations
 from .preparation import check_adapter_name, check_incoming, prepare_config
+from .restoring import restoring
 from .targets import match_options
-from .undo import undoing_injection, undoing_merges, undoing_unloading
 from .untrained import warn_of_shared_config, warn_of_unreached_experts
 
+
+adapters_lock = RLock()
+"""Held while a call puts together its rows, and while an `AdapterPool` adds or drops adapters in another thread."""
 
 LAYER_CLASSES: dict[ContainerKind, type[ESFTLayer]] = {
     "fused": FusedExperts,
@@ -60,14 +72,12 @@ class ESFTModel(AdapterOperations):
     tuner_layer_cls = ESFTLayer
     target_module_mapping: dict[str, list[str]] = {}
     _refusing: RemovableHandle | None = None
+    _num_holds = 0
 
     def _prepare_adapter_config(self, peft_config: ESFTConfig, model_config: dict[str, Any]) -> ESFTConfig:
         """Resolves and checks the config against the model, see `preparation.prepare_config`."""
         prepared = prepare_config(peft_config, self.model)
         self._containers = prepared.containers
-        names = [name for name, config in self.peft_config.items() if config is peft_config]
-        if len(names) > 1:
-            warn_of_shared_config(self._layers(), names)
         peft_config.target_experts = prepared.target_experts
         # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
         peft_config.adapted_paths = prepared.selection
@@ -94,9 +104,10 @@ class ESFTModel(AdapterOperations):
             return
         container = self._containers[current_key]
         layer_class = ExpertParallelExperts if shares_out_experts(container) else LAYER_CLASSES[container.kind]
-        new_module = layer_class(target, adapter_name, container, expert_ids, peft_config)
+        new_module = layer_class(target, adapter_name, container)
         if isinstance(new_module, ExpertParallelExperts):
             new_module.exchange = Exchange.of_model(self.model)
+        new_module.update_layer(adapter_name, expert_ids, peft_config)
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
@@ -107,15 +118,11 @@ class ESFTModel(AdapterOperations):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # The deltas are created on the device of the rows they change; PEFT's own moves things to `child.weight`.
         setattr(parent, child_name, new_module)
-        self.forget_modules()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self._layers():
-            layer.restore_stored_dtypes(adapter_name)
-        if not autocast_adapter_dtype:
-            for layer in self._layers():
-                layer.cast_to_base_dtype(adapter_name)
+            layer.cast_adapter(adapter_name, to_base_dtype=not autocast_adapter_dtype)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -131,18 +138,20 @@ class ESFTModel(AdapterOperations):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        with planning:
-            check_adapter_names(adapter_names, list(self.peft_config), self.model, args, kwargs)
+        with adapters_lock:
+            is_counted = check_adapter_names(adapter_names, list(self.peft_config), self.model, args, kwargs)
             layers = self._layers()
             if any(layer.merged for layer in layers):
                 raise ValueError(
                     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
                 )
-            for layer in layers:
-                layer.check_mixes()
             different = list(dict.fromkeys(adapter_names))
-            plans = {layer: layer.plan_mixed(different) for layer in layers}
-        with calling_with(self.model, adapter_names, plans):
+            if len(different) > 1:
+                check_mixes_whole_modules(self.model, different)
+            for layer in layers:
+                layer.check_mixes(self.model, different)
+            rows = {layer: mixed_rows(layer, different) for layer in layers}
+        with calling_with(self.model, adapter_names, rows, is_counted):
             yield
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -151,6 +160,41 @@ class ESFTModel(AdapterOperations):
             return super().forward(*args, **kwargs)
         with self._enable_peft_forward_hooks(*args, adapter_names=adapter_names, **kwargs):
             return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's `generate`, for which the active adapters' effective weights are computed once."""
+        with self.hold():
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Computes the active adapters' effective weights once, for all forward passes within the context.
+
+        For decoding loops of one's own; `generate` does so by itself. Do not change weights within it: calls that ask
+        for a gradient of them compute them anew, others would go on with the old ones. A switch of adapters is fine.
+
+        Example:
+            >>> with model.hold():
+            ...     for _ in range(100):
+            ...         logits = model(input_ids=tokens, past_key_values=cache).logits
+        """
+        with adapters_lock:
+            self._num_holds += 1
+        try:
+            self._compute_held_rows()
+            with holding():
+                yield
+        finally:
+            with adapters_lock:
+                self._num_holds -= 1
+                if not self._num_holds:
+                    for layer in self._layers():
+                        layer.refresh_active()
+
+    def _compute_held_rows(self) -> None:
+        with adapters_lock:
+            for layer in self._layers() if self._num_holds and current_batch() is None else ():
+                layer.hold()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`.
@@ -162,10 +206,10 @@ class ESFTModel(AdapterOperations):
         merged = [layer for layer in self._layers() if layer.merged]
         if merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
-        with undoing_merges(merged):
-            for layer in merged:
-                with onload_layer(layer):
-                    layer.unmerge()
+            with restoring(self, modules=merged):
+                for layer in merged:
+                    with onload_layer(layer):
+                        layer.unmerge()
         # As PEFT's own does, but on the modules that have adapters: that walks through all modules, twice.
         for module in self._modules_with_adapters():
             if isinstance(module, ESFTLayer):
@@ -173,6 +217,7 @@ class ESFTModel(AdapterOperations):
             else:
                 set_adapter(module, adapter_name, inference_mode, layer_cls=ESFTLayer)
         self.active_adapter = adapter_name
+        self._compute_held_rows()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter, see `peft.tuners.tuners_utils.BaseTuner.delete_adapter`.
@@ -204,16 +249,32 @@ class ESFTModel(AdapterOperations):
         If that fails or is interrupted in the middle the model is what it was, without the adapter's config.
         """
         is_disabled = any(layer.disable_adapters for layer in self._layers())
-        with undoing_injection(self, adapter_name):
-            check_adapter_name(adapter_name)
+        with restoring(self):
+            check_adapter_name(adapter_name, model)
+            config = self.peft_config[adapter_name]
+            sharing = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
+            # Each adapter's config is its own: what is done to one adapter is noted in no other's.
+            self.peft_config[adapter_name] = copy.deepcopy(config)
+            self._clear_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if sharing:
+                warn_of_shared_config(self._layers(), [*sharing, adapter_name])
             if is_disabled:
                 # Layers that are new are enabled otherwise.
                 for module in self._modules_with_adapters():
                     module.enable_adapters(False)
+            update_tied_keys(self.model)
         self._refusing = self._refusing or refusing_adapter_names(model)
         self._containers = {}
-        self.forget_modules()  # PEFT puts its own wrappers around other modules next
+
+    def _clear_name(self, adapter_name: str) -> None:
+        """Removes what the modules have under a name that is used again, also by an earlier tuner around the base."""
+        for module in self._modules_with_adapters():
+            if isinstance(module, ESFTLayer):
+                module.discard_adapter(adapter_name)
+            elif adapter_name in module._adapters:
+                active = [name for name in module.active_adapters if name != adapter_name]
+                module.delete_adapter(adapter_name, new_active_adapters=active)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters into the base, see `peft.tuners.tuners_utils.BaseTuner.merge_adapter`.
@@ -227,12 +288,12 @@ class ESFTModel(AdapterOperations):
         self._check_known(adapter_names or [], " to merge")
         if safe_merge:
             self._check_finite(adapter_names)
-        with undoing_merges(self._layers()):
+        with restoring(self, modules=self._layers()):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Unmerges all adapters, see `peft.tuners.tuners_utils.BaseTuner.unmerge_adapter`."""
-        with undoing_merges(self._layers()):
+        with restoring(self, modules=self._layers()):
             super().unmerge_adapter()
 
     def _unload_and_optionally_merge(
@@ -246,11 +307,11 @@ class ESFTModel(AdapterOperations):
             self._check_known(adapter_names or [], " to merge")
         if merge and safe_merge:
             self._check_finite(adapter_names)
-        with undoing_unloading(self.model, self._layers()):
+        with restoring(self):
             model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
-        self.forget_modules()
+            update_tied_keys(self.model)
         if self._refusing is not None:
             self._refusing.remove()
         return model
@@ -262,7 +323,7 @@ class ESFTModel(AdapterOperations):
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():
             new_names = layer.active_adapters if adapter_names is None else adapter_names
-            layer.check_finite([*layer.merged_adapters, *new_names])
+            check_finite(layer, [*layer.merged_adapters, *new_names])
 
     @classmethod
     def _get_adapter_state_dict(
@@ -273,9 +334,20 @@ class ESFTModel(AdapterOperations):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, ESFTLayer)}
         # Called when an adapter is saved: the place where a user can still act on what training did not do.
-        warn_of_unreached_experts([m for m in model.modules() if isinstance(m, ESFTLayer)], adapter_name)
-        weights = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        warn_of_unreached_experts(list(layers.values()), adapter_name)
+        # The layers say what is the adapter's. Names of adapters tell too little: a module may be called the same.
+        keys = [
+            f"{path}.{name}.{adapter_name}"
+            for path, layer in layers.items()
+            for name in layer.tensors_of(adapter_name)
+        ]
+        known = {plain_key(key): key for key in state_dict}
+        missing = [key for key in map(plain_key, keys) if key not in known]
+        if missing:
+            raise ValueError(f"the state dict has no weights of adapter {adapter_name!r} for {shortened(missing)}")
+        weights = {key: state_dict[known[key]] for key in map(plain_key, keys)}
         return rows_to_file(model, adapter_name, weights)
 
     @classmethod
@@ -285,3 +357,8 @@ class ESFTModel(AdapterOperations):
         check_incoming(model, config, adapter_name, state_dict)
         weights = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return rows_from_file(model, adapter_name, weights)
+
+
+def plain_key(key: str) -> str:
+    """The name of a tensor without what wrappers put into it: `torch.compile`, and FSDP (the first one)."""
+    return key.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -9,24 +10,26 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..moe.containers import find_experts
+from ..moe.weights import expert_index
 from .combination import (
     CombinationType,
     MajoritySignMethod,
     check_combinable,
     check_combination,
     check_factors,
+    combine_deltas,
     combined_config,
 )
 from .config import ESFTConfig
+from .layers.expert_parallel import ExpertParallelExperts
 from .layers.layer import ESFTLayer
+from .layers.modes import plain_modes
 from .preparation import resolve_config
-from .undo import undoing_changes, undoing_injection
+from .restoring import restoring
 
 
 class AdapterOperations(BaseTuner):
     """Combining, freezing and scaling. `model.ESFTModel` adds what PEFT calls."""
-
-    _with_adapters: list[nn.Module] | None = None
 
     def add_weighted_adapter(
         self,
@@ -62,6 +65,8 @@ class AdapterOperations(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
         layers = [layer for layer in self._layers() if layer.adapters_here(adapters)]
+        if any(isinstance(layer, ExpertParallelExperts) for layer in layers):
+            raise NotImplementedError("adapters under expert parallelism cannot be combined; do so in one process")
         experts = {place.path for c in find_experts(self.model).values() for place in c.places[:1]}
         target_experts = {
             layer.path: layer.union_of_experts(layer.adapters_here(adapters))
@@ -70,11 +75,11 @@ class AdapterOperations(BaseTuner):
         }
         by_name = dict(zip(adapters, weights, strict=True))
         config = combined_config(configs, by_name, target_experts, combination_type, density)
-        with undoing_injection(self, adapter_name):
+        with restoring(self):
             self.peft_config[adapter_name] = config
             self.inject_adapter(self.model, adapter_name)
             for layer in layers:
-                layer.combine(adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+                _combine(layer, adapter_name, by_name, combination_type, density, majority_sign_method)
 
     def freeze_adapter(self, adapter_name: str) -> None:
         """Turns an adapter into one for inference, which holds its effective rows in place of deltas.
@@ -88,18 +93,18 @@ class AdapterOperations(BaseTuner):
         Raises:
             ValueError: if there is no such adapter, or one is merged.
         """
-        with undoing_changes(self._layers_of(adapter_name), adapter_name):
-            self.freeze_layers(adapter_name)
-
-    def freeze_layers(self, adapter_name: str) -> None:
-        """`freeze_adapter`, letting go of each layer's deltas at once: for who deletes the adapter after an error."""
         layers = self._layers_of(adapter_name)
         if any(layer.merged for layer in layers):
             raise ValueError("an adapter is merged, so the base's rows are not known; call unmerge_adapter first")
+        with restoring(self, modules=_own_modules(layers)):
+            self.freeze_layers(adapter_name)
+
+    def freeze_layers(self, adapter_name: str) -> None:
+        """`freeze_adapter` without a way back: each layer's deltas are freed at once."""
+        for layer in self._layers_of(adapter_name):
+            layer.freeze_adapter(adapter_name)
         # The ranks are of no meaning to rows, and refused beside them when the config is read.
         fields = {"storage": "rows", "inference_mode": True, "rank": None, "alpha": None, "use_rslora": False}
-        for layer in layers:
-            layer.freeze_adapter(adapter_name)
         vars(self.peft_config[adapter_name]).update(fields)  # all at once
 
     def rows_nbytes(self, peft_config: ESFTConfig) -> int:
@@ -118,7 +123,7 @@ class AdapterOperations(BaseTuner):
         """
         check_factors([scale])
         layers = self._layers_of(adapter_name)
-        with undoing_changes(layers, adapter_name):
+        with restoring(self, modules=_own_modules(layers)):
             for layer in layers:
                 layer.set_scale(adapter_name, scale)
 
@@ -128,7 +133,7 @@ class AdapterOperations(BaseTuner):
         Raises:
             ValueError: if there is no such adapter, or it is merged.
         """
-        layers = [layer for layer in self._layers() if adapter_name in layer.expert_ids]
+        layers = [layer for layer in self._layers() if adapter_name in layer.adapters]
         if not layers:
             raise ValueError(f"there is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
         if any(adapter_name in layer.merged_adapters for layer in layers):
@@ -140,16 +145,49 @@ class AdapterOperations(BaseTuner):
         if unknown:
             raise ValueError(f"there are no adapters {unknown}{purpose}; there are {sorted(self.peft_config)}")
 
-    def forget_modules(self) -> None:
-        """To be called when layers were put into the model or taken out."""
-        self._with_adapters = None
-
     def _layers(self) -> list[ESFTLayer]:
         return [module for module in self._modules_with_adapters() if isinstance(module, ESFTLayer)]
 
     def _modules_with_adapters(self) -> list[Any]:
-        """Found once, until an adapter is added."""
-        if self._with_adapters is None:
-            kinds = (ESFTLayer, AuxiliaryTrainingWrapper)
-            self._with_adapters = [module for module in self.model.modules() if isinstance(module, kinds)]
-        return self._with_adapters
+        return list(_outermost(self.model))
+
+
+def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers and PEFT's wrappers in a module, without a look into them."""
+    for child in module.children():
+        if isinstance(child, ESFTLayer | AuxiliaryTrainingWrapper):
+            yield child
+        else:
+            yield from _outermost(child)
+
+
+def _own_modules(layers: Sequence[ESFTLayer]) -> list[nn.Module]:
+    """The layers and what is in them, but for the base's modules."""
+    children = (child for layer in layers for name, child in layer.named_children() if name != "base_layer")
+    return [*layers, *children]
+
+
+@plain_modes()
+def _combine(
+    layer: ESFTLayer,
+    adapter_name: str,
+    weights: Mapping[str, float],
+    combination_type: CombinationType,
+    density: float | None,
+    majority_sign_method: MajoritySignMethod,
+) -> None:
+    """Sets the deltas of an adapter of full rank to a combination of others, see `combination.combine_deltas`."""
+    ids = layer.adapters[adapter_name].expert_ids
+    names = layer.adapters_here(list(weights))
+    for weight_name in layer.weights:
+        (target,) = layer.delta_parameters(weight_name, adapter_name)
+        deltas, factors = [], []
+        for name in names:
+            with layer.onloaded([name]):
+                delta = layer.get_delta_weight(name, weight_name)
+            if delta is not None:
+                places = expert_index([ids.index(e) for e in layer.adapters[name].expert_ids], delta.device)
+                deltas.append((places, delta.to(target.dtype)))
+                factors.append(weights[name])
+        if deltas:
+            target.copy_(combine_deltas(deltas, factors, len(ids), combination_type, density, majority_sign_method))

@@ -18,9 +18,8 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
 from .config import ESFTConfig
-from .layers.resident import planning
 from .mixed_batch import BASE
-from .model import ESFTModel
+from .model import ESFTModel, adapters_lock
 from .preparation import check_adapter_name
 
 
@@ -109,7 +108,7 @@ class AdapterPool:
         Raises:
             ValueError: if the name is taken, or cannot be one.
         """
-        check_adapter_name(adapter_name)
+        check_adapter_name(adapter_name, self._tuner.model)
         with self._condition:
             if adapter_name in self._sources or adapter_name in self.model.peft_config:
                 raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
@@ -221,7 +220,7 @@ class AdapterPool:
             )
 
     def _nbytes(self, config: ESFTConfig) -> int:
-        with planning:
+        with adapters_lock:
             return self._tuner.rows_nbytes(config)
 
     def _makes_room(self, names: list[str]) -> bool:
@@ -243,7 +242,7 @@ class AdapterPool:
         return sum(self._sizes[name] for name in self._resident)
 
     def _insert(self, name: str, own: _HostCopy) -> None:
-        with planning:
+        with adapters_lock:
             if name in self.model.peft_config:
                 raise ValueError(f"an adapter {name!r} was loaded beside the pool's; delete it or rename either")
             try:
@@ -254,9 +253,6 @@ class AdapterPool:
                     self.model.delete_adapter(name)
                 raise
             self._resident[name] = None
-            if self._gaps() > self.device_bytes - self._held():
-                for layer in self._tuner._layers():
-                    layer.bank.compact()
 
     def _attach(self, name: str, own: _HostCopy) -> None:
         self.model.add_adapter(name, copy.deepcopy(own.config), low_cpu_mem_usage=True)
@@ -267,17 +263,13 @@ class AdapterPool:
         if missing:
             raise ValueError(f"the file of adapter {name!r} lacks {len(missing)} weights, {missing[0]} among them")
         for layer in self._tuner._layers():
-            if name in layer.expert_ids:
+            if name in layer.adapters:
                 layer._move_adapter_to_device_of_base_layer(name)
 
     def _delete(self, name: str) -> None:
-        with planning:
+        with adapters_lock:
             self.model.delete_adapter(name)
         del self._resident[name]
-
-    def _gaps(self) -> int:
-        """Bytes of the banks in which no adapter's rows lie."""
-        return sum(layer.bank.gap_nbytes for layer in self._tuner._layers())
 
     def _read(self, name: str) -> Future[_HostCopy]:
         """The adapter's tensors in host memory, there already or on the way."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ..moe.containers import ExpertsContainer, find_experts
@@ -14,11 +15,15 @@ from .checks import check_finite_tensors, check_header, check_rank
 from .config import ESFTConfig
 from .fingerprint import check_num_experts, compare_base
 from .layers.expert_parallel import ExpertParallelExperts, check_expert_parallel, shares_out_experts
-from .layers.layer import ESFTLayer
+from .layers.layer import PREFIX, ESFTLayer
 from .messages import shortened
 from .mixed_batch import BASE
 from .targets import modules_trained_whole, not_excluded, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
+
+
+_CONTAINERS_BY_NAME = (nn.ParameterDict, BufferDict)
+"""What keeps adapters' tensors by name; its own attributes cannot be names."""
 
 
 @dataclass(frozen=True)
@@ -101,18 +106,33 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     return ResolvedConfig(target_experts, selection, containers, experts)
 
 
-def check_adapter_name(adapter_name: str) -> None:
-    """Refuses names under which torch cannot keep parameters.
+def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
+    """Refuses names under which torch cannot keep parameters, or PEFT cannot save them.
+
+    Args:
+        adapter_name: the name.
+        model: the base model.
 
     Raises:
-        ValueError: naming what would do.
+        ValueError: with a name that works.
     """
-    is_name = isinstance(adapter_name, str) and adapter_name and "." not in adapter_name
-    if not is_name or adapter_name == BASE or hasattr(nn.ParameterDict(), adapter_name):
+    is_name = isinstance(adapter_name, str) and adapter_name and not {".", "\n"} & set(adapter_name)
+    if not is_name or adapter_name == BASE or any(hasattr(kind(), adapter_name) for kind in _CONTAINERS_BY_NAME):
         raise ValueError(
-            f"{adapter_name!r} cannot be an adapter's name: it is a text without dots, not {BASE!r}, and none of the "
-            "names that torch uses, such as 'train' or 'keys'. 'law-v1_0' would do"
+            f"{adapter_name!r} cannot be an adapter's name: a name is a text without dots and line breaks, not "
+            f"{BASE!r}, and not one that torch uses itself, such as 'train' or 'keys'. 'law-v1_0' is one"
         )
+    if adapter_name.startswith(PREFIX) or adapter_name in _reserved_names(model):
+        raise ValueError(
+            f"{adapter_name!r} cannot be an adapter's name: a module or weight of the model is called the same, and "
+            f"PEFT could not tell their weights apart when it saves. '{adapter_name}_adapter' works"
+        )
+
+
+def _reserved_names(model: nn.Module) -> set[str]:
+    """The parts of names of weights: PEFT leaves out of a file what has another adapter's name among them."""
+    names = {name.partition(f".{PREFIX}")[0].partition(".modules_to_save.")[0] for name, _ in model.named_parameters()}
+    return {"base_model", "model", "modules_to_save", *(part for name in names for part in name.split("."))}
 
 
 def check_incoming(model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:

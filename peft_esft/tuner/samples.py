@@ -57,17 +57,22 @@ class CallsUnderWay:
         find_logits = getattr(model, "get_output_embeddings", None)
         self._logits = find_logits() if find_logits is not None else None
 
-    def begin(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """To be called before the forward of a model."""
+    def begin(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+        """Notes a call of a model.
+
+        Returns:
+            The samples of its input, if it shows them.
+        """
         tokens = _tokens(module, args, kwargs, module is self._model)
         if tokens is None and self._calls:
             # In a model whose input is images, each image is a sample; in any other one it need not be.
             around = self._calls[-1][1]
             tokens = around if around is not None and around.length is None else None
         self._calls.append((module, tokens))
+        return None if tokens is None else tokens.samples
 
     def end(self, module: nn.Module) -> None:
-        """To be called after the forward of a model. Ends calls inside it too, which may have ended by an error."""
+        """Notes that a call of a model ended, and with it those inside it, which may have ended by an error."""
         places = [place for place, (other, _) in enumerate(self._calls) if other is module]
         if places:
             del self._calls[places[-1] :]

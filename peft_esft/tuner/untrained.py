@@ -5,6 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
+
+from ..moe.weights import is_spread
 from .layers.layer import ESFTLayer
 
 
@@ -19,7 +22,7 @@ def warn_of_shared_config(layers: Sequence[ESFTLayer], adapter_names: Sequence[s
     trained = [
         name
         for name in others
-        if any(len(layer.untrained_experts(name)) < len(layer.expert_ids.get(name, [])) for layer in layers)
+        if any(len(untrained_experts(layer, name)) < len(layer.expert_ids.get(name, [])) for layer in layers)
     ]
     if trained:
         warnings.warn(
@@ -36,7 +39,7 @@ def warn_of_unreached_experts(layers: Sequence[ESFTLayer], adapter_name: str) ->
         layers: the model's.
         adapter_name: of the adapter.
     """
-    untrained = {layer.path: experts for layer in layers if (experts := layer.untrained_experts(adapter_name))}
+    untrained = {layer.path: experts for layer in layers if (experts := untrained_experts(layer, adapter_name))}
     count = sum(map(len, untrained.values()))
     if 0 < count < sum(len(layer.expert_ids.get(adapter_name, [])) for layer in layers):
         warnings.warn(
@@ -44,3 +47,21 @@ def warn_of_unreached_experts(layers: Sequence[ESFTLayer], adapter_name: str) ->
             f"{untrained}. Score on the data that you train on, or train longer.",
             stacklevel=3,
         )
+
+
+@torch.no_grad()
+def untrained_experts(layer: ESFTLayer, adapter_name: str) -> list[int]:
+    """Experts whose deltas are all zero: no token reached them in training; all of them before training.
+
+    No expert is named where a process sees parts of the deltas only.
+    """
+    adapter = layer.adapters.get(adapter_name)
+    tensors = [] if adapter is None else list(layer.tensors_of(adapter_name).values())
+    if adapter is None or adapter.storage != "delta" or any(map(is_spread, tensors)):
+        return []
+    moved = torch.zeros(len(adapter.expert_ids), dtype=torch.bool)
+    for name in layer.weights:
+        factors = layer.delta_parameters(name, adapter_name)
+        if factors:
+            moved |= (factors[-1] != 0).flatten(1).any(1).cpu()
+    return [expert for expert, has_moved in zip(adapter.expert_ids, moved.tolist(), strict=True) if not has_moved]

@@ -172,7 +172,7 @@ def test_parameters_stay_the_same_objects_in_half_precision_too(tmp_path):
     hotswap_adapter(model, tmp_path)
     after = deltas_of(model)
     assert all(after[key] is delta and delta.dtype == torch.bfloat16 and delta.any() for key, delta in before.items())
-    assert {layer.scale["default"] for layer in model.modules() if isinstance(layer, ESFTLayer)} == {1.0}
+    assert {layer.adapters["default"].scale for layer in model.modules() if isinstance(layer, ESFTLayer)} == {1.0}
 
 
 def test_a_model_without_adapters_has_none_to_replace(tmp_path):

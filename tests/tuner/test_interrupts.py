@@ -82,10 +82,7 @@ def state_of(model: torch.nn.Module) -> dict[str, Any]:
                 layer.path,
                 layer.active_adapters,
                 layer.merged_adapters,
-                layer.expert_ids,
-                layer.scaling,
-                layer.scale,
-                layer.storage,
+                layer.adapters,
             )
             for layer in layers
         ],

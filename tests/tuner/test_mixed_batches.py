@@ -292,8 +292,8 @@ def test_names_that_no_adapter_has_are_not_made_active(names):
     [
         (["a"], r"Length of `adapter_names` should be the same as the number of inputs, but got 1 and 5"),
         (["a"] * 4 + ["d"], r"non-existing adapter\(s\): d"),
-        ([], "it is a list with a name for each sample"),
-        ("a", "it is a list with a name for each sample"),
+        ([], "expected a list with a name for each sample"),
+        ("a", "expected a list with a name for each sample"),
     ],
 )
 def test_bad_names_are_refused(names, message):

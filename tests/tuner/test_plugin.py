@@ -237,9 +237,21 @@ def test_mixed_models_refuse_esft(adapter_folder):
     assert str(mixed) == before
 
 
+@pytest.mark.parametrize(
+    "name", ["experts", "model", "0", "weight", "esft_down_proj", "modules_to_save", "base_layer"]
+)
+def test_adapters_are_not_named_like_modules_and_parameters(name):
+    """PEFT leaves out of a file what has another adapter's name as a part of its own."""
+    base = tiny_model("olmoe")
+    model = get_peft_model(base, config_for(base), adapter_name="first")
+    with pytest.raises(ValueError, match=f"'{name}' cannot be an adapter's name.*'{name}_adapter' works"):
+        model.add_adapter(name, config_for(base))
+    assert list(model.peft_config) == ["first"]
+
+
 @pytest.mark.filterwarnings("ignore:Adapter name 'esft' should not be contained in the prefix")
-@pytest.mark.parametrize("name", ["experts", "model", "0", "gate_up_proj", "esft_down_proj", "base_layer", "esft"])
-def test_adapters_may_be_named_like_modules_and_parameters(name, tmp_path):
+@pytest.mark.parametrize("name", ["esft", "gate_up_proj_0", "law v1"])
+def test_adapters_may_have_any_other_name(name, tmp_path):
     base = tiny_model("olmoe")
     model = get_peft_model(base, config_for(base, init_weights=False), adapter_name=name).eval()
     expected = model(input_ids=random_tokens())[0]

@@ -21,9 +21,9 @@ from ...moe.containers import ExpertsContainer
 from ...moe.weights import StackedWeight
 from ...ops.deltas import connected
 from ..config import ESFTConfig
-from .adapter_tensors import PREFIX
-from .calls import AdapterCall
 from .fused import FusedExperts
+from .layer import PREFIX
+from .records import ActiveAdapters, LayerAdapter
 
 
 EP_DIM = "ep"
@@ -116,56 +116,37 @@ def _mesh_sizes(parameter: Tensor) -> dict[str, int]:
 class ExpertParallelExperts(FusedExperts):
     """Fused experts of which this process owns a range.
 
-    `expert_ids` and all rows are those of this process, numbered from 0 in its range; `global_ids` has the ids of the
-    model. A delta is a distributed tensor with the same number of rows on every process, those behind the last own
-    one being zero and without gradient, so that optimizers, gradient clipping and distributed checkpoints work as on
-    any other. In an adapter's file the rows are in the order of `target_experts`.
+    `expert_ids` and all rows are those of this process, numbered from 0 in its range; `global_ids` are those of the
+    model. A delta is a distributed tensor with the same number of rows on every process, those behind the
+    last own one being zero and without gradient, so that optimizers, gradient clipping and distributed checkpoints
+    work as on any other. In an adapter's file the rows are in the order of `target_experts`.
     """
 
-    def __init__(
-        self,
-        base_layer: Any,
-        adapter_name: str,
-        container: ExpertsContainer,
-        expert_ids: Sequence[int],
-        config: ESFTConfig,
-    ) -> None:
+    def __init__(self, base_layer: Any, adapter_name: str, container: ExpertsContainer) -> None:
         mesh: DeviceMesh = container.parameters()[0].device_mesh[EP_DIM]  # type: ignore[attr-defined]
         num_owned = container.num_experts // mesh.size()
-        # Read while the base class adds the first adapter.
-        self.ep_mesh = mesh
-        self.num_owned = num_owned
-        self.global_ids: dict[str, list[int]] = {}
-        self.exchange: Exchange | None = None
         local = tuple(LocalWeight(weight.name, weight.parameter, num_owned) for weight in container.weights)  # type: ignore[union-attr]
-        super().__init__(
-            base_layer, adapter_name, replace(container, weights=local, num_experts=num_owned), expert_ids, config
-        )
+        super().__init__(base_layer, adapter_name, replace(container, weights=local, num_experts=num_owned))
         # transformers marks pairs of other processes' experts with the id behind the last own one, and the weight 0.
         self.num_identity_experts = 1
-        self.forget_calls()
+        self.ep_mesh, self.num_owned = mesh, num_owned
+        self.exchange: Exchange | None = None
 
-    def update_layer(self, adapter_name: str, expert_ids: Sequence[int], config: ESFTConfig) -> None:
-        """Adds an adapter, see `ESFTLayer.update_layer`.
-
-        Raises:
-            NotImplementedError: if it is stored in another form than deltas.
-        """
+    def _new_record(self, expert_ids: Sequence[int], config: ESFTConfig) -> LayerAdapter:
         if config.storage != "delta":
             raise NotImplementedError(
                 f"{self.path} is under expert parallelism, which takes adapters stored as 'delta', not as "
                 f"{config.storage!r}; load the one that it was made from"
             )
-        self.global_ids[adapter_name] = list(expert_ids)
         first = self.ep_mesh.get_local_rank() * self.num_owned
-        own = [expert - first for expert in expert_ids if first <= expert < first + self.num_owned]
-        super().update_layer(adapter_name, own, config)
+        own = tuple(expert - first for expert in expert_ids if first <= expert < first + self.num_owned)
+        return LayerAdapter(own, config.storage, config.scaling, global_ids=tuple(expert_ids))
 
     def places_of_rows(self, adapter_name: str) -> list[int]:
         """The row of the distributed delta for each row of the file."""
         counts = [0] * self.ep_mesh.size()
         places = []
-        for expert in self.global_ids[adapter_name]:
+        for expert in self.adapters[adapter_name].global_ids:
             owner = expert // self.num_owned
             places.append((owner, counts[owner]))
             counts[owner] += 1
@@ -183,24 +164,27 @@ class ExpertParallelExperts(FusedExperts):
 
     def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None:
         """The change of a weight that an adapter makes to the own experts, `[n, ...]`; None if it makes none."""
+        adapter = self.adapters[adapter_name]
         factors = [
-            self._averaged(_to_local(factor))[: len(self.expert_ids[adapter_name])]
-            for factor in self._delta_parameters(weight_name, adapter_name)
+            self._averaged(_to_local(factor))[: len(adapter.expert_ids)]
+            for factor in self.delta_parameters(weight_name, adapter_name)
         ]
         if not factors:
             return None
-        scale = self.scaling[adapter_name] * self.scale[adapter_name]
         delta = factors[0] if len(factors) == 1 else factors[1] @ factors[0]
-        return delta if scale == 1 else scale * delta
+        return delta if adapter.factor == 1 else adapter.factor * delta
 
-    def weights_for(self, call: AdapterCall) -> tuple[dict[str, Tensor], bool]:
-        """What the own selected experts' weights are in a forward pass, see `ESFTLayer.weights_for`."""
-        if self._plain_deltas(call.key) is not None and call.expert_ids:
-            deltas = {name: self.get_delta_weight(call.key[0], name) for name in self.weight_names}
+    def selected_weights(self, active: ActiveAdapters) -> tuple[dict[str, Tensor], bool]:
+        """What the own selected experts' weights are in a forward pass, see `ESFTLayer.selected_weights`."""
+        held = self.held_rows(active)
+        if held is not None:
+            return held, False
+        if self._plain_deltas(active.names) is not None and active.expert_ids:
+            deltas = {name: self.get_delta_weight(active.names[0], name) for name in self.weights}
             return {name: delta for name, delta in deltas.items() if delta is not None}, True
-        rows = {name: self.effective_rows(name, call.key) for name in self.weight_names}
+        rows = {name: self.effective_rows(name, active.names) for name in self.weights}
         # Without rows, no gradient of them.
-        return {name: own if call.expert_ids else own.detach() for name, own in rows.items()}, False
+        return {name: own if active.expert_ids else own.detach() for name, own in rows.items()}, False
 
     def freeze_adapter(self, adapter_name: str) -> None:
         """Refuses to hold rows in place of deltas.
@@ -210,10 +194,7 @@ class ExpertParallelExperts(FusedExperts):
         """
         raise NotImplementedError(f"{self.path} is under expert parallelism, which takes adapters as deltas only")
 
-    def _state(self, sources: list[Tensor]) -> None:
-        """Nothing: distributed tensors do not tell whether they changed."""
-
-    def check_mixes(self) -> None:
+    def check_mixes(self, model: nn.Module, adapters: Sequence[str]) -> None:
         """Refuses `adapter_names`.
 
         Raises:
@@ -221,18 +202,10 @@ class ExpertParallelExperts(FusedExperts):
         """
         raise ValueError(f"adapter_names is not supported by {self.path} under expert parallelism; call set_adapter")
 
-    def combine(self, *args: Any, **kwargs: Any) -> None:
-        """Refuses to combine adapters.
-
-        Raises:
-            NotImplementedError: naming the container.
-        """
-        raise NotImplementedError(f"{self.path} is under expert parallelism; combine the adapters in one process")
-
     def _adapted_forward(
         self,
         base_layer: Any,
-        call: AdapterCall,
+        active: ActiveAdapters,
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
@@ -242,10 +215,10 @@ class ExpertParallelExperts(FusedExperts):
 
         def own_experts(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             output = super(ExpertParallelExperts, self)._adapted_forward(
-                base_layer, call, hidden_states, top_k_index, top_k_weights
+                base_layer, active, hidden_states, top_k_index, top_k_weights
             )
             # Without own experts too, gradients of others pass through here.
-            return connected(output, map(_to_local, self._deltas_of(call.key)))
+            return connected(output, map(_to_local, self._deltas_of(active.names)))
 
         experts = SimpleNamespace(forward=own_experts, num_experts=self.num_owned, config=None)
         exchange = self.exchange.implementation(experts, self.exchange.ep_mesh, self.exchange.tp_mesh)
@@ -263,7 +236,7 @@ class ExpertParallelExperts(FusedExperts):
     def _add_delta(
         self, weight_name: str, suffix: str, adapter_name: str, shape: tuple[int, ...], *, zero: bool
     ) -> None:
-        ids, each = self.global_ids[adapter_name], self._rows_each(adapter_name)
+        ids, each = self.adapters[adapter_name].global_ids, self._rows_each(adapter_name)
         if zero:
             # Only the own rows are ever made.
             super()._add_delta(weight_name, suffix, adapter_name, (each, *shape[1:]), zero=True)
@@ -278,11 +251,8 @@ class ExpertParallelExperts(FusedExperts):
 
     def _rows_each(self, adapter_name: str) -> int:
         """Rows of the delta on every process: as many as the process with the most experts has."""
-        owners = [expert // self.num_owned for expert in self.global_ids[adapter_name]]
+        owners = [expert // self.num_owned for expert in self.adapters[adapter_name].global_ids]
         return max(owners.count(owner) for owner in range(self.ep_mesh.size()))
-
-    def _settings(self) -> list[dict[str, Any]]:
-        return [*super()._settings(), self.global_ids]
 
 
 def _to_local(tensor: Tensor) -> Tensor:
@@ -302,7 +272,7 @@ def rows_from_file(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
 def _reordered(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor], how: str) -> dict[str, Tensor]:
     reordered = dict(state_dict)
     for path, layer in model.named_modules():
-        if isinstance(layer, ExpertParallelExperts) and adapter_name in layer.global_ids:
+        if isinstance(layer, ExpertParallelExperts) and adapter_name in layer.adapters:
             for name in layer.adapter_layer_names:
                 key = f"{path}.{name}.{adapter_name}"
                 if key in state_dict and not isinstance(state_dict[key], DTensor):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...moe.weights import StackedWeight
-from ...ops.split_forward import ExpertBody, ExpertWeights, default_gate, expert_slots, split_experts_forward
+from ...ops.split_forward import ExpertBody, ExpertWeights, default_gate, split_experts_forward
 from ..mixed_batch import AdapterBatch
-from .calls import AdapterCall
 from .layer import ESFTLayer
+from .records import ActiveAdapters
 
 
 class FusedExperts(ESFTLayer):
@@ -22,60 +23,40 @@ class FusedExperts(ESFTLayer):
     takes their place. Without one it calls the module, whichever implementation that is set to.
     """
 
-    def _adapted_forward(
+    def _adapted_forward(self, base_layer: Any, active: ActiveAdapters, *args: Any, **kwargs: Any) -> Tensor:
+        weights, are_deltas = self.selected_weights(active)
+        split = partial(self._split, base_layer, weights, active.slots[0], active.index if are_deltas else None, None)
+        return _with_hooks(base_layer, split, *args, **kwargs)
+
+    def _mixed_forward(self, base_layer: Any, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Tensor:
+        mixed = batch.rows[self]
+        split = partial(self._split, base_layer, mixed.rows, mixed.slots, None, batch)
+        return _with_hooks(base_layer, split, *args, **kwargs)
+
+    def _split(
         self,
-        base_layer: Any,
-        call: AdapterCall,
+        base: Any,
+        weights: dict[str, Tensor],
+        slots: Tensor,
+        trained_ids: Tensor | None,
+        batch: AdapterBatch | None,
         hidden_states: Tensor,
         top_k_index: Tensor,
         top_k_weights: Tensor,
     ) -> Tensor:
-        weights, are_deltas = self.weights_for(call)
-        assert call.slots is not None
+        device = hidden_states.device
+        stacked = {name: weight for name, weight in self.weights.items() if isinstance(weight, StackedWeight)}
         return split_experts_forward(
             hidden_states,
             top_k_index,
             top_k_weights,
-            trained=self._by_name(weights),
-            trained_ids=call.index.to(hidden_states.device) if are_deltas else None,
-            frozen=self._by_name({name: weight.whole(base_layer) for name, weight in self._stacked_weights()}),
-            slots=call.slots.to(hidden_states.device)[0],
-            body=self._body(base_layer),
+            trained=ExpertWeights(*(weights[name] for name in self.weight_names)),
+            trained_ids=None if trained_ids is None else trained_ids.to(device),
+            frozen=ExpertWeights(*(weight.whole(base) for weight in stacked.values())),
+            slots=slots.to(device),
+            body=self._body(base),
+            adapter_of_token=None if batch is None else batch.adapter_of_row(hidden_states, self, self.path),
         )
-
-    def _mixed_forward(
-        self,
-        base_layer: Any,
-        batch: AdapterBatch,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        plan = batch.plans.get(self)
-        if plan is None or not plan.bank:
-            return base_layer(hidden_states, top_k_index, top_k_weights)
-        assert plan.slots is not None
-        return split_experts_forward(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
-            trained=self._by_name(plan.bank),
-            frozen=self._by_name({name: weight.whole(base_layer) for name, weight in self._stacked_weights()}),
-            slots=plan.slots.to(hidden_states.device),
-            body=self._body(base_layer),
-            adapter_of_token=batch.adapter_of_row(hidden_states, self, self.path),
-        )
-
-    def _slots(self, selections: Sequence[tuple[Sequence[int], int]], num_rows: int) -> Tensor:
-        slots = expert_slots(selections, self.num_experts, num_rows, self.num_identity_experts)
-        return slots.to(self._table_device())
-
-    def _stacked_weights(self) -> list[tuple[str, StackedWeight]]:
-        """The weights by name; those of fused experts are all stacked."""
-        return [(name, weight) for name, weight in self.weights.items() if isinstance(weight, StackedWeight)]
-
-    def _by_name(self, by_name: dict[str, Tensor]) -> ExpertWeights:
-        return ExpertWeights(*(by_name[name] for name in self.weight_names))
 
     def _body(self, base: Any) -> ExpertBody:
         if not self.layout.has_gate:
@@ -87,3 +68,14 @@ class FusedExperts(ESFTLayer):
             is_transposed=self.layout.is_transposed,
             post_expert_norm=base.post_expert_norm if self.layout.has_post_expert_norm else None,
         )
+
+
+def _with_hooks(module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Calls `forward` in place of a module's own forward pass; the module's hooks run as they do around that one."""
+    # torch has no public way to ask for hooks of all kinds.
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if not any(hooks):
+        return forward(*args, **kwargs)
+    twin = copy.copy(module)  # with the same parameters and hooks
+    twin.forward = forward
+    return twin(*args, **kwargs)

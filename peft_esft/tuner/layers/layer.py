@@ -1,45 +1,85 @@
-"""`ESFTLayer`: which adapters a forward pass uses; what all kinds of experts layers share."""
+"""`ESFTLayer`: an experts module and the adapters on it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ...moe.containers import ExpertsContainer
-from ...moe.weights import StackedWeight, expert_index
+from ...moe.weights import ExpertWeight, StackedWeight, expert_index
+from ...ops.encodings import FROZEN_SUFFIXES, stored_layout
+from ...ops.split_forward import expert_slots
 from ..config import ESFTConfig
 from ..mixed_batch import AdapterBatch, current_batch
-from .adapter_tensors import PREFIX, AdapterState
-from .calls import AdapterCall, MixedPlan
-from .merging_layer import MergingLayer
-from .offload import compute_device
-from .resident import Key, Resident, planning
+from .effective_rows import delta_weight, effective_rows
+from .held import RowBank, current_hold, join_stored_rows
+from .merging import merge, unmerge
+from .modes import plain_modes
+from .offload import compute_device, onloaded
+from .records import ActiveAdapters, LayerAdapter, MergeRecord, StoredTensors
 
 
-class ESFTLayer(MergingLayer):
-    """An experts container whose forward pass uses the weights of the active adapters' experts."""
+PREFIX = "esft_"
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        container: ExpertsContainer,
-        expert_ids: Sequence[int],
-        config: ESFTConfig,
-    ) -> None:
-        super().__init__(base_layer, adapter_name, container)
-        self._call: AdapterCall | None = None
-        self._calls: dict[Key, AdapterCall] = {}
-        self._plan: MixedPlan | None = None
+
+class ESFTLayer(nn.Module, BaseTunerLayer):
+    """An experts module whose forward pass uses the effective rows `W + delta` of the active adapters' experts.
+
+    For every weight `w [E, ...]` of the module there is a `ParameterDict` `esft_w`, which has a delta `[n, ...]` for
+    each adapter, in the order of the adapter's expert ids. An adapter with a rank has two factors of it instead,
+    `esft_w_B [n, out, rank]` and `esft_w_A [n, rank, in]`. One that is stored in another form (`ops/encodings.py`) has
+    the tensors of that form as buffers.
+
+    Effective rows are computed in the forward pass that uses them, unless they are held (`held.py`). The kinds of
+    experts modules are subclasses: `_adapted_forward` and `_mixed_forward` say what a forward pass does with the rows.
+
+    Attributes:
+        adapters: what is known of each adapter beside its tensors.
+        merge_record: what is merged; None if nothing is.
+        bank: the rows of the adapters that are stored as rows, once a mixed batch has asked for them.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, container: ExpertsContainer) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.path = container.path
+        self.kind = container.kind
+        self.layout = container.layout
+        self.num_experts = container.num_experts
+        self.num_identity_experts = container.num_identity_experts
         self.in_features = self.out_features = container.hidden_size
-        self.register_load_state_dict_post_hook(_forget_calls)
-        self.update_layer(adapter_name, expert_ids, config)
+        self.weights: dict[str, ExpertWeight] = {weight.name: weight for weight in container.weights}
+        self.weight_names = tuple(self.weights)
+        self._delta_names: dict[str, list[str]] = {}
+        for name, shape in container.weight_shapes.items():
+            suffixes = ("", "_A", "_B") if len(shape) == 2 else ("",)
+            self._delta_names[name] = [f"{PREFIX}{name}{suffix}" for suffix in suffixes]
+            self.adapter_layer_names += tuple(self._delta_names[name])
+            self.other_param_names += tuple(f"{PREFIX}{name}{suffix}" for suffix in FROZEN_SUFFIXES)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ParameterDict())
+        for name in self.other_param_names:
+            setattr(self, name, StoredTensors({}, persistent=True))
+        # Tables that follow from the expert ids; as buffers they move with the layer.
+        self.index_tables, self.slot_tables = BufferDict({}, persistent=False), BufferDict({}, persistent=False)
+        self.adapters: dict[str, LayerAdapter] = {}
+        self.merge_record: MergeRecord | None = None
+        self.bank: RowBank | None = None
+        self._active_adapter = adapter_name
+        self._active: ActiveAdapters | None = None
+        self.register_load_state_dict_post_hook(_refresh_active)
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the experts module stay visible through the wrapper."""
@@ -50,10 +90,72 @@ class ESFTLayer(MergingLayer):
                 raise
             return getattr(self.base_layer, name)
 
+    @property
+    def expert_ids(self) -> dict[str, list[int]]:
+        """The experts that each adapter changes, in the order of its rows."""
+        return {name: list(adapter.expert_ids) for name, adapter in self.adapters.items()}
+
+    @property
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]
+        """The adapters that are merged, also those without experts in this layer."""
+        return [] if self.merge_record is None else list(self.merge_record.names)
+
+    @plain_modes()
+    def update_layer(self, adapter_name: str, expert_ids: Sequence[int], config: ESFTConfig) -> None:
+        """Adds an adapter, in place of one that has its name.
+
+        Args:
+            adapter_name: its name.
+            expert_ids: the experts it changes, in the order of its rows.
+            config: for `rank`, `init_weights`, `storage` and `inference_mode`.
+        """
+        self.discard_adapter(adapter_name)
+        adapter = self.adapters[adapter_name] = self._new_record(expert_ids, config)
+        for name, weight in self.weights.items():
+            shape = (len(adapter.expert_ids), *weight.shape(self.get_base_layer()))
+            if config.storage != "delta":
+                self._add_stored(name, adapter_name, shape)
+            elif config.rank is None:
+                self._add_delta(name, "", adapter_name, shape, zero=config.init_weights)
+            elif len(shape) == 3:
+                # As LoRA does: A random, B zero.
+                self._add_delta(name, "_A", adapter_name, (shape[0], config.rank, shape[2]), zero=False)
+                self._add_delta(name, "_B", adapter_name, (*shape[:2], config.rank), zero=config.init_weights)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _new_record(self, expert_ids: Sequence[int], config: ESFTConfig) -> LayerAdapter:
+        return LayerAdapter(tuple(expert_ids), config.storage, config.scaling)
+
+    def _add_delta(
+        self, weight_name: str, suffix: str, adapter_name: str, shape: tuple[int, ...], *, zero: bool
+    ) -> None:
+        # At least fp32: transformers attaches and loads adapters without asking PEFT to widen them.
+        dtype, device = torch.promote_types(self.base_dtype(weight_name), torch.float32), self.compute_device
+        deltas = self._tensors(f"{PREFIX}{weight_name}{suffix}")
+        # One zero for all: what is registered under PEFT's low_cpu_mem_usage goes to the meta device at once.
+        deltas[adapter_name] = nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(shape))
+        if deltas[adapter_name].device != device:
+            return
+        delta = deltas[adapter_name].data = torch.zeros(shape, dtype=dtype, device=device)
+        if not zero and suffix == "_A":
+            nn.init.uniform_(delta, -1 / math.sqrt(shape[-1]), 1 / math.sqrt(shape[-1]))
+        elif not zero:
+            nn.init.normal_(delta, std=0.02)
+
+    def _add_stored(self, weight_name: str, adapter_name: str, shape: tuple[int, ...]) -> None:
+        """Makes room for the tensors of an adapter that is stored as rows or codes."""
+        weight, base, adapter = self.weights[weight_name], self.get_base_layer(), self.adapters[adapter_name]
+        layout = stored_layout(adapter.storage, shape, self.base_dtype(weight_name))
+        for suffix, (dtype, size) in layout.items():
+            tensor = torch.zeros(size, dtype=dtype, device=self.compute_device)
+            if suffix == "_rows" and not weight.parameters(base)[0].is_meta:
+                tensor.copy_(weight.read(base, adapter.expert_ids))
+            self.stored(weight_name, suffix)[adapter_name] = tensor
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Makes adapters the active ones, see `peft.tuners.tuners_utils.BaseTunerLayer.set_adapter`."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self.prepare()
+        self.refresh_active()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches all adapters on or off, see `peft.tuners.tuners_utils.BaseTunerLayer.enable_adapters`."""
@@ -62,7 +164,145 @@ class ESFTLayer(MergingLayer):
             with onload_layer(self):
                 self.unmerge()
         super().enable_adapters(enabled)
-        self.prepare()
+        self.refresh_active()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter, see `peft.tuners.tuners_utils.BaseTunerLayer.delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        self.discard_adapter(adapter_name)
+
+    def discard_adapter(self, adapter_name: str) -> None:
+        """Removes an adapter and leaves the choice of the active ones as it is."""
+        self._remove_tensors(adapter_name)
+        self._set_record(adapter_name, None)
+        if self.bank is not None and adapter_name in self.bank.views:
+            join_stored_rows(self)
+
+    def replace_adapter(self, adapter_name: str, incoming: str, is_trained: bool) -> None:
+        """Gives an adapter the experts and weights of another one, which is removed. Either may have none here.
+
+        Where shapes are equal the values are copied, so that an optimizer goes on with the same parameters.
+        """
+        record, new, old = self.adapters.get(incoming), self.tensors_of(incoming), self.tensors_of(adapter_name)
+        self.discard_adapter(incoming)
+        for name in old.keys() - new.keys():
+            del self._tensors(name)[adapter_name]
+        for name, incoming_tensor in new.items():
+            tensor, known = incoming_tensor, old.get(name)
+            if isinstance(tensor, nn.Parameter):
+                if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
+                    known.data.copy_(tensor.data)
+                    tensor = known
+                tensor.requires_grad_(is_trained)
+            self._tensors(name)[adapter_name] = tensor
+        self._set_record(adapter_name, record)
+
+    def freeze_adapter(self, adapter_name: str) -> None:
+        """Puts an adapter's effective rows in the place of its deltas: the form "rows" of `ops/encodings.py`."""
+        rows = self.rows_of(adapter_name)
+        self._remove_tensors(adapter_name)
+        for name, own in rows.items():
+            self.stored(name, "_rows")[adapter_name] = own
+        self._set_record(adapter_name, LayerAdapter(self.adapters[adapter_name].expert_ids, "rows"))
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained."""
+        self._set_record(adapter_name, replace(self.adapters[adapter_name], scale=scale))
+
+    def convert(self, adapter_name: str, conversion: Callable[[str, Tensor], Tensor]) -> None:
+        """Replaces each tensor of an adapter by what `conversion(name, tensor)` makes of it."""
+        for name, tensor in self.tensors_of(adapter_name).items():
+            new = conversion(name, tensor.detach())
+            is_parameter = isinstance(tensor, nn.Parameter)
+            self._tensors(name)[adapter_name] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        self.refresh_active()
+
+    def cast_adapter(self, adapter_name: str, *, to_base_dtype: bool) -> None:
+        """Gives rows and scales, which are not trained, their dtypes back after PEFT widened them to fp32.
+
+        Args:
+            adapter_name: the adapter.
+            to_base_dtype: give deltas the base's dtype too. Its rounding then swallows small updates.
+        """
+        wanted: dict[str, torch.dtype] = {}
+        for name in self.weights:
+            wanted |= {f"{PREFIX}{name}_rows": self.base_dtype(name), f"{PREFIX}{name}_scales": torch.bfloat16}
+            if to_base_dtype:
+                wanted |= dict.fromkeys(self._delta_names[name], self.base_dtype(name))
+        self.convert(adapter_name, lambda name, tensor: tensor.to(wanted.get(name, tensor.dtype)))
+
+    @plain_modes()
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own looks for `base_layer.weight`, which experts need not have, and casts to its dtype: that would
+        # round the fp32 deltas of a half-precision base whenever an adapter is loaded with low_cpu_mem_usage.
+        target = self.compute_device if device is None else device
+        self.convert(adapter_name, lambda _, tensor: tensor if tensor.is_meta else _plain(tensor.to(target)))
+
+    def _remove_tensors(self, adapter_name: str) -> None:
+        for name in self.tensors_of(adapter_name):
+            del self._tensors(name)[adapter_name]
+
+    def _set_record(self, adapter_name: str, adapter: LayerAdapter | None) -> None:
+        known = self.adapters.pop(adapter_name, None)
+        if adapter is not None:
+            self.adapters[adapter_name] = adapter
+        if known is None or adapter is None or known.expert_ids != adapter.expert_ids:
+            for key in [key for key in self.index_tables if adapter_name in key.split("\n")]:
+                del self.index_tables[key], self.slot_tables[key]
+        self.refresh_active()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESFTLayer:
+        super()._apply(fn, recurse)
+        if self.merge_record is not None:
+            rows = {name: fn(own) for name, own in self.merge_record.rows.items()}
+            self.merge_record = replace(self.merge_record, rows=rows)
+        self.bank = None  # of the old device or dtype
+        self.refresh_active()
+        return self
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Writes the effective rows of adapters into the base, keeping the rows that they replace.
+
+        Args:
+            safe_merge: check first that all merged rows are finite.
+            adapter_names: the adapters to merge; None means the active ones.
+
+        Raises:
+            ValueError: with `safe_merge`, if a merged row is not finite.
+            NotImplementedError: if the base's weights are computed from other tensors.
+            RuntimeError: if they are offloaded.
+        """
+        merge(self, safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Puts the base's own rows back: it is then bit for bit what it was."""
+        unmerge(self)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base module, with the adapters merged into it if asked for."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        return self.get_base_layer()
+
+    def refresh_active(self) -> None:
+        """Puts together what a forward pass adds, from the adapters of the layer and which of them are active."""
+        is_off = self._disable_adapters or self.merge_record is not None
+        names = () if is_off else tuple(self.adapters_here(self.active_adapters))
+        if not names:
+            self._active = None
+            return
+        ids, (index, slots) = tuple(self.union_of_experts(names)), self.tables(names)
+        held = self.stored_rows_of(names[0]) if self.is_stored_as_rows(names) else None
+        self._active = ActiveAdapters(names, ids, index, slots, self._plain_deltas(names), held)
+
+    def hold(self) -> None:
+        """Computes the effective rows of the active adapters, for calls within `held.holding`."""
+        if self._active is not None and self._active.held is None:
+            with plain_modes(), self.onloaded(self._active.names):
+                rows = {name: self.effective_rows(name, self._active.names) for name in self.weights}
+            self._active = replace(self._active, held=rows)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward_through(self.base_layer, *args, **kwargs)
@@ -70,269 +310,199 @@ class ESFTLayer(MergingLayer):
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
         batch = None if self._disable_adapters else current_batch()
-        call = self.current_call()
-        if batch is None and call is None:
-            return base_layer(*args, **kwargs)
         # The weights are read here and not by the module's own forward, around which accelerate loads them.
-        with self.at_hand(base_layer):
-            if batch is not None:
+        if batch is not None and batch.rows.get(self) is not None:
+            with self.onloaded((), base_layer):
                 return self._mixed_forward(base_layer, batch, *args, **kwargs)
-            assert call is not None
-            return self._adapted_forward(base_layer, call, *args, **kwargs)
+        active = self.active() if batch is None else None
+        if active is not None:
+            with self.onloaded(active.names, base_layer):
+                return self._adapted_forward(base_layer, active, *args, **kwargs)
+        return base_layer(*args, **kwargs)
 
-    def current_call(self) -> AdapterCall | None:
+    def active(self) -> ActiveAdapters | None:
         """What a call has to add, if anything. If adapters are disabled, merged ones are unmerged first."""
-        if self._disable_adapters and self.merged_adapters:
+        if self._disable_adapters and self.merge_record is not None:
             with onload_layer(self):
                 self.unmerge()
-        return self._call
+        return self._active
 
-    def _adapted_forward(self, base_layer: nn.Module, call: AdapterCall, *args: Any, **kwargs: Any) -> Any:
+    def _adapted_forward(self, base_layer: nn.Module, active: ActiveAdapters, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-    def prepare(self) -> None:
-        """Takes note of what a forward pass has to add; to be called whenever that changes."""
-        is_off = self._disable_adapters or bool(self.merged_adapters)
-        names = [] if is_off else self.adapters_here(self.active_adapters)
-        self._call = self.call_of(tuple(names)) if names else None
-        if self._call is not None and self._call.rows is not None and any(self.is_trained(name) for name in names):
-            self._call.forget_rows()
+    def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
 
-    def call_of(self, key: Key) -> AdapterCall:
-        """What a forward pass with some adapters has to know, of which each has experts in this layer."""
-        if key not in self._calls:
-            ids = self.union_of_experts(key)
-            index = expert_index(ids, self._table_device())
-            slots = self._slots([(ids, 0)], len(ids))
-            self._calls[key] = AdapterCall(key, tuple(ids), index, slots, self._plain_deltas(key))
-        return self._calls[key]
+    def check_mixes(self, model: nn.Module, adapters: Sequence[str]) -> None:
+        """Refuses `adapter_names` where the rows of a call do not show whose they are.
 
-    def forget_calls(self) -> None:
-        """To be called whenever the tensors of an adapter were replaced, or their device changed."""
-        self._calls, self._plan, self._spare_rows = {}, None, {}
-        self.prepare()
+        Args:
+            model: the base model.
+            adapters: the different adapters of the batch.
 
-    def _slots(self, selections: Sequence[tuple[Sequence[int], int]], num_rows: int) -> Tensor | None:
-        """`functional.expert_slots` of this layer, if its forward needs any."""
-        return None
+        Raises:
+            ValueError: naming the module.
+        """
 
-    def _table_device(self) -> torch.device:
-        device = compute_device(self.get_base_layer(), self._base_parameter(self.weight_names[0]))
-        return torch.device("cpu") if device.type == "meta" else device
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESFTLayer:
-        super()._apply(fn, recurse)
-        self.forget_calls()
-        return self
-
-    def _forget_adapter(self, *adapter_names: str) -> None:
-        """To be called whenever the rows of an adapter change."""
-        with planning:
-            for name in adapter_names:
-                self._take_stored_rows_out(name)
-                self.bank.remove_adapter(name)
-        self.forget_calls()
-
-    def weights_for(self, call: AdapterCall) -> tuple[dict[str, Tensor], bool]:
-        """What the selected experts' weights are in a forward pass, `[n, ...]` by weight name.
+    def selected_weights(self, active: ActiveAdapters) -> tuple[dict[str, Tensor], bool]:
+        """The active adapters' experts' weights in this call, `[n, ...]` by weight name.
 
         Returns:
-            Effective rows and False; or, of adapters in training, their deltas and True.
+            Deltas and True, where the effective rows are the base's rows plus these; else effective rows and False.
         """
+        held = self.held_rows(active)
+        if held is not None:
+            return held, False
         if torch.compiler.is_compiling():
-            # PEFT's `set_requires_grad` trains an adapter without a word to its layers; whether a parameter requires a
-            # gradient is guarded.
-            if call.rows is not None and any(delta.requires_grad for delta in call.parameters):
-                call.forget_rows()
-            if call.rows is not None:
-                return call.rows, False
-            if call.deltas is not None and self._knows_its_deltas():
-                return call.deltas, True
-        elif (resident := self.resident(call.key)) is not None:
-            return resident.rows, False
-        deltas = self._plain_deltas(call.key)
+            deltas = active.deltas if self._has_known_deltas() else None
+        else:
+            deltas = self._plain_deltas(active.names)
         if deltas is not None:
-            if not torch.compiler.is_compiling():
-                call.deltas = deltas  # lets go of those in whose place sharding has put others
-            return deltas, True
-        return {name: self.effective_rows(name, call.key) for name in self.weight_names}, False
+            return dict(deltas), True
+        return {name: self.effective_rows(name, active.names) for name in self.weights}, False
+
+    def held_rows(self, active: ActiveAdapters) -> dict[str, Tensor] | None:
+        """The effective rows of the active adapters, where they are held and no gradient of them is asked for."""
+        held = active.held
+        if not torch.compiler.is_compiling():
+            # A compiled graph can see neither the names nor which thread calls it.
+            if self.is_stored_as_rows(active.names):
+                return self.stored_rows_of(active.names[0])
+            held = held if current_hold() is not None else None
+        if held is None or not torch.is_grad_enabled():
+            return held
+        known = (active.deltas or {}).values() if torch.compiler.is_compiling() else ()
+        parameters = list(known) or self._deltas_of(active.names)
+        return None if any(parameter.requires_grad for parameter in parameters) else held
+
+    def selected_rows(self, active: ActiveAdapters) -> dict[str, Tensor]:
+        """The effective rows of the active adapters' experts in this call, `[n, ...]` by weight name."""
+        weights, are_deltas = self.selected_weights(active)
+        return {name: self.effective_rows(name, active.names) for name in weights} if are_deltas else weights
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _knows_its_deltas(self) -> bool:
-        """Whether the deltas that the active adapters' call knows are the layer's still, and whole.
+    def _has_known_deltas(self) -> bool:
+        """Whether the deltas that compiled graphs know are the layer's still, and whole.
 
         Sharding puts others in their place. Asked while a graph is made, and not in it, which would then depend on
         the adapters' names.
         """
-        assert self._call is not None
-        known, live = self._call.deltas or {}, self._plain_deltas(self._call.key) or {}
+        assert self._active is not None
+        known, live = self._active.deltas or {}, self._plain_deltas(self._active.names) or {}
         return all(live.get(name) is delta and not isinstance(delta, DTensor) for name, delta in known.items())
 
-    def rows_for(self, call: AdapterCall) -> dict[str, Tensor]:
-        """The selected experts' effective rows in a forward pass, `[n, ...]` by weight name."""
-        weights, are_deltas = self.weights_for(call)
-        return {name: self.effective_rows(name, call.key) for name in weights} if are_deltas else weights
+    def onloaded(
+        self, adapter_names: Sequence[str], base_layer: nn.Module | None = None
+    ) -> AbstractContextManager[Any]:
+        """Has the weights of the module and of adapters where they are computed with, if accelerate keeps them away.
 
-    def resident(self, key: Key, *, in_training: bool = True) -> Resident | None:
-        """The effective rows of adapters, computed once until a delta or the base changes.
-
-        Args:
-            key: the adapters.
-            in_training: return None if the adapters are being trained.
+        Raises:
+            RuntimeError: if an adapter has no data.
         """
-        is_trained = any(self.is_trained(name) for name in key)
-        # Not even without gradients, as in an evaluation between steps: fused optimizers, FSDP and ZeRO write into
-        # deltas without raising their version.
-        if in_training and is_trained:
-            if key in self.bank.residents:
-                with planning:
-                    self.bank.remove(key)
-            if key in self._calls and self._calls[key].rows is not None:
-                self._calls[key].forget_rows()
-            return None
-        sources = self._sources(key)
-        state = None if is_trained else self._state(sources)
-        known = self.bank.residents.get(key)
-        if known is None or known.state != state or state is None:
-            known = self._make_resident(key, state, sources)
-        if not is_trained:
-            call = self.call_of(key)
-            call.rows, call.parameters = known.rows, self._deltas_of(key)
-        return known
+        base_layer = self.get_base_layer() if base_layer is None else base_layer
+        # A compiled graph is not to depend on names.
+        names = () if torch.compiler.is_compiling() else adapter_names
+        is_away = next(iter(self.weights.values())).parameters(base_layer)[0].is_meta
+        if not is_away and not any(tensor.is_meta for name in names for tensor in self.tensors_of(name).values()):
+            return nullcontext()
+        return onloaded(self, base_layer, names)
 
-    def _make_resident(self, key: Key, state: Any, sources: list[Tensor]) -> Resident:
-        with planning:
-            if len(key) > 1:
-                for other in [other for other in self.bank.residents if len(other) > 1]:
-                    self.bank.remove(other)
-            # A tensor made in inference mode could not take part in a later training step.
-            with torch.inference_mode(False), torch.no_grad(), self.at_hand(self.get_base_layer()):
-                rows = {name: self.effective_rows(name, key) for name in self.weight_names}
-            self.bank.put(key, tuple(self.union_of_experts(key)), rows, state, sources)
-            self._share_stored_rows()
-        return self.bank.residents[key]
+    def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None:
+        """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
+        return delta_weight(self, adapter_name, weight_name)
 
-    def _share_stored_rows(self) -> None:
-        """Lets adapters that are stored as rows have theirs in the bank, and not a second time."""
-        shared = set()
-        for key, resident in self.bank.residents.items():
-            is_stored = len(key) == 1 and self.storage[key[0]] == "rows" and self.scale[key[0]] == 1
-            # Not if the adapter got other rows since.
-            if is_stored and resident.state is not None and resident.state == self._state(self._sources(key)):
-                for name, rows in resident.rows.items():
-                    buffers = getattr(self, f"{PREFIX}{name}_rows")
-                    if buffers[key[0]] is not rows:
-                        buffers[key[0]] = rows
-                        shared.add(key[0])
-        for key, resident in self.bank.residents.items():
-            if shared.intersection(key):
-                sources = self._sources(key)
-                self.bank.put(key, resident.expert_ids, resident.rows, self._state(sources), sources)
+    def effective_rows(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
+        """The rows `W + delta` of a weight, `[n, ...]`, see `effective_rows.effective_rows`."""
+        return effective_rows(self, weight_name, adapter_names)
 
-    def adapter_state(self, adapter_name: str, *, copy: bool) -> AdapterState:
-        """What `restore_adapter` needs; with `copy` also the values of the parameters."""
-        state = super().adapter_state(adapter_name, copy=copy)
-        # Rows of the adapter may lie in the bank, where nothing else is to be put as long as they may come back.
-        return replace(state, resident=self.bank.residents.get((adapter_name,)))
+    def rows_of(self, adapter_name: str) -> dict[str, Tensor]:
+        """An adapter's effective rows by weight name, to be kept beyond a call."""
+        with plain_modes(), self.onloaded([adapter_name]):
+            return {name: self.effective_rows(name, [adapter_name]) for name in self.weights}
 
-    def _take_stored_rows_out(self, adapter_name: str) -> None:
-        """Gives an adapter that is stored as rows memory of its own, before its place in the bank is given away."""
-        for name, bank in self.bank.tensors.items():
-            buffers = self._tensors(f"{PREFIX}{name}_rows")
-            if adapter_name not in buffers:
-                continue
-            rows = buffers[adapter_name]
-            if rows.untyped_storage().data_ptr() == bank.untyped_storage().data_ptr():
-                with torch.inference_mode(False), torch.no_grad():
-                    buffers[adapter_name] = rows.clone()
+    def is_trained(self, adapter_name: str) -> bool:
+        """True if a delta of the adapter requires a gradient."""
+        return any(delta.requires_grad for delta in self._deltas_of([adapter_name]))
 
-    def _sources(self, key: Key) -> list[Tensor]:
-        """All tensors that the effective rows of some adapters depend on."""
-        base = self.get_base_layer()
-        deltas = [tensor for name in self.weight_names for own in key for tensor in self._adapter_tensors(name, own)]
-        return [*(p for weight in self.weights.values() for p in weight.parameters(base)), *deltas]
+    def is_stored_as_rows(self, adapter_names: Sequence[str]) -> bool:
+        """True for a single adapter whose effective rows are its own tensors."""
+        adapter = self.adapters[adapter_names[0]]
+        return len(adapter_names) == 1 and adapter.storage == "rows" and adapter.scale == 1
 
-    def _state(self, sources: list[Tensor]) -> list[Any] | None:
-        """Something that differs after a change of a tensor; None if changes cannot be seen."""
-        if any(source.is_inference() for source in sources):
-            return None
-        # Every in-place change raises a tensor's version, every replacement its address (or the tensor's identity).
-        return [(id(s), s._version, s.data_ptr(), s.dtype, s.device) for s in sources]
+    def adapters_here(self, adapter_names: Sequence[str]) -> list[str]:
+        """Those of the named adapters that have experts in this layer, each once."""
+        return [name for name in dict.fromkeys(adapter_names) if name in self.adapters]
 
-    def _plain_deltas(self, key: Sequence[str]) -> dict[str, Tensor] | None:
+    def union_of_experts(self, adapter_names: Sequence[str]) -> list[int]:
+        """The experts that at least one of the adapters changes, in the order in which they first occur."""
+        return list(dict.fromkeys(expert for name in adapter_names for expert in self.adapters[name].expert_ids))
+
+    def tables(self, adapter_names: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`index` and `slots` of some adapters, see `records.ActiveAdapters`."""
+        key = "\n".join(adapter_names)
+        if key not in self.index_tables:
+            ids, device = self.union_of_experts(adapter_names), self.compute_device
+            device = torch.device("cpu") if device.type == "meta" else device
+            with plain_modes():
+                slots = expert_slots([(ids, 0)], self.num_experts, len(ids), self.num_identity_experts)
+                self.index_tables[key], self.slot_tables[key] = expert_index(ids, device), slots.to(device)
+        return self.index_tables[key], self.slot_tables[key]
+
+    def tensors_of(self, adapter_name: str) -> dict[str, Tensor]:
+        """An adapter's tensors, by the names that they have in its file after the layer's path."""
+        names = (*self.adapter_layer_names, *self.other_param_names)
+        return {name: self._tensors(name)[adapter_name] for name in names if adapter_name in self._tensors(name)}
+
+    def stored(self, weight_name: str, suffix: str) -> Any:
+        """The buffers of a weight by adapter name: `_rows`, `_codes` or `_scales`."""
+        return self._tensors(f"{PREFIX}{weight_name}{suffix}")
+
+    def stored_rows_of(self, adapter_name: str) -> dict[str, Tensor]:
+        """The rows of an adapter that is stored as rows, by weight name."""
+        return {name: self.stored(name, "_rows")[adapter_name] for name in self.weights}
+
+    def delta_parameters(self, weight_name: str, adapter_name: str) -> list[nn.Parameter]:
+        """An adapter's delta of a weight, or its factors A and B; none if it leaves the weight as it is."""
+        dicts = (self._tensors(name) for name in self._delta_names[weight_name])
+        return [deltas[adapter_name] for deltas in dicts if adapter_name in deltas]
+
+    def _deltas_of(self, adapter_names: Sequence[str]) -> list[nn.Parameter]:
+        return [d for own in adapter_names for name in self.weights for d in self.delta_parameters(name, own)]
+
+    def _plain_deltas(self, adapter_names: Sequence[str]) -> dict[str, nn.Parameter] | None:
         """The deltas of one adapter by weight name, if its effective rows are rows of stacked weights and these."""
-        (name, *others) = key
-        if others or self.storage[name] != "delta" or self.scaling[name] * self.scale[name] != 1:
+        (name, *others) = adapter_names
+        if others or self.adapters[name].storage != "delta" or self.adapters[name].factor != 1:
             return None
-        deltas = {weight: self._delta_parameters(weight, name) for weight in self.weight_names}
+        deltas = {weight: self.delta_parameters(weight, name) for weight in self.weights}
         is_plain = all(len(own) == 1 for own in deltas.values()) and all(
             isinstance(weight, StackedWeight) for weight in self.weights.values()
         )
         return {weight: own[0] for weight, own in deltas.items()} if is_plain else None
 
-    def freeze_adapter(self, adapter_name: str) -> None:
-        """Holds an adapter's effective rows in place of its deltas, which end: the form "rows" of `storage.py`."""
-        resident = self.resident((adapter_name,), in_training=False)
-        assert resident is not None  # since not in training
-        for tensors in self._all_tensors():
-            if adapter_name in tensors:
-                del tensors[adapter_name]
-        for name, rows in resident.rows.items():
-            getattr(self, f"{PREFIX}{name}_rows")[adapter_name] = rows
-        self.storage[adapter_name] = "rows"
-        self.scaling[adapter_name] = self.scale[adapter_name] = 1.0
-        sources = self._sources(resident.key)
-        self.bank.put(resident.key, resident.expert_ids, resident.rows, self._state(sources), sources)
-        self.forget_calls()
+    def _tensors(self, name: str) -> Any:
+        """A dict of tensors by adapter name, without the detours of a module's attributes."""
+        return self._modules[name]
 
-    def plan_mixed(self, adapters: list[str]) -> MixedPlan:
-        """Finds the rows of several adapters, of which each token will have one.
+    def base_dtype(self, weight_name: str) -> torch.dtype:
+        """The dtype of a weight of the base."""
+        return self.weights[weight_name].parameters(self.get_base_layer())[0].dtype
 
-        Args:
-            adapters: names; those without experts in this layer leave its tokens to the base.
-        """
-        with planning:
-            for name in self.adapters_here(adapters):
-                self.resident((name,), in_training=False)
-            # Only now: making room for one may move the others.
-            residents = [self.bank.residents.get((name,)) for name in adapters]
-            known = self._plan
-            if known is None or known.residents != residents:
-                selections = [((), 0) if own is None else (own.expert_ids, own.place.start) for own in residents]
-                slots = self._slots(selections, self.bank.capacity)
-                self._plan = known = MixedPlan(residents, self.bank.tensors, slots)
-        return known
-
-    def check_mixes(self) -> None:
-        """Refuses `adapter_names` where a layer's output does not show whose its rows are.
-
-        Raises:
-            ValueError: naming the container.
-        """
-        base: Any = self.get_base_layer()
-        reason = None
-        if self.kind == "stacked":
-            reason = "does not keep a batch's tokens in order"
-        elif isinstance(base, nn.ModuleList | nn.ModuleDict) and not overrides_forward(base):
-            reason = "is called expert by expert"
-        if reason is not None:
-            raise ValueError(
-                f"adapter_names is not supported by {self.path}: {type(base).__name__} {reason}. Call the model once "
-                "for each adapter, after set_adapter(name)"
-            )
-
-    def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the module's weights are computed with."""
+        base = self.get_base_layer()
+        return compute_device(base, next(iter(self.weights.values())).parameters(base)[0])
 
     def __repr__(self) -> str:
         # PEFT reads the layer's type from the part before the bracket.
         return "esft." + super().__repr__()
 
 
-def _forget_calls(layer: ESFTLayer, incompatible_keys: Any) -> None:
-    layer.forget_calls()
+def _refresh_active(layer: ESFTLayer, incompatible_keys: Any) -> None:
+    layer.refresh_active()
 
 
-def overrides_forward(module: nn.Module) -> bool:
-    """True if a list or dict of modules can be called."""
-    return type(module).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)
+def _plain(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made in inference mode and could not take part in training."""
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...moe.weights import ListedWeight
-from .parts import AdaptedPart
-from .substituted import SubstitutedExperts, alone
+from .effective_rows import effective_row
+from .substituted import AdaptedPart, SubstitutedExperts, substitution_lock
 
 
 class ListedExperts(SubstitutedExperts):
@@ -55,24 +55,21 @@ class ListedExperts(SubstitutedExperts):
 
     def _effective_expert(self, expert: nn.Module) -> dict[str, Tensor]:
         """The parameters of an expert that deltas change, by path below it; none if no active adapter trains it."""
-        call = self.current_call()
-        if call is None:
+        active = self.active()
+        if active is None:
             return {}
-        modules = self._weights()[0].expert_modules(self.base_layer)
+        weights = [weight for weight in self.weights.values() if isinstance(weight, ListedWeight)]  # all of them
+        modules = weights[0].expert_modules(self.base_layer)
         expert_id = next(number for number, module in enumerate(modules) if module is expert)
-        if expert_id not in call.expert_ids:
+        if expert_id not in active.expert_ids:
             return {}
+        place, held = active.expert_ids.index(expert_id), self.held_rows(active)
         substitutes: dict[str, Tensor] = {}
-        with alone():
-            resident = self.resident(call.key)
-            for weight in self._weights():
-                if resident is None:
-                    row = self.effective_rows(weight.name, call.key, [expert_id])[0]
+        with substitution_lock():
+            for weight in weights:
+                if held is not None:
+                    row = held[weight.name][place]
                 else:
-                    row = resident.rows[weight.name][call.expert_ids.index(expert_id)]
+                    row = effective_row(self, weight.name, active.names, expert_id)
                 substitutes |= weight.substitutes_of_expert(self.base_layer, expert_id, row)
         return substitutes
-
-    def _weights(self) -> list[ListedWeight]:
-        """The weights; those of a list are all listed."""
-        return [weight for weight in self.weights.values() if isinstance(weight, ListedWeight)]

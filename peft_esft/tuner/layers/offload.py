@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
+
+
+if TYPE_CHECKING:
+    from .layer import ESFTLayer
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -22,22 +26,29 @@ def compute_device(module: nn.Module, parameter: nn.Parameter) -> torch.device:
     return torch.device(hooks[0].execution_device) if hooks else parameter.device
 
 
-def at_hand(module: nn.Module, parameter: nn.Parameter) -> AbstractContextManager[None]:
-    """Has the weights of a module, and of no other, where they are computed with.
+@contextmanager
+def onloaded(layer: ESFTLayer, base_layer: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Has the weights of a module, of adapters and of no other module where they are computed with.
 
     Args:
-        module: one that may be offloaded; if so, and it is not loaded yet, it is for as long as the context lasts.
-        parameter: one of its own, which tells where they are now.
+        layer: has the adapters.
+        base_layer: the layer's module, or one tied to it.
+        adapter_names: whose tensors are used.
+
+    Raises:
+        RuntimeError: if an adapter has no data. Adding its rows would silently leave it out.
     """
-    is_away = parameter.device.type == "meta" and is_offloaded(module)
-    return _loaded(module) if is_away else nullcontext()
-
-
-@contextmanager
-def _loaded(module: nn.Module) -> Iterator[None]:
+    parts = [part for name, child in layer.named_children() if name != "base_layer" for part in child.modules()]
     with ExitStack() as stack:
-        for part in module.modules():
+        for part in (*base_layer.modules(), *parts):
             stack.enter_context(align_module_device(part))
+        is_away = next(iter(layer.weights.values())).parameters(base_layer)[0].is_meta
+        for name in adapter_names:
+            if not is_away and any(tensor.is_meta for tensor in layer.tensors_of(name).values()):
+                raise RuntimeError(
+                    f"adapter {name!r} has no data in {layer.path}: it was added with low_cpu_mem_usage=True, and its "
+                    "weights were not loaded. Load them with load_adapter, or delete the adapter"
+                )
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from threading import RLock
@@ -11,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...moe.architectures import SHARED_EXPERTS
 from ...ops.deltas import connected
-from ..mixed_batch import AdapterBatch, current_batch
-from .calls import AdapterCall
+from ..mixed_batch import AdapterBatch, current_batch, is_stateless
 from .layer import ESFTLayer
-from .parts import AdaptedPart, Substitutes, part_of
+from .records import ActiveAdapters
 
 
 _substituting = RLock()
 """Held while a module may run whose parameters are substituted, which other threads would see."""
 
 
-def alone() -> AbstractContextManager[Any]:
+def substitution_lock() -> AbstractContextManager[Any]:
     """Has calls of modules whose parameters may be substituted wait for those of other threads."""
     return nullcontext() if torch.compiler.is_compiling() else _substituting
 
@@ -44,8 +45,53 @@ def call_with(module: nn.Module, substitutes: dict[str, Tensor], *args: Any, **k
             attributes[name] = value
 
 
+class AdaptedPart:
+    """A module with the active adapters' deltas: its call, its methods, its weights and its parts.
+
+    Model code that reads a weight, or calls a part, in place of calling the whole gets one. Everything else is the
+    module's own, and so is what is set.
+
+    Args:
+        module: the module.
+        substitutes: gives the effective weights of the module by path; none if no adapter is active.
+        caller: calls a module, `(module, substitutes, *args, **kwargs)`.
+    """
+
+    def __init__(
+        self, module: nn.Module, substitutes: Callable[[], dict[str, Tensor]], caller: Callable[..., Any]
+    ) -> None:
+        vars(self).update(_module=module, _substitutes=substitutes, _caller=caller)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._caller(self._module, self._substitutes, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The call: hooks of the module run too, as accelerate's must that bring its weights."""
+        return self(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return self.part(name, getattr(self._module, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
+
+    def part(self, name: str, value: Any) -> Any:
+        """An attribute of the module, whose own one is `value`; with deltas if it has to do with the weights."""
+        if isinstance(value, nn.Parameter):
+            return self._substitutes().get(name, value)
+        if isinstance(value, nn.Module):
+            return AdaptedPart(value, partial(self._substitutes_below, f"{name}."), self._caller)
+        if isinstance(value, MethodType) and value.__self__ is self._module and not hasattr(nn.Module, name):
+            return MethodType(value.__func__, self)
+        return value
+
+    def _substitutes_below(self, prefix: str) -> dict[str, Tensor]:
+        found = self._substitutes()
+        return {path.removeprefix(prefix): value for path, value in found.items() if path.startswith(prefix)}
+
+
 class SubstitutedExperts(ESFTLayer):
-    """A container whose own forward runs with the effective weights in place of its parameters.
+    """An experts module whose own forward runs with the effective weights in place of its parameters.
 
     Where experts are modules of their own, or a module is trained whole, only what is selected is replaced. Where all
     experts share a parameter, the whole parameter is written anew in each call, and its whole gradient too: correct,
@@ -68,7 +114,7 @@ class SubstitutedExperts(ESFTLayer):
         return self.attribute(self.base_layer, "bias", self.base_layer.bias)
 
     def attribute(self, base_layer: nn.Module, name: str, value: Any) -> Any:
-        """An attribute of `base_layer`, this layer's or one tied to it, as who reads it is to see it.
+        """An attribute of `base_layer`, this layer's or one tied to it, with the active adapters' deltas.
 
         Args:
             base_layer: the module.
@@ -76,24 +122,23 @@ class SubstitutedExperts(ESFTLayer):
             value: the module's own.
 
         Raises:
-            ValueError: if it is one that deltas change, and the call under way has `adapter_names`.
+            ValueError: if it is one that deltas change, and the call that runs has `adapter_names`.
         """
         if not isinstance(value, nn.Parameter | nn.Module | MethodType) or not self._changes_parts(name):
             return value
-        adapted = AdaptedPart(base_layer, partial(self._effective_parameters, base_layer), self._call_part)
-        return part_of(base_layer, name, value, adapted)
+        part = AdaptedPart(base_layer, partial(self._effective_parameters, base_layer), self._call_part)
+        return part.part(name, value)
 
     def _changes_parts(self, name: str) -> bool:
-        """True if a part of the module is not the base's own for a call under way, or outside of one.
+        """True if a part of the module is not the base's own for the call that runs, or outside of one.
 
         Raises:
             ValueError: if it depends on the sample.
         """
         batch = None if self._disable_adapters else current_batch()
         if batch is None:
-            return self.current_call() is not None
-        plan = batch.plans.get(self)
-        if plan is not None and any(resident is not None for resident in plan.residents):
+            return self.active() is not None
+        if batch.rows.get(self) is not None:
             raise ValueError(
                 f"adapter_names is not supported by {self.path}: the model takes its {name} in place of calling it. "
                 "Call the model once for each adapter, after set_adapter(name)"
@@ -102,35 +147,33 @@ class SubstitutedExperts(ESFTLayer):
 
     def _effective_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
         """The parameters of `base_layer` that deltas change, by path, with the deltas of the active adapters."""
-        call = self.current_call()
-        if call is None:
+        active = self.active()
+        if active is None:
             return {}
-        with alone(), self.at_hand(base_layer):
-            return self._substitutes(base_layer, call.expert_ids, self.rows_for(call))
+        with substitution_lock(), self.onloaded(active.names, base_layer):
+            return self._substitutes(base_layer, active.expert_ids, self.selected_rows(active))
 
-    def _call_part(self, module: nn.Module, substitutes: Substitutes, *args: Any, **kwargs: Any) -> Any:
+    def _call_part(
+        self, module: nn.Module, substitutes: Callable[[], dict[str, Tensor]], *args: Any, **kwargs: Any
+    ) -> Any:
         """Calls a module in the base layer; one thread after another."""
-        with alone():
+        with substitution_lock():
             values = substitutes()
             output = call_with(module, values, *args, **kwargs) if values else module(*args, **kwargs)
-        call = self.current_call()
-        if call is None or not isinstance(output, Tensor):
+        active = self.active()
+        if active is None or not isinstance(output, Tensor):
             return output
-        return connected(output, self._deltas_of(call.key))
+        return connected(output, self._deltas_of(active.names))
 
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """See `ESFTLayer.forward_through`; one thread after another."""
-        with alone():
+        with substitution_lock():
             return super().forward_through(base_layer, *args, **kwargs)
 
-    def _adapted_forward(self, base_layer: nn.Module, call: AdapterCall, *args: Any, **kwargs: Any) -> Any:
-        output = self._substituted_forward(base_layer, call.expert_ids, self.rows_for(call), *args, **kwargs)
-        return connected(output, self._deltas_of(call.key)) if isinstance(output, Tensor) else output
-
-    def _substituted_forward(
-        self, base_layer: nn.Module, expert_ids: tuple[int, ...], rows: dict[str, Tensor], *args: Any, **kwargs: Any
-    ) -> Any:
-        return call_with(base_layer, self._substitutes(base_layer, expert_ids, rows), *args, **kwargs)
+    def _adapted_forward(self, base_layer: nn.Module, active: ActiveAdapters, *args: Any, **kwargs: Any) -> Any:
+        substitutes = self._substitutes(base_layer, active.expert_ids, self.selected_rows(active))
+        output = call_with(base_layer, substitutes, *args, **kwargs)
+        return connected(output, self._deltas_of(active.names)) if isinstance(output, Tensor) else output
 
     def _substitutes(
         self, base_layer: nn.Module, expert_ids: tuple[int, ...], rows: dict[str, Tensor]
@@ -141,21 +184,36 @@ class SubstitutedExperts(ESFTLayer):
         return substitutes
 
     def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:
-        plan = batch.plans.get(self)
-        if plan is None:
-            return base_layer(*args, **kwargs)
         # Once for each adapter, on the whole batch: nothing is known here of what lies between input and output.
+        mixed = batch.rows[self]
         outputs = [
-            base_layer(*args, **kwargs)
-            if resident is None
-            else self._substituted_forward(base_layer, resident.expert_ids, resident.rows, *args, **kwargs)
-            for resident in plan.residents
+            call_with(base_layer, self._substitutes(base_layer, ids, mixed.of(place)), *args, **kwargs)
+            if ids
+            else base_layer(*args, **kwargs)
+            for place, ids in enumerate(mixed.expert_ids)
         ]
-        if not all(isinstance(output, Tensor) for output in outputs):
-            raise NotImplementedError(
-                f"{self.path} ({type(base_layer).__name__}) returns more than one tensor, so adapter_names cannot "
-                "tell its samples apart; call the model once for each adapter, after set_adapter(name)"
-            )
         adapter_of_row = batch.adapter_of_row(outputs[0], self, self.path)
         rows = torch.arange(len(adapter_of_row), device=adapter_of_row.device)
         return torch.stack(outputs)[adapter_of_row, rows]
+
+    def check_mixes(self, model: nn.Module, adapters: Sequence[str]) -> None:
+        """Refuses `adapter_names` for modules that cannot be called once for each adapter, see `ESFTLayer`."""
+        base: Any = self.get_base_layer()
+        is_shared = SHARED_EXPERTS.fullmatch(self.path.rpartition(".")[2]) is not None
+        reason = None
+        if self.kind == "stacked":
+            reason = "does not keep a batch's tokens in order"
+        elif isinstance(base, nn.ModuleList | nn.ModuleDict) and not overrides_forward(base):
+            reason = "is called expert by expert"
+        elif self.kind == "module" and len(adapters) > 1 and not (is_shared or is_stateless(base, model)):
+            reason = "may keep a state or take rows that are no samples, so it cannot be called once for each adapter"
+        if reason is not None:
+            raise ValueError(
+                f"adapter_names is not supported by {self.path}: {type(base).__name__} {reason}. Call the model once "
+                "for each adapter, after set_adapter(name)"
+            )
+
+
+def overrides_forward(module: nn.Module) -> bool:
+    """True if a list or dict of modules can be called."""
+    return type(module).forward not in (nn.ModuleList.forward, nn.ModuleDict.forward)

@@ -6,9 +6,34 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from .layer import ESFTLayer
 from .substituted import SubstitutedExperts
+
+
+def update_tied_keys(model: nn.Module) -> None:
+    """Has transformers find the weights that are tied where they are: in the base layers of wrapped modules.
+
+    `PreTrainedModel.tie_weights`, which accelerate calls too, looks them up by the names in two attributes.
+    """
+    for part in model.modules():
+        for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+            keys = getattr(part, attribute, None) if isinstance(part, PreTrainedModel) else None
+            if isinstance(keys, dict):
+                found = {_current_name(part, target): _current_name(part, source) for target, source in keys.items()}
+                if found != keys:
+                    setattr(part, attribute, found)
+
+
+def _current_name(model: nn.Module, name: str) -> str:
+    plain = name.replace(".base_layer.", ".")
+    owner, _, leaf = plain.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:  # a pattern of names
+        return name
+    return f"{owner}.base_layer.{leaf}" if isinstance(module, ESFTLayer | TiedLayer) else plain
 
 
 class TiedLayer(nn.Module, BaseTunerLayer):
@@ -20,34 +45,34 @@ class TiedLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
 
-    def __init__(self, base_layer: nn.Module, leader: ESFTLayer) -> None:
+    def __init__(self, base_layer: nn.Module, source_layer: ESFTLayer) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._leader = (leader,)  # in a tuple, so that it is no submodule of this one
+        self._source_layer = (source_layer,)  # in a tuple, so that it is no submodule of this one
 
     @property
-    def leader(self) -> ESFTLayer:
+    def source_layer(self) -> ESFTLayer:
         """The layer that holds the deltas."""
-        return self._leader[0]
+        return self._source_layer[0]
 
     @property
     def active_adapters(self) -> list[str]:
-        return self.leader.active_adapters
+        return self.source_layer.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
-        return self.leader.disable_adapters
+        return self.source_layer.disable_adapters
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
-        return self.leader.merged_adapters
+        return self.source_layer.merged_adapters
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the module stay visible through the wrapper."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_layer", "_leader"):
+            if name in ("base_layer", "_source_layer"):
                 raise
             return self._attribute(name)
 
@@ -62,24 +87,23 @@ class TiedLayer(nn.Module, BaseTunerLayer):
         return self._attribute("bias")
 
     def _attribute(self, name: str) -> Any:
-        value = getattr(self.base_layer, name)
-        leader = self.leader
-        return leader.attribute(self.base_layer, name, value) if isinstance(leader, SubstitutedExperts) else value
+        value, source = getattr(self.base_layer, name), self.source_layer
+        return source.attribute(self.base_layer, name, value) if isinstance(source, SubstitutedExperts) else value
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing of its own to set."""
+        """The source layer's state is this one's."""
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Nothing of its own to switch."""
+        """The source layer's state is this one's."""
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Nothing of its own to delete."""
+        """The source layer's state is this one's."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """The other layer's merge changes these weights too."""
+        """The source layer's merge changes these weights too."""
 
     def unmerge(self) -> None:
-        """The other layer's unmerge changes these weights too."""
+        """The source layer's unmerge changes these weights too."""
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
@@ -88,7 +112,7 @@ class TiedLayer(nn.Module, BaseTunerLayer):
         return self.get_base_layer()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.leader.forward_through(self.base_layer, *args, **kwargs)
+        return self.source_layer.forward_through(self.base_layer, *args, **kwargs)
 
     def __repr__(self) -> str:
         return "esft." + super().__repr__()

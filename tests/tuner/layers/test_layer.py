@@ -1,13 +1,20 @@
-"""What a layer remembers from one call to the next, and when it lets go of it."""
+"""What a layer keeps from one call to the next, and that this is nothing which others can make stale."""
 
 from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
+from torch import nn
 
 from peft_esft import ESFTConfig, ESFTLayer
+from peft_esft.tuner.layers.held import holding, mixed_rows
 from peft_esft.tuner.mixed_batch import calling_with
 
 import zoo
@@ -17,6 +24,7 @@ from oracle import random_tokens
 
 
 CHOICES = {"a": [1, 3], "b": [2, 5, 7], "c": [4, 0]}
+BUILDS = {"fused": lambda: tiny_model("deepseek_v2"), "listed": listed_model, "stacked": lambda: zoo.build("dbrx")}
 
 
 def adapted(base=None, names=("a", "b", "c"), **settings):
@@ -37,54 +45,169 @@ def layer_of(model):
     return layer
 
 
-def logits(model):
+def logits(model, **inputs):
     with torch.no_grad():
-        return model(input_ids=random_tokens())[0]
+        return model(input_ids=random_tokens(), **inputs)[0]
+
+
+def tensors_reached(value, seen):
+    """All tensors that an object leads to, but for those that a module has as parameters and buffers."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if id(value) in seen or isinstance(value, nn.Module | str | int | type(None)):
+        return []
+    seen.add(id(value))
+    inner = [*value.values()] if isinstance(value, dict) else list(value) if isinstance(value, list | tuple) else []
+    inner += list(vars(value).values()) if hasattr(value, "__dict__") else []
+    return [tensor for item in inner for tensor in tensors_reached(item, seen)]
 
 
 @pytest.mark.filterwarnings("ignore:.*writes the whole weights of all experts anew")
-@pytest.mark.parametrize("build", [lambda: tiny_model("deepseek_v2"), listed_model, lambda: zoo.build("dbrx")])
-def test_rows_of_adapters_that_are_not_trained_are_computed_once(monkeypatch, build):
-    model = adapted(build())
-    computed = []
-    original = ESFTLayer.effective_rows
-    monkeypatch.setattr(ESFTLayer, "effective_rows", lambda *args: computed.append(args[2]) or original(*args))
-    num_weights = len(layer_of(model).weight_names)
-    for _ in range(2):
-        for active in ("a", "b", ["a", "b"]):
-            model.base_model.set_adapter(active, inference_mode=True)
-            logits(model)
-    assert computed == [key for key in (("a",), ("b",), ("a", "b")) for _ in range(num_weights)]
-
-
-def test_of_adapters_that_are_active_together_only_the_last_rows_are_kept():
-    model = adapted()
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+def test_a_forward_pass_leaves_no_effective_rows_behind(build):
+    model = adapted(build(), rank=2)
     layer = layer_of(model)
-    for active in ("a", ["a", "b"], "b", ["b", "c"], "c"):
+    for active in ("a", ["a", "b"]):
         model.base_model.set_adapter(active, inference_mode=True)
         logits(model)
-    assert set(layer.bank.residents) == {("a",), ("b",), ("b", "c"), ("c",)}
+    kept = [value for name, value in vars(layer).items() if name not in ("_parameters", "_buffers", "_modules")]
+    own = {id(tensor) for tensor in [*layer.parameters(), *layer.buffers()]}
+    assert all(id(tensor) in own for tensor in tensors_reached(kept, set()))
 
 
-def test_a_frozen_adapter_s_rows_hold_as_they_are():
+@pytest.mark.filterwarnings("ignore:.*writes the whole weights of all experts anew")
+@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
+@pytest.mark.parametrize("active", ["a", ["a", "b"]])
+def test_within_a_hold_rows_are_computed_once(monkeypatch, build, active):
+    model = adapted(build(), rank=2)
+    model.base_model.set_adapter(active, inference_mode=True)
+    layer, computed = layer_of(model), []
+    original = ESFTLayer.effective_rows
+    monkeypatch.setattr(ESFTLayer, "effective_rows", lambda *args: computed.append(args[1]) or original(*args))
+    expected = logits(model)
+    computed.clear()
+    with model.hold():
+        for _ in range(3):
+            torch.testing.assert_close(logits(model), expected)
+        with model.hold():
+            logits(model)
+        assert sorted(computed) == sorted(layer.weight_names)
+    computed.clear()
+    logits(model)
+    assert computed or build is BUILDS["listed"]  # which asks for single rows
+
+
+def test_a_hold_ends_with_an_error_too_and_another_thread_is_not_in_it():
+    model = adapted(names=["a"])
+    layer = layer_of(model)
+    with pytest.raises(IndexError), model.hold():
+        model(input_ids=torch.full((1, 3), 10_000))
+    assert layer.active().held is None and model.base_model._num_holds == 0
+    with model.hold(), ThreadPoolExecutor(1) as threads:
+        held = layer.active().held
+        assert layer.selected_weights(layer.active()) == (held, False)
+        _, are_deltas = threads.submit(layer.selected_weights, layer.active()).result()
+    assert are_deltas
+
+
+def test_a_hold_that_cannot_begin_leaves_none(monkeypatch):
+    model = adapted(names=["a"])
+    monkeypatch.setattr(ESFTLayer, "hold", lambda layer: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError), model.hold():
+        pass
+    assert model.base_model._num_holds == 0
+
+
+def test_calls_that_ask_for_a_gradient_of_the_deltas_never_take_held_rows():
+    model = adapted(names=["a"])
+    model.base_model.set_adapter("a")
+    with model.hold():
+        model(input_ids=random_tokens())[0].sum().backward()
+    assert all(delta.grad is not None for delta in layer_of(model).parameters() if delta.requires_grad)
+
+
+def test_a_switch_within_a_hold_is_held_too():
+    model = adapted()
+    layer = layer_of(model)
+    with model.hold():
+        model.base_model.set_adapter("b", inference_mode=True)
+        assert layer.active().held is not None
+        found = logits(model)
+    torch.testing.assert_close(found, logits(model))
+
+
+def test_generate_holds_whether_the_adapter_is_trainable_or_not(monkeypatch):
+    torch.manual_seed(0)
+    config = ESFTConfig(target_experts={1: [1, 3]}, init_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model("olmoe"), config).eval()
+    assert any(parameter.requires_grad for parameter in model.parameters())
+    held = []
+    original = ESFTLayer.held_rows
+
+    def held_rows(layer, active):
+        held.append(original(layer, active) is not None)
+        return original(layer, active)
+
+    monkeypatch.setattr(ESFTLayer, "held_rows", held_rows)
+    model.generate(input_ids=random_tokens(), max_new_tokens=3, do_sample=False)
+    assert held and all(held)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "listed"])
+def test_rows_of_an_adapter_that_is_stored_as_rows_are_its_tensors(family):
+    model = adapted(listed_model() if family == "listed" else tiny_model("olmoe"), names=["a", "b"])
+    layer = layer_of(model)
+    layer.freeze_adapter("a")
+    logits(model)
+    stored = layer.stored_rows_of("a")
+    assert all(rows is stored[name] for name, rows in layer.selected_weights(layer.active())[0].items())
+
+
+def test_a_bank_is_made_anew_when_an_adapter_joins_or_leaves_and_never_written_to():
+    model = adapted()
+    layer = layer_of(model)
+    for name in ("a", "b"):
+        layer.freeze_adapter(name)
+    first = mixed_rows(layer, ["a", "__base__", "b"])
+    kept = {name: (rows, rows.clone(), rows._version) for name, rows in first.rows.items()}
+    assert mixed_rows(layer, ["b"]).rows is first.rows
+    layer.freeze_adapter("c")
+    second = mixed_rows(layer, ["c", "a"])
+    assert second.rows is not first.rows
+    for name, rows in second.rows.items():
+        assert len(rows) == 7
+        assert all(torch.equal(second.of(1)[name], layer.stored_rows_of("a")[name]) for _ in [0])
+        assert layer.stored_rows_of("a")[name].untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
+    gone = weakref.ref(second.rows["down_proj"])
+    del second, rows
+    model.delete_adapter("b")
+    assert len(layer.bank.rows["down_proj"]) == 4
+    gc.collect()
+    assert gone() is None
+    assert all(torch.equal(rows, copy_) and rows._version == v for rows, copy_, v in kept.values())
+
+
+def test_rows_of_other_adapters_are_put_together_for_each_call_and_once_for_a_hold():
+    layer = layer_of(adapted())
+    layer.freeze_adapter("a")
+    one, other = mixed_rows(layer, ["a", "b"]), mixed_rows(layer, ["a", "b"])
+    assert one.rows is not other.rows and one.expert_ids == [(1, 3), (2, 5, 7)] and one.starts == [0, 2]
+    with holding():
+        assert mixed_rows(layer, ["a", "b"]) is mixed_rows(layer, ["a", "b"])
+        assert mixed_rows(layer, ["__base__"]) is None
+
+
+def test_loading_puts_new_tensors_in_the_place_of_stored_rows():
+    """A call, or a graph, may still read the old ones."""
     model = adapted(names=["a"])
     layer = layer_of(model)
     layer.freeze_adapter("a")
-    resident = layer.bank.residents[("a",)]
-    logits(model)
-    assert layer.bank.residents[("a",)] is resident
-    assert all(rows is layer._tensors(f"esft_{name}_rows")["a"] for name, rows in resident.rows.items())
-    assert all(one is other for one, other in zip(resident.sources, layer._sources(("a",)), strict=True))
-
-
-def test_plans_of_batches_are_made_again_only_if_rows_moved():
-    layer = layer_of(adapted())
-    plan = layer.plan_mixed(["a", "__base__"])
-    assert layer.plan_mixed(["a", "__base__"]) is plan
-    assert layer.plan_mixed(["__base__", "a"]) is not plan
-    both = layer.plan_mixed(["a", "b"])
-    layer.set_scale("b", 2.0)
-    assert layer.plan_mixed(["a", "b"]) is not both
+    old = layer.esft_down_proj_rows["a"]
+    before = old.clone()
+    state = {key: value + 1 for key, value in layer.state_dict().items() if "rows" in key}
+    layer.load_state_dict(state, strict=False)
+    assert layer.esft_down_proj_rows["a"] is not old and torch.equal(old, before)
+    assert torch.equal(layer.esft_down_proj_rows["a"], before + 1)
 
 
 def test_layers_unmerge_when_they_are_switched_off_and_not_when_they_are_switched_on():
@@ -98,104 +221,12 @@ def test_layers_unmerge_when_they_are_switched_off_and_not_when_they_are_switche
     assert not layer.merged_adapters and torch.equal(layer.base_layer.down_proj, before)
 
 
-def test_an_adapter_comes_back_with_the_values_that_it_had():
-    layer = layer_of(adapted(names=["a"]))
-    delta = layer.esft_down_proj["a"]
-    expected = delta.clone()
-    state = layer.adapter_state("a", copy=True)
-    delta.data.mul_(2)
-    layer.restore_adapter("a", state)
-    assert layer.esft_down_proj["a"] is delta and torch.equal(delta, expected)
-
-
-def test_nothing_is_put_where_rows_lie_that_may_come_back():
-    layer = layer_of(adapted())
-    layer.freeze_adapter("a")
-    layer.resident(("b",))
-    expected = {name: rows.clone() for name, rows in layer.bank.residents[("a",)].rows.items()}
-    state = layer.adapter_state("a", copy=False)
-    layer.discard_adapter("a")
-    layer.resident(("c",))  # as many rows
-    layer.restore_adapter("a", state)
-    rows = layer.resident(("a",)).rows
-    assert all(torch.equal(rows[name], value) for name, value in expected.items())
-
-
 def test_a_layer_without_tensors_of_its_own_moves_only_with_what_is_in_it():
     layer = layer_of(adapted(names=["a"]))
     layer.to_empty(device="meta", recurse=False)
     assert {parameter.device.type for parameter in layer.parameters()} == {"cpu"}
     layer.to_empty(device="meta")
     assert {parameter.device.type for parameter in layer.parameters()} == {"meta"}
-
-
-@pytest.mark.parametrize("build", [tiny_model, listed_model], ids=["fused", "listed"])
-def test_what_is_kept_of_adapters_ends_when_they_are_trained_again(build):
-    model = adapted(build("deepseek_v2") if build is tiny_model else build(), names=["a"])
-    layer = layer_of(model)
-    logits(model)
-    call = layer.current_call()
-    assert call.rows is layer.resident(("a",)).rows
-    model.base_model.set_adapter("a")
-    assert layer.current_call() is call and call.rows is None
-    assert layer.resident(("a",)) is None
-    assert not layer.bank.residents
-
-
-def test_rows_of_an_adapter_in_training_are_computed_anew_for_whoever_asks():
-    """Fused optimizers write to deltas without raising their version, as `.data` does."""
-    model = adapted(names=["a"])
-    model.base_model.set_adapter("a")
-    layer = layer_of(model)
-    before = layer.resident(("a",), in_training=False).rows["down_proj"].clone()
-    layer.esft_down_proj["a"].data.mul_(2)
-    after = layer.resident(("a",), in_training=False).rows["down_proj"]
-    base = layer.base_layer.down_proj[CHOICES["a"]]
-    torch.testing.assert_close(after - base, 2 * (before - base), rtol=1e-4, atol=1e-6)
-    assert layer.call_of(("a",)).rows is None
-
-
-@pytest.mark.parametrize("key", [("a",), ("a", "b")])
-def test_rows_hold_the_tensors_that_they_were_computed_from(key):
-    """Else these could end, and others get their ids."""
-    layer = layer_of(adapted())
-    resident = layer.resident(key)
-    assert len(resident.sources) == 2 + 2 * len(key)
-    assert all(one is other for one, other in zip(resident.sources, layer._sources(key), strict=True))
-
-
-def test_rows_made_in_inference_mode_may_take_part_in_training():
-    model = adapted(names=["a", "b"])
-    layer = layer_of(model)
-    with torch.inference_mode():
-        model(input_ids=random_tokens())
-        assert not any(rows.is_inference() for rows in layer.resident(("a",)).rows.values())
-        layer.freeze_adapter("b")
-        model.base_model.set_scale("b", 2.0)  # takes its rows out of the bank
-        assert not layer.esft_down_proj_rows["b"].is_inference()
-
-
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_adapters_that_are_stored_as_rows_have_them_once(scale):
-    """In the bank, if that has the stored rows and not scaled ones."""
-    model = adapted(names=["a", "b"])
-    layer = layer_of(model)
-    layer.freeze_adapter("a")
-    stored = layer.esft_down_proj_rows["a"].clone()
-    model.base_model.set_scale("a", scale)
-    model.base_model.set_adapter(["a", "b"], inference_mode=True)
-    logits(model)
-    model.base_model.set_adapter("a", inference_mode=True)
-    logits(model)
-    resident, both = layer.resident(("a",)), layer.bank.residents[("a", "b")]
-    assert torch.equal(layer.esft_down_proj_rows["a"], stored)
-    assert all(
-        (rows is getattr(layer, f"esft_{name}_rows")["a"]) == (scale == 1.0) for name, rows in resident.rows.items()
-    )
-    # What is computed from the stored rows still holds, though these lie elsewhere now.
-    assert layer.resident(("a",)) is resident
-    assert all(one is other for one, other in zip(resident.sources, layer._sources(("a",)), strict=True))
-    assert layer.resident(("a", "b")).place is both.place
 
 
 @pytest.mark.parametrize(
@@ -210,33 +241,49 @@ def test_adapters_that_are_stored_as_rows_have_them_once(scale):
 def test_deltas_that_are_simply_added_are_taken_as_they_are(build, settings, are_plain):
     model = adapted(build("deepseek_v2") if build is tiny_model else build(), names=["a", "b"], **settings)
     layer = layer_of(model)
-    call = layer.call_of(("a",))
-    expected = {name: layer._tensors(f"esft_{name}")["a"] for name in layer.weight_names} if are_plain else None
-    assert call.deltas == expected if expected is None else all(call.deltas[n] is d for n, d in expected.items())
-    assert layer.call_of(("a", "b")).deltas is None
-    layer.set_scale("a", 2.0)
-    assert layer.call_of(("a",)).deltas is None
+
+    def taken(active):
+        model.base_model.set_adapter(active, inference_mode=True)
+        return layer.selected_weights(layer.active())
+
+    weights, are_deltas = taken("a")
+    assert are_deltas == are_plain
+    if are_plain:
+        assert all(weights[name] is layer._tensors(f"esft_{name}")["a"] for name in layer.weight_names)
+    assert not taken(["a", "b"])[1]
+    model.base_model.set_scale("a", 2.0)
+    assert not taken("a")[1]
 
 
-def test_a_compiled_call_takes_what_its_layer_knows(monkeypatch):
-    """A graph neither asks the bank nor writes to the layer; deltas that were replaced are not taken."""
+def test_a_compiled_call_takes_what_the_layer_knows_unless_others_took_its_place(monkeypatch):
     model = adapted(names=["a"])
     layer = layer_of(model)
-    logits(model)
-    call = layer.current_call()
-    rows, deltas = call.rows, call.deltas
+    layer.hold()
+    held, deltas = layer.active().held, layer.active().deltas
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert layer.weights_for(call) == (rows, False) and layer.weights_for(call)[0] is rows
+    assert layer.selected_weights(layer.active())[0] is held
     model.base_model.set_adapter("a")
-    taken, are_deltas = layer.weights_for(call)
-    assert taken is deltas and are_deltas is True
-    new = layer.esft_down_proj["a"] = torch.nn.Parameter(layer.esft_down_proj["a"].detach().clone())
-    taken, are_deltas = layer.weights_for(call)
-    assert taken["down_proj"] is new and are_deltas is True
-    assert call.deltas is deltas
-    monkeypatch.undo()
-    layer.weights_for(call)
-    assert call.deltas["down_proj"] is new
+    taken, are_deltas = layer.selected_weights(layer.active())
+    assert are_deltas and all(taken[name] is delta for name, delta in deltas.items())
+    new = layer.esft_down_proj["a"] = nn.Parameter(layer.esft_down_proj["a"].detach().clone())
+    taken, are_deltas = layer.selected_weights(layer.active())
+    assert not are_deltas  # found by name, and added to the base's rows
+    expected = layer.base_layer.down_proj[CHOICES["a"]] + new
+    assert torch.equal(taken["down_proj"], expected)
+
+
+def test_tables_are_buffers_that_are_made_for_training_too():
+    model = adapted(names=["a", "b"])
+    layer = layer_of(model)
+    with torch.inference_mode():
+        model.base_model.set_adapter(["a", "b"])
+    tables = [*layer.index_tables.values(), *layer.slot_tables.values()]
+    assert tables and not any(table.is_inference() for table in tables)
+    assert {id(table) for table in tables} <= {id(buffer) for buffer in layer.buffers()}
+    assert not any("tables" in key for key in layer.state_dict())
+    other = copy.deepcopy(layer)
+    assert other.active().index is not layer.active().index
+    assert other.active().index is other.index_tables["a\nb"]
 
 
 def routed(layer):
@@ -249,7 +296,7 @@ def routed(layer):
     }
 
 
-class Caller(torch.nn.Module):
+class Caller(nn.Module):
     """A model of one layer, which it calls by position or by keywords."""
 
     def __init__(self, layer):
@@ -275,7 +322,7 @@ def test_a_layer_can_be_called_by_keywords():
     with torch.no_grad():
         check()
         names = ["b", "__base__", "a"]
-        with calling_with(model, names, {layer: layer.plan_mixed(names)}):
+        with calling_with(model, names, {layer: mixed_rows(layer, names)}, is_counted=True):
             check()
             layer.enable_adapters(False)
             check()
@@ -287,6 +334,21 @@ def test_a_layer_can_be_called_by_keywords():
     assert not torch.allclose(mixed[:2], active[:2]) and not torch.allclose(mixed[:2], off[:2])
 
 
+def test_hooks_of_the_experts_module_run_around_the_adapted_forward():
+    model = adapted(names=["a"])
+    layer = layer_of(model)
+    expected = logits(model)
+    calls = []
+    before = layer.base_layer.register_forward_pre_hook(lambda module, args: calls.append(len(args)))
+    after = layer.base_layer.register_forward_hook(lambda module, args, output: output * 2)
+    assert not torch.allclose(logits(model), expected) and calls == [3]
+    logits(model, adapter_names=["a"] * len(random_tokens()))
+    assert calls == [3, 3]
+    before.remove()
+    after.remove()
+    assert torch.equal(logits(model), expected)
+
+
 def test_a_layer_that_is_not_set_up_yet_has_no_attributes_of_its_experts():
     """As while it is copied or unpickled."""
     with pytest.raises(AttributeError, match="base_layer"):
@@ -295,9 +357,8 @@ def test_a_layer_that_is_not_set_up_yet_has_no_attributes_of_its_experts():
 
 def test_tables_lie_where_the_experts_are_computed_with_and_never_on_meta():
     layer = layer_of(adapted(tiny_model("olmoe").to("meta"), names=["a"]))
-    call = layer.call_of(("a",))
-    assert call.index.tolist() == CHOICES["a"] and call.slots.device.type == "cpu"
+    assert layer.active().index.tolist() == CHOICES["a"] and layer.active().slots.device.type == "cpu"
     layer = layer_of(adapted(cpu_offload(tiny_model("olmoe")), names=["a"]))
-    assert layer._table_device().type == "cpu"
+    assert layer.compute_device.type == "cpu"
     layer.base_layer._hf_hook.execution_device = "cuda:1"
-    assert layer._table_device() == torch.device("cuda:1")
+    assert layer.compute_device == torch.device("cuda:1")

@@ -41,7 +41,7 @@ def test_all_that_is_no_expert_is_trained_as_in_the_dense_model(family):
     for layer in (module for module in model.modules() if isinstance(module, ESFTLayer)):
         for name, weight in layer.weights.items():
             expected = dense.get_parameter(f"{layer.path}.{weight.parameter}").grad
-            (delta,) = layer._delta_parameters(name, "default")
+            (delta,) = layer.delta_parameters(name, "default")
             assert delta.grad is not None or expected is None or not expected.any(), (layer.path, name)
             if delta.grad is not None and expected is not None:
                 torch.testing.assert_close(delta.grad[0], expected, rtol=2e-3, atol=1e-6)
@@ -95,6 +95,8 @@ def test_a_weight_that_is_read_does_not_know_whose_the_samples_are():
     model.base_model.model = Reader(model.base_model.model)
     inputs = {"input_ids": TOKENS}
     with pytest.raises(ValueError, match=r"conv\.conv: the model takes its weight in place of calling it"):
+        model(**inputs, adapter_names=["default"] * 2)
+    with pytest.raises(ValueError, match=r"conv\.conv: Conv1d may keep a state"):
         model(**inputs, adapter_names=["default", "__base__"])
     base = convolution(model).get_base_layer().weight
     assert model(**inputs, adapter_names=["__base__"] * 2) is base

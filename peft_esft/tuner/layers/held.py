@@ -1,0 +1,161 @@
+"""Effective rows that are held for the length of one call, and the rows of the adapters of a mixed batch.
+
+An adapter's effective rows are computed in the forward pass that uses them, unless they are *held*. An adapter that is
+stored as rows has no deltas: the rows are its own tensors. For other adapters, `ESFTModel.hold` computes the rows once
+for all forward passes within its context. Nothing else is kept, so nothing has to be told when weights change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...ops.split_forward import expert_slots
+from .modes import plain_modes
+
+
+if TYPE_CHECKING:
+    from .layer import ESFTLayer
+
+
+@dataclass(frozen=True, eq=False)
+class Hold:
+    """What a hold keeps beside the rows of the active adapters, which are the layers'.
+
+    Attributes:
+        mixed: by layer and adapters, the rows of mixed batches.
+    """
+
+    mixed: dict[tuple[Any, tuple[str, ...]], MixedRows | None] = field(default_factory=dict)
+
+
+_HOLD: ContextVar[Hold | None] = ContextVar("esft_hold", default=None)
+"""The hold that this thread is in. Other threads' calls compute rows by themselves."""
+
+
+def current_hold() -> Hold | None:
+    """The hold that this thread is in, if any."""
+    return _HOLD.get()
+
+
+@contextmanager
+def holding() -> Iterator[None]:
+    """Marks calls of this thread as being within a hold; one within another is the same hold."""
+    token = _HOLD.set(_HOLD.get() or Hold())
+    try:
+        yield
+    finally:
+        _HOLD.reset(token)
+
+
+@dataclass(frozen=True, eq=False)
+class RowBank:
+    """The rows of all adapters of a layer that are stored as rows, one adapter after another.
+
+    A mixed batch finds them in one tensor for each weight without a copy. The adapters' own buffers are views of it.
+    It is made anew when an adapter joins or leaves and then only read: a call goes on with the one that it began with.
+
+    Attributes:
+        rows: by weight name, `[n, ...]`.
+        views: by adapter and weight name, the adapter's rows.
+        starts: by adapter, where its rows begin.
+    """
+
+    rows: dict[str, Tensor]
+    views: dict[str, dict[str, Tensor]]
+    starts: dict[str, int]
+
+
+@dataclass(frozen=True, eq=False)
+class MixedRows:
+    """The effective rows of the adapters of a batch, one adapter after another.
+
+    Attributes:
+        rows: by weight name, `[n, ...]`.
+        expert_ids: of each adapter of the batch; empty for one that leaves the layer as it is.
+        starts: where the rows of each adapter begin.
+        slots: int64 `[adapters, E + identity experts]`, see `ops.split_forward.expert_slots`.
+    """
+
+    rows: dict[str, Tensor]
+    expert_ids: list[tuple[int, ...]]
+    starts: list[int]
+    slots: Tensor
+
+    def of(self, place: int) -> dict[str, Tensor]:
+        """The rows of one adapter of the batch, by weight name."""
+        start = self.starts[place]
+        return {name: rows[start : start + len(self.expert_ids[place])] for name, rows in self.rows.items()}
+
+
+def mixed_rows(layer: ESFTLayer, adapters: Sequence[str]) -> MixedRows | None:
+    """The rows of some adapters in a layer, computed or held; None if all of them leave the layer as it is."""
+    hold = current_hold()
+    if hold is None:
+        return _mixed_rows(layer, adapters)
+    key = (layer, tuple(adapters))
+    if key not in hold.mixed:
+        hold.mixed[key] = _mixed_rows(layer, adapters)
+    return hold.mixed[key]
+
+
+def _mixed_rows(layer: ESFTLayer, adapters: Sequence[str]) -> MixedRows | None:
+    here = layer.adapters_here(adapters)
+    if not here:
+        return None
+    if all(layer.is_stored_as_rows([name]) for name in here):
+        bank = layer.bank if _is_current(layer) else join_stored_rows(layer)
+        assert bank is not None
+        rows, starts = bank.rows, bank.starts
+    else:
+        each = [layer.rows_of(name) for name in here]
+        rows, starts = {name: torch.cat([own[name] for own in each]) for name in layer.weights}, _starts(layer, here)
+    expert_ids = [layer.adapters[name].expert_ids if name in here else () for name in adapters]
+    first = [starts[name] if name in here else 0 for name in adapters]
+    selections = list(zip(expert_ids, first, strict=True))
+    num_rows = len(next(iter(rows.values())))
+    slots = expert_slots(selections, layer.num_experts, num_rows, layer.num_identity_experts)
+    return MixedRows(rows, expert_ids, first, slots.to(layer.compute_device))
+
+
+def _is_current(layer: ESFTLayer) -> bool:
+    """True if the bank has the rows of all adapters that are stored as rows, and their buffers are its views."""
+    if layer.bank is None or list(layer.bank.views) != _stored_as_rows(layer):
+        return False
+    own = ((layer.stored_rows_of(name), views) for name, views in layer.bank.views.items())
+    return all(rows[weight] is view for rows, views in own for weight, view in views.items())
+
+
+def _stored_as_rows(layer: ESFTLayer) -> list[str]:
+    return [name for name, adapter in layer.adapters.items() if adapter.storage == "rows"]
+
+
+def _starts(layer: ESFTLayer, names: Sequence[str]) -> dict[str, int]:
+    counts = [len(layer.adapters[name].expert_ids) for name in names]
+    return dict(zip(names, accumulate(counts, initial=0), strict=False))
+
+
+@plain_modes()
+def join_stored_rows(layer: ESFTLayer) -> RowBank | None:
+    """Makes a layer's bank anew, of the rows of all its adapters that are stored as rows; None if there are none."""
+    names = _stored_as_rows(layer)
+    starts, rows = _starts(layer, names), {}
+    views: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+    for weight in layer.weights if names else ():
+        # One weight after another: no more than one of them is there twice.
+        buffers = layer.stored(weight, "_rows")
+        own = [buffers[name] for name in names]
+        rows[weight] = torch.cat(own) if len(own) > 1 else own[0]
+        for name, old in zip(names, own, strict=True):
+            new = rows[weight][starts[name] : starts[name] + len(old)] if len(own) > 1 else old
+            views[name][weight] = buffers[name] = new
+    layer.bank = RowBank(rows, views, starts) if names else None
+    layer.refresh_active()
+    return layer.bank

@@ -1,0 +1,111 @@
+"""Merging: the effective rows written into the base, and the base's own put back. Nothing else writes to the base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
+from torch import Tensor, nn
+
+from .effective_rows import base_rows, effective_rows
+from .modes import plain_modes
+from .records import MergeRecord
+
+
+if TYPE_CHECKING:
+    from .layer import ESFTLayer
+
+
+@plain_modes()
+def merge(layer: ESFTLayer, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    """Writes the effective rows of adapters into the base, see `ESFTLayer.merge`."""
+    new_names = list(dict.fromkeys(check_adapters_to_merge(layer, adapter_names)))
+    if not new_names:
+        return
+    check_mergeable(layer)
+    # Also those without experts here: a layer that they leave alone adds no other adapters either.
+    names = [*layer.merged_adapters, *new_names]
+    if safe_merge:
+        check_finite(layer, names)
+    here = layer.adapters_here(names)
+    originals = {name: base_rows(layer, name, here) for name in layer.weights} if here else {}
+    _write_merged(layer, names, originals)
+
+
+@plain_modes()
+def unmerge(layer: ESFTLayer) -> None:
+    """Puts the base's own rows back: it is then bit for bit what it was."""
+    if layer.merge_record is None:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        return
+    check_mergeable(layer)
+    _write(layer, layer.merge_record.expert_ids, layer.merge_record.rows)
+    layer.merge_record = None
+    layer.refresh_active()
+
+
+@plain_modes()
+def restore_merge(layer: ESFTLayer, record: MergeRecord | None) -> None:
+    """Brings the base to what it was when `record` was the layer's, also after a merge that ended in the middle."""
+    with onload_layer(layer):
+        if layer.merge_record is not None:
+            _write(layer, layer.merge_record.expert_ids, layer.merge_record.rows)
+        layer.merge_record = None
+        if record is not None:
+            _write_merged(layer, record.names, record.rows)
+    layer.refresh_active()
+
+
+def check_finite(layer: ESFTLayer, adapter_names: Sequence[str]) -> None:
+    """Refuses adapters whose merged rows would not be finite, each by itself or all of them together.
+
+    Raises:
+        ValueError: naming the adapter, or all.
+    """
+    here = layer.adapters_here(adapter_names)
+    for names in [[name] for name in here] + ([here] if len(here) > 1 else []):
+        with torch.no_grad(), layer.onloaded(names):
+            broken = [name for name in layer.weights if not effective_rows(layer, name, names).isfinite().all()]
+        if broken:
+            who = f"adapter {names[0]} seems" if len(names) == 1 else f"sum of the adapters {names} seems"
+            where = f"in {broken[0]} of {layer.path}"
+            raise ValueError(f"NaNs detected in the merged weights. The {who} to be broken ({where})")
+
+
+def check_mergeable(layer: ESFTLayer) -> None:
+    """Refuses to write to weights that are computed from other tensors, or are not loaded.
+
+    Raises:
+        NotImplementedError: if a weight is parametrized or pruned: what is written would be lost.
+        RuntimeError: if a weight is offloaded.
+    """
+    for weight in layer.weights.values():
+        for path, parameter in weight.named_parameters(layer.get_base_layer()):
+            if not isinstance(parameter, nn.Parameter):
+                raise NotImplementedError(
+                    f"{layer.path}.{path} is computed from other tensors (a parametrization or a pruning mask), so "
+                    "nothing can be merged into it. Make it a plain parameter first, with "
+                    "torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove"
+                )
+            if parameter.is_meta:
+                raise RuntimeError(
+                    f"{layer.path}.{path} is offloaded, and its values are not loaded. Call the model's merge_adapter "
+                    "or unmerge_adapter, which load them, and not the layer's"
+                )
+
+
+def _write_merged(layer: ESFTLayer, names: Sequence[str], originals: dict[str, Tensor]) -> None:
+    here = layer.adapters_here(names)
+    merged = {name: effective_rows(layer, name, here) for name in originals}
+    # Noted before the first row is written: from then on the base can be restored.
+    layer.merge_record = MergeRecord(tuple(names), tuple(layer.union_of_experts(here)), originals)
+    _write(layer, layer.merge_record.expert_ids, merged)
+    layer.refresh_active()
+
+
+def _write(layer: ESFTLayer, expert_ids: Sequence[int], rows: dict[str, Tensor]) -> None:
+    for name, values in rows.items():
+        layer.weights[name].write(layer.get_base_layer(), expert_ids, values)

@@ -1,0 +1,82 @@
+"""What a layer notes of its adapters: of each one, of the active ones, and of those that are merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerAdapter:
+    """What a layer knows of an adapter beside its tensors. It is replaced when it changes, and never written to.
+
+    Attributes:
+        expert_ids: the experts that the adapter changes, in the order of its rows.
+        storage: how its weights are stored, see `ops/encodings.py`.
+        scaling: what the product of low-rank factors is multiplied with, `alpha / rank`.
+        scale: what `set_scale` asked for.
+        global_ids: under expert parallelism, the experts of all processes, of which `expert_ids` are this one's.
+    """
+
+    expert_ids: tuple[int, ...]
+    storage: str = "delta"
+    scaling: float = 1.0
+    scale: float = 1.0
+    global_ids: tuple[int, ...] = ()
+
+    @property
+    def factor(self) -> float:
+        """What a stored delta is multiplied with."""
+        return self.scaling * self.scale
+
+
+@dataclass(frozen=True, eq=False)
+class ActiveAdapters:
+    """The adapters that a forward pass adds, and what it needs of them.
+
+    Compiled graphs read this and not the adapters' names, so that one graph serves all adapters of one size.
+
+    Attributes:
+        names: the adapters; those without experts in this layer are left out.
+        expert_ids: the experts that at least one of them changes.
+        index: the same, int64 `[n]`.
+        slots: int64 `[1, E + identity experts]`, see `ops.split_forward.expert_slots`.
+        deltas: the adapter's parameters by weight name, where the effective rows are the base's rows plus these. For
+            compiled graphs; an eager call looks them up by name.
+        held: the effective rows by weight name, where they are held (`held.py`).
+    """
+
+    names: tuple[str, ...]
+    expert_ids: tuple[int, ...]
+    index: Tensor
+    slots: Tensor
+    deltas: dict[str, nn.Parameter] | None = None
+    held: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class MergeRecord:
+    """The adapters that are merged into a layer, and the base's own rows, which unmerging puts back.
+
+    Attributes:
+        names: the adapters, also those without experts in this layer.
+        expert_ids: the experts whose rows were replaced.
+        rows: the base's own rows of these, `[n, ...]` by weight name.
+    """
+
+    names: tuple[str, ...]
+    expert_ids: tuple[int, ...]
+    rows: dict[str, Tensor]
+
+
+class StoredTensors(BufferDict):
+    """The tensors of adapters that are stored as rows or codes. Loading replaces them: a call may still read them."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *others: Any) -> None:
+        own = {f"{prefix}{name}": buffer for name, buffer in self.items() if f"{prefix}{name}" in state_dict}
+        moved = {key: state_dict[key].to(buffer.device, buffer.dtype, copy=True) for key, buffer in own.items()}
+        assigning = {**local_metadata, "assign_to_params_buffers": True}
+        super()._load_from_state_dict({**state_dict, **moved}, prefix, assigning, *others)
