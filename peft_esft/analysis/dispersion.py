@@ -9,7 +9,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ..scoring.selection import Metric, ranking
+from ..scoring.scores import Metric
+from ..scoring.selection import ranking
 from .shares import ScoreTable, layer_shares
 
 

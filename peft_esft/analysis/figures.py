@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from ..scoring.scores import ExpertScores
-from ..scoring.selection import Metric
+from ..scoring.scores import ExpertScores, Metric
 from .dispersion import SHARES, Dispersion, dispersion
 from .drawing import MARKERS, Plot, Style, heat_map, thinned_ticks, write_in_cells
 from .granularity import Granularity

@@ -8,8 +8,8 @@ from statistics import fmean
 
 from torch import Tensor
 
-from ..scoring.scores import ExpertScores
-from ..scoring.selection import DEFAULT_TOP_P, Metric
+from ..scoring.scores import ExpertScores, Metric
+from ..scoring.selection import DEFAULT_TOP_P
 from .grouping import Groups, group_experts, random_groups, select_groups
 
 

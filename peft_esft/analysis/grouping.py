@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..moe.containers import find_experts
 from ..moe.routing import Routing
-from ..scoring.selection import DEFAULT_TOP_P, Metric, Selection, select_experts
+from ..scoring.scores import Metric
+from ..scoring.selection import DEFAULT_TOP_P, Selection, select_experts
 from ..scoring.watching import run_batches
 from .shares import ScoreTable, layer_shares
 

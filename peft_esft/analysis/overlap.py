@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..scoring.scores import ExpertScores
-from ..scoring.selection import DEFAULT_TOP_P, Metric, Selection, ranking, select_experts
+from ..scoring.scores import ExpertScores, Metric
+from ..scoring.selection import DEFAULT_TOP_P, Selection, ranking, select_experts
 from .shares import layer_shares
 
 

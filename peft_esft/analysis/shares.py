@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..moe.containers import layer_number
-from ..scoring.scores import ExpertScores
-from ..scoring.selection import Metric
+from ..scoring.scores import ExpertScores, Metric
 
 
 ScoreTable = ExpertScores | Mapping[str, Tensor | Sequence[float]]

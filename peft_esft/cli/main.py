@@ -20,8 +20,8 @@ from ..scoring.batches import text_batches
 from ..scoring.measure import score_experts
 from ..scoring.memory_estimate import ModelSizes, Setup, format_plan, plan, recommended
 from ..scoring.preview import format_previews, preview_selections
-from ..scoring.scores import ExpertScores
-from ..scoring.selection import Metric, select_experts
+from ..scoring.scores import ExpertScores, Metric
+from ..scoring.selection import select_experts
 from ..tuner.config import ESFTConfig
 from ..tuner.model_card import describe_choice, describe_storage, num_experts_of, revision_of
 from ..tuner.targets import adapted_selection

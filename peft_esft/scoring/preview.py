@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .scores import ExpertScores
-from .selection import Metric, select_experts
+from .scores import ExpertScores, Metric
+from .selection import select_experts
 
 
 BYTES_PER_DELTA = {"fp32": 4, "bf16": 2}

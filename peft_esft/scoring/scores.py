@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from .selection import Metric
-
 
 if TYPE_CHECKING:
     from torch import nn
 
 Averaging = Literal["sample", "token"]
+Metric = Literal["token", "gate", "gate_share"]
 FORMAT_VERSION = 1
 _Check = Callable[[Any], bool]
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from .scores import ExpertScores, Metric
 
-if TYPE_CHECKING:
-    from .scores import ExpertScores
 
-Metric = Literal["token", "gate", "gate_share"]
 Selection = dict[str, list[int]]
 DEFAULT_TOP_P: dict[str, float] = {"token": 0.2, "gate": 0.1, "gate_share": 0.2}
 """The paper's thresholds (arXiv 2407.01906, section 4.3); the last, of no paper, is like the first a share of all."""
@@ -58,7 +56,7 @@ def select_experts(
             budget does not hold `min_experts` of every container, or a score is negative or not finite.
     """
     _check_settings(metric, top_p, top_k, budget, min_experts, max_experts)
-    if not isinstance(scores, Mapping) and not hasattr(scores, "by_metric"):
+    if not isinstance(scores, Mapping | ExpertScores):
         raise ValueError(f"scores are a {type(scores).__name__}; they are ExpertScores or a dict {{path: scores [E]}}")
     table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
     rows = {path: _score_row(path, values) for path, values in table.items()}

@@ -15,8 +15,8 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from ..ops.encodings import FORMS
-from ..scoring.scores import ExpertScores
-from ..scoring.selection import DEFAULT_TOP_P, Metric, select_experts
+from ..scoring.scores import ExpertScores, Metric
+from ..scoring.selection import DEFAULT_TOP_P, select_experts
 from .adapter_file import Header
 from .checks import check_fields, check_finite, find_header, find_hub_header
 from .model_card import write_card
