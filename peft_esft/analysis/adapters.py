@@ -21,7 +21,6 @@ from ..scoring.selection import Selection
 from ..tuner.config import ESFTConfig
 from ..tuner.layers.layer import PREFIX, ESFTLayer
 from ..tuner.model_card import num_experts_of
-from ..tuner.targets import adapted_selection
 from .drawing import Plot, Style, heat_map, thinned_ticks, write_in_cells
 from .shares import layer_labels
 from .usage import expert_usage
@@ -73,7 +72,7 @@ def read_adapter(folder: Path) -> AdapterRecord:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     adapter = AdapterFolder(folder) if weights.exists() or (folder / WEIGHTS_NAME).exists() else None
     config = read_config(folder) if adapter is None else adapter.config
-    selection = adapted_selection(config)
+    selection = config.adapted_experts
     squares = None if adapter is None else _mean_squares(adapter, selection)
     known = squares is not None and all(path in squares for path in selection)
     return AdapterRecord(
@@ -225,7 +224,7 @@ def _folder_of_base(config: ESFTConfig) -> Path | None:
 
 def _num_experts(config: ESFTConfig, selection: Selection) -> dict[str, int]:
     """How many experts the containers of a selection have, as far as config or base say."""
-    known, base = num_experts_of(config), _folder_of_base(config)
+    known, base = num_experts_of(config.to_dict()), _folder_of_base(config)
     if base is not None and not selection.keys() <= known.keys():
         try:
             containers = find_experts(empty_model(base))

@@ -82,7 +82,7 @@ def _export(options: argparse.Namespace) -> tuple[Any, str]:
     if options.selection_only:
         config, experts = read_config(options.adapter), Base(options.base).experts
         cfg = expert_cfg_from_selection(
-            adapted_selection(config, resolve_target_experts(config.target_experts or {}, experts)),
+            adapted_selection(config.module_options, resolve_target_experts(config.target_experts or {}, experts)),
             experts,
             shared_experts=config.train_shared_experts,
             non_expert_modules=config.train_non_expert_modules,
@@ -113,5 +113,5 @@ def _diff(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _count(config: ESFTConfig) -> str:
-    chosen = adapted_selection(config)
+    chosen = config.adapted_experts
     return f"{sum(map(len, chosen.values()))} experts in {len(chosen)} layers"

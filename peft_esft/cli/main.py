@@ -24,7 +24,6 @@ from ..scoring.scores import ExpertScores, Metric
 from ..scoring.selection import select_experts
 from ..tuner.config import ESFTConfig
 from ..tuner.model_card import describe_choice, describe_storage, num_experts_of, revision_of
-from ..tuner.targets import adapted_selection
 from .conversion import add_commands
 from .sample_files import SampleFile
 
@@ -262,11 +261,11 @@ def _report(options: argparse.Namespace) -> tuple[Any, str]:
 def _inspect_adapter(folder: Path) -> tuple[Any, str]:
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     config = read_config(folder)
-    selection = adapted_selection(config)
+    fields, selection = config.to_dict(), config.adapted_experts
     entries = AdapterFolder(folder).files.entries if weights.exists() else {}
     record = {
         "base": config.base_model_name_or_path,
-        "revision": revision_of(config),
+        "revision": revision_of(fields),
         "task": (config.selection or {}).get("task"),
         "task_type": config.task_type,
         "storage": config.storage,
@@ -282,20 +281,22 @@ def _inspect_adapter(folder: Path) -> tuple[Any, str]:
     revision = f", revision {record['revision']}" if record["revision"] else ""
     lines = [
         f"ESFT adapter for {config.base_model_name_or_path or 'an unnamed base'}{revision}",
-        f"experts chosen by: {describe_choice(config) or 'not recorded'}",
+        f"experts chosen by: {describe_choice(fields) or 'not recorded'}",
     ]
     lines += [f"task: {record['task']}"] if record["task"] else []
     also = [name for name in ("train_shared_experts", "train_non_expert_modules", "modules_to_save") if record[name]]
     if also:
         lines.append(f"besides the experts: {', '.join(f'{name}={record[name]}' for name in also)}")
-    known = num_experts_of(config)
+    known = num_experts_of(fields)
     most = max((max(ids) + 1 for ids in selection.values()), default=1)
     chart = _bars({path: (len(ids), known.get(path, most)) for path, ids in selection.items()})
     for line, (path, ids) in zip(chart.splitlines(), selection.items(), strict=True):
         total = f" of {known[path]}" if path in known else ""
         lines.append(f"{line}{total}: {', '.join(map(str, ids[:SHOWN]))}{', ...' * (len(ids) > SHOWN)}")
     if entries:
-        lines.append(f"{describe_storage(config)}: {len(entries)} tensors, {weights.stat().st_size / 1e6:.2f} MB")
+        lines.append(
+            f"{describe_storage(config.to_dict())}: {len(entries)} tensors, {weights.stat().st_size / 1e6:.2f} MB"
+        )
     return record, "\n".join(lines)
 
 

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..moe.containers import ExpertsContainer
 from ..moe.weights import ExpertWeight
 from ..ops.deltas import add_deltas
 from ..ops.encodings import BITS, FROZEN_SUFFIXES, SUFFIXES, decode
-from ..tuner.adapter_file import KEY_PREFIX, MARK
-from ..tuner.checks import check_finite, check_header, read_json
+from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX, check_finite_header, check_header, read_json
 from ..tuner.config import ESFTConfig
 from ..tuner.fingerprint import check_num_experts, compare_bases
 from ..tuner.messages import shortened
-from ..tuner.targets import adapted_selection, not_excluded, resolve_target_experts
-from ..tuner.tensor_files import TensorFolder, write_tensors
+from ..tuner.targets import not_excluded, resolve_target_experts
 from .base import Base
-
-
-TensorLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+from .tensor_files import TensorFolder
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Change:
     @property
     def name(self) -> str:
         """The key of the weight in an adapter file, without a suffix."""
-        return f"{KEY_PREFIX}{self.container.path}{MARK}{self.weight.name}"
+        return f"{KEY_PREFIX}{self.container.path}{DELTA_KEY}{self.weight.name}"
 
     def effective(self, rows: Tensor) -> Tensor:
         """The effective rows `[n, ...]`, in the dtype of the base's `rows`; as `deltas.add_deltas` gives them."""
@@ -108,7 +105,7 @@ class AdapterFolder:
             )
         self.files = TensorFolder([self.folder / SAFETENSORS_WEIGHTS_NAME])
         self._suffixes = ("_A", "_B") if self.config.rank is not None else SUFFIXES[self.config.storage]
-        strange = [key for key in self.files.entries if MARK in key and _suffix(key) not in self._suffixes]
+        strange = [key for key in self.files.entries if DELTA_KEY in key and _suffix(key) not in self._suffixes]
         if strange:
             kind = f"rank {self.config.rank}" if self.config.rank is not None else f"storage {self.config.storage!r}"
             raise ValueError(f"{self.folder}: with {kind} there are no tensors such as {shortened(strange)}")
@@ -123,8 +120,8 @@ class AdapterFolder:
                 is not finite; or if the base has other weights, and another name on the Hub.
         """
         ids = self._expert_ids(base)
-        check_header(self.config, self.files.entries, ids, base.modules)
-        check_finite(self.files.entries)
+        check_header(self.files.entries, self.config.rank, self.config.storage, ids, base.modules)
+        check_finite_header(self.files.entries)
         stored = {key.removeprefix(KEY_PREFIX): key for key in self.files.entries}
         changes = [change for path in ids for change in self._changes_of(base.modules[path], ids[path], stored)]
         if self.config.base_fingerprint is not None:
@@ -138,13 +135,13 @@ class AdapterFolder:
         Raises:
             ValueError: naming the first few containers, or the tensor.
         """
-        present = {key.removeprefix(KEY_PREFIX).rpartition(MARK)[0] for key in self.files.entries if MARK in key}
+        present = self.weights()
         # The index of a layer says no path.
-        paths = [path for path in adapted_selection(self.config) if not path.isdigit()]
+        paths = [path for path in self.config.adapted_experts if not path.isdigit()]
         missing = [path for path in paths if path not in present]
         if missing:
             raise ValueError(f"{self.folder} has no weights of {shortened(missing)}, which target_experts selects")
-        check_finite(self.files.entries)
+        check_finite_header(self.files.entries)
 
     @property
     def num_bytes(self) -> int:
@@ -154,7 +151,7 @@ class AdapterFolder:
     @property
     def num_parameters(self) -> int:
         """Weights of all changes, however few bits they are stored in; of low rank those of the factors."""
-        counts = {key: math.prod(entry.shape) for key, entry in self.files.entries.items() if MARK in key}
+        counts = {key: math.prod(entry.shape) for key, entry in self.files.entries.items() if DELTA_KEY in key}
         return sum(
             0 if _suffix(key) == "_scales" else self._length(count) if _suffix(key) == "_codes" else count
             for key, count in counts.items()
@@ -164,14 +161,14 @@ class AdapterFolder:
         """The weights that are changed, by container path: names without a suffix."""
         names: dict[str, dict[str, None]] = {}
         for key in self.files.entries:
-            if MARK in key:
-                path, _, name = key.removesuffix(_suffix(key)).removeprefix(KEY_PREFIX).rpartition(MARK)
+            if DELTA_KEY in key:
+                path, _, name = key.removesuffix(_suffix(key)).removeprefix(KEY_PREFIX).rpartition(DELTA_KEY)
                 names.setdefault(path, {})[name] = None
         return {path: list(own) for path, own in names.items()}
 
     def delta(self, path: str, name: str) -> Tensor | None:
         """A weight's delta `[n, ...]`, as far as it is known without the base; None for effective rows."""
-        keys = {suffix: f"{KEY_PREFIX}{path}{MARK}{name}{suffix}" for suffix in self._suffixes}
+        keys = {suffix: f"{KEY_PREFIX}{path}{DELTA_KEY}{name}{suffix}" for suffix in self._suffixes}
         if self.config.storage == "rows" or not self.files.entries.keys() >= set(keys.values()):
             return None
         return self.decoded({suffix: self.files.read(key) for suffix, key in keys.items()})
@@ -193,7 +190,7 @@ class AdapterFolder:
 
     def other_tensors(self) -> list[str]:
         """Keys of tensors that are no experts' changes: those of `modules_to_save`."""
-        return [key for key in self.files.entries if MARK not in key]
+        return [key for key in self.files.entries if DELTA_KEY not in key]
 
     def _length(self, num_codes: int) -> int:
         """How many codes of few bits fit into so many bytes."""
@@ -204,14 +201,14 @@ class AdapterFolder:
         target_experts = resolve_target_experts(self.config.target_experts or {}, base.experts)
         check_num_experts((self.config.selection, self.config.base_fingerprint), target_experts, base.experts)
         selection = target_experts | {path: [0] for path in base.trained_whole(self.config)}
-        return {path: selection[path] for path in not_excluded(self.config, selection)}
+        return {path: selection[path] for path in not_excluded(self.config.module_options, selection)}
 
     def _changes_of(
         self, container: ExpertsContainer, expert_ids: list[int], stored: Mapping[str, str]
     ) -> Iterator[Change]:
         """The changes in one container; `stored` has the file's keys by themselves without the prefix."""
         for weight in container.weights:
-            name = f"{container.path}{MARK}{weight.name}"
+            name = f"{container.path}{DELTA_KEY}{weight.name}"
             keys = {suffix: stored[f"{name}{suffix}"] for suffix in self._suffixes if f"{name}{suffix}" in stored}
             if keys:  # vectors have no factors of low rank
                 yield Change(container, weight, expert_ids, self, keys)
@@ -234,13 +231,16 @@ def read_config(folder: Path) -> ESFTConfig:
         raise ValueError(f"{folder / CONFIG_NAME} is malformed: {error}") from error
 
 
-def write_adapter(
-    folder: Path, config: ESFTConfig, layout: TensorLayout, tensors: Iterable[tuple[str, Tensor]]
-) -> None:
-    """Writes an adapter, tensor by tensor."""
+def write_adapter(folder: Path, config: ESFTConfig, tensors: dict[str, Tensor]) -> None:
+    """Writes an adapter for inference."""
     config.inference_mode = True
-    write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, layout, tensors)
+    write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors)
     config.save_pretrained(str(folder))
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes a safetensors file as PEFT and transformers do."""
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
 def _suffix(key: str) -> str:

@@ -15,8 +15,8 @@ from ..moe.containers import ExpertsContainer, find_experts, find_other_modules,
 from ..moe.weights import ExpertWeight, StackedWeight
 from ..tuner.config import ESFTConfig
 from ..tuner.fingerprint import EXPERTS, fingerprint
-from ..tuner.tensor_files import TensorFolder, block_shape, overwrite
 from .key_map import KeyMap, Source, mixed_weights
+from .tensor_files import TensorFolder, block_shape
 
 
 class Base:
@@ -252,21 +252,18 @@ class Base:
         return num_blocks > 1 and apart and self.keys.converts_by_expert(sources[0].parameter)
 
     def _write(self, sources: list[Source], num_blocks: int, blocks: list[int], values: Tensor, folder: Path) -> None:
-        entries = {source.key: self.files.entries[source.key] for source in sources}
-        dtype = next(iter(entries.values())).dtype
-        values = values.to(dtype)
+        values = values.to(self.files.entries[sources[0].key].dtype)
         if sources[0].pattern is None:
             key = sources[0].key
             rows = [values] if num_blocks == 1 else list(values)
             for block, row in zip(blocks, rows, strict=True):
-                overwrite(entries[key], folder / entries[key].file.name, row, num_blocks, block)
+                self.files.overwrite(key, folder, row, num_blocks, block)
             return
         keys = {(source.pattern, source.expert): source.key for source in sources}
         if sources[0].expert is None and self._is_by_expert(sources, num_blocks):
             for place, tensors in self.keys.split(sources[0].parameter, values).items():
-                entry = entries[keys[place]]
                 for block, tensor in zip(blocks, tensors, strict=True):
-                    overwrite(entry, folder / entry.file.name, tensor, num_blocks, block)
+                    self.files.overwrite(keys[place], folder, tensor, num_blocks, block)
             return
         if sources[0].expert is None:
             whole = self._whole(sources)
@@ -276,8 +273,7 @@ class Base:
                 _blocks(whole, num_blocks)[blocks] = values.reshape(len(blocks), *block_shape(whole.shape, num_blocks))
             values = whole
         for (pattern, position), tensor in self.keys.split(sources[0].parameter, values).items():
-            key = keys[pattern, None if position is None else blocks[position]]
-            overwrite(entries[key], folder / entries[key].file.name, tensor)
+            self.files.overwrite(keys[pattern, None if position is None else blocks[position]], folder, tensor)
 
 
 def _blocks(value: Tensor, num_blocks: int) -> Tensor:

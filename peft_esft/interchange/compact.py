@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
-from ..ops.encodings import FORMS, encode, stored_layout
-from ..tuner.adapter_file import MARK
-from .adapter import AdapterFolder, Change, TensorLayout, write_adapter
+from ..ops.encodings import FORMS, encode
+from ..tuner.adapter_file import DELTA_KEY
+from .adapter import AdapterFolder, Change, write_adapter
 from .base import Base
 from .folders import new_folder
 
@@ -64,14 +62,18 @@ def compact(
     else:
         adapter.check_alone()
     if form == "rows":
-        layout, tensors = _rows_layout(changes, resolved), _rows(changes, resolved)
+        tensors = {f"{change.name}_rows": change.effective(_rows_of(resolved, change)) for change in changes}
     else:
-        layout, tensors = _coded_layout(adapter, form), _coded(adapter, form)
-    for key in adapter.other_tensors():
-        layout[key] = (adapter.files.entries[key].dtype, adapter.files.entries[key].shape)
+        deltas = {key: adapter.files.read(key) for key in adapter.files.entries if DELTA_KEY in key}
+        tensors = {f"{key}{suffix}": tensor for key, d in deltas.items() for suffix, tensor in encode(form, d).items()}
+    tensors |= {key: adapter.files.read(key) for key in adapter.other_tensors()}
     with new_folder(out_dir) as folder:
-        write_adapter(folder, config, layout, tensors)
+        write_adapter(folder, config, tensors)
     return Path(out_dir)
+
+
+def _rows_of(base: Base, change: Change) -> Tensor:
+    return base.rows(change.container, change.weight, change.expert_ids).cpu()
 
 
 def _base_of(adapter: AdapterFolder) -> str:
@@ -79,36 +81,3 @@ def _base_of(adapter: AdapterFolder) -> str:
     if name is None or not Path(name).is_dir():
         raise ValueError(f"form 'rows' needs the base's weights, and {name!r} is no folder: give base=...")
     return name
-
-
-def _rows_layout(changes: list[Change], base: Base) -> TensorLayout:
-    return {f"{c.name}_rows": (base.dtype(c.container, c.weight), c.shape) for c in changes}
-
-
-def _rows(changes: list[Change], base: Base) -> Iterator[tuple[str, Tensor]]:
-    for change in changes:
-        rows = base.rows(change.container, change.weight, change.expert_ids)
-        yield f"{change.name}_rows", change.effective(rows.cpu())
-    yield from _others(changes[0].adapter)
-
-
-def _coded_layout(adapter: AdapterFolder, form: str) -> TensorLayout:
-    return {
-        f"{key}{suffix}": entry
-        for key, tensor in adapter.files.entries.items()
-        if MARK in key
-        for suffix, entry in stored_layout(form, tensor.shape, torch.float32).items()
-    }
-
-
-def _coded(adapter: AdapterFolder, form: str) -> Iterator[tuple[str, Tensor]]:
-    for key in adapter.files.entries:
-        if MARK in key:
-            for suffix, tensor in encode(form, adapter.files.read(key)).items():
-                yield f"{key}{suffix}", tensor
-    yield from _others(adapter)
-
-
-def _others(adapter: AdapterFolder) -> Iterator[tuple[str, Tensor]]:
-    for key in adapter.other_tensors():
-        yield key, adapter.files.read(key)

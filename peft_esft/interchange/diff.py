@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-from ..tuner.adapter_file import KEY_PREFIX, MARK
 from ..tuner.config import ESFTConfig
 from ..tuner.fingerprint import EXPERTS, differing_paths
-from ..tuner.targets import adapted_selection
 from .adapter import AdapterFolder
 
 
@@ -91,9 +89,8 @@ def _other_base(first: ESFTConfig, second: ESFTConfig) -> list[str]:
 
 def _changes(adapter: AdapterFolder) -> dict[str, list[int]]:
     """The experts that an adapter changes, by container; modules that are trained whole as expert 0."""
-    selection = adapted_selection(adapter.config)
-    paths = [key.removeprefix(KEY_PREFIX).rpartition(MARK)[0] for key in adapter.files.entries if MARK in key]
-    return selection | {path: [0] for path in paths if path not in selection}
+    selection = adapter.config.adapted_experts
+    return selection | {path: [0] for path in adapter.weights() if path not in selection}
 
 
 def _compare_whole(first: AdapterFolder, second: AdapterFolder) -> dict[str, list[str]]:

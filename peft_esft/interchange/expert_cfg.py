@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..moe.containers import ExpertsContainer
-from ..tuner.checks import read_json
+from ..tuner.adapter_file import read_json
 from ..tuner.config import check_target_experts
 from ..tuner.targets import resolve_container, resolve_target_experts
 

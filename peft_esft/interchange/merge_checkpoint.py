@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from ..tuner.adapter_file import KEY_PREFIX
-from ..tuner.tensor_files import INDEX_NAME, iter_other_files, overwrite
 from .adapter import AdapterFolder
 from .base import Base
 from .folders import new_folder
+from .tensor_files import INDEX_NAME, iter_other_files
 
 
 def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str | Path) -> Path:
@@ -47,8 +47,7 @@ def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str
                 raise ValueError(f"{change.name}: merged weights are not all finite, the adapter seems to be broken")
             base.overwrite(change.container, change.weight, change.expert_ids, merged, folder)
         for key, stored in replaced.items():
-            entry = base.files.entries[stored]
-            overwrite(entry, folder / entry.file.name, adapter.files.read(key).to(entry.dtype))
+            base.files.overwrite(stored, folder, adapter.files.read(key).to(base.files.entries[stored].dtype))
     return Path(out_dir)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,16 +16,15 @@ from torch import Tensor, nn
 from ..moe.containers import ExpertsContainer
 from ..moe.weights import ExpertWeight, StackedWeight
 from ..ops.deltas import add_deltas
-from ..ops.encodings import stored_layout
-from ..tuner.adapter_file import KEY_PREFIX, MARK
+from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX
 from ..tuner.config import ESFTConfig
 from ..tuner.messages import shortened
-from ..tuner.tensor_files import TensorFolder, sorted_tensor_files, write_tensors
-from .adapter import AdapterFolder, Change, TensorLayout, write_adapter
+from .adapter import AdapterFolder, write_adapter, write_tensors
 from .base import Base, task_type_of
 from .expert_cfg import EXPERT_CONFIG_NAME, expert_cfg_from_selection, read_expert_cfg, selection_from_expert_cfg
 from .folders import new_folder
 from .key_map import Source
+from .tensor_files import TensorFolder, sorted_tensor_files
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class _Target:
 
     @property
     def key(self) -> str:
-        return f"{KEY_PREFIX}{self.container.path}{MARK}{self.weight.name}"
+        return f"{KEY_PREFIX}{self.container.path}{DELTA_KEY}{self.weight.name}"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,17 +87,11 @@ def import_official(
     targets = _targets(config, resolved, keys)
     _check(files, keys, targets, resolved)
     reader = _Reader(files, keys, resolved)
+    config.storage, tensors = _adapter_tensors(reader, targets, form)
+    config.base_fingerprint = resolved.record(config.target_experts or {})
+    _warn_of_wider_files(reader, targets, resolved)
     with new_folder(out_dir) as folder:
-        chosen = _exact_form(reader, targets, form)
-        config.storage = chosen
-        config.base_fingerprint = resolved.record(config.target_experts or {})
-        _warn_of_wider_files(reader, targets, resolved)
-        layout: TensorLayout = {}
-        for target in targets:
-            dtype = reader.dtype(target)
-            for suffix, entry in stored_layout(chosen, target.shape, dtype).items():
-                layout[f"{target.key}{suffix}"] = entry
-        write_adapter(folder, config, layout, _adapter_tensors(reader, targets, chosen))
+        write_adapter(folder, config, tensors)
     return Path(out_dir)
 
 
@@ -130,14 +123,12 @@ def export_official(adapter_dir: str | Path, base: nn.Module | str | Path, out_d
         shared_experts=adapter.config.train_shared_experts,
         non_expert_modules=adapter.config.train_non_expert_modules,
     )
-    layout: TensorLayout = {}
+    tensors: dict[str, Tensor] = {}
     for change in changes:
-        dtype = resolved.dtype(change.container, change.weight)
-        empty = torch.empty(change.shape, dtype=dtype, device="meta")
-        for key, tensor in resolved.split(change.container, change.weight, change.expert_ids, empty).items():
-            layout[key] = (dtype, tuple(tensor.shape))
+        rows = change.effective(resolved.rows(change.container, change.weight, change.expert_ids).cpu())
+        tensors |= resolved.split(change.container, change.weight, change.expert_ids, rows)
     with new_folder(out_dir) as folder:
-        write_tensors(folder / "model.safetensors", layout, _official_tensors(changes, resolved))
+        write_tensors(folder / "model.safetensors", tensors)
         (folder / EXPERT_CONFIG_NAME).write_text(json.dumps(cfg, indent=1) + "\n")
     return Path(out_dir)
 
@@ -335,26 +326,30 @@ def _differs(left: Tensor, right: Tensor) -> Tensor:
     return left.contiguous().view(integers) != right.contiguous().view(integers)
 
 
-def _exact_form(reader: _Reader, targets: list[_Target], form: str) -> str:
-    """The form in which all weights are exact.
+def _adapter_tensors(reader: _Reader, targets: list[_Target], form: str) -> tuple[str, dict[str, Tensor]]:
+    """The adapter's tensors in a form in which all weights are exact, and that form.
 
     Raises:
         ValueError: if deltas are asked for and are not exact.
     """
-    if form == "rows":
-        return form
+    deltas: dict[str, Tensor] = {}
+    trained: dict[str, Tensor] = {}
     inexact = total = 0
     for target in targets:
-        trained, rows = reader.rows(target)
-        inexact += exact_delta(rows, trained)[1]
-        total += trained.numel()
+        trained[f"{target.key}_rows"], rows = reader.rows(target)
+        if form != "rows":
+            deltas[target.key], number = exact_delta(rows, trained[f"{target.key}_rows"])
+            inexact += number
+            total += rows.numel()
+    if form == "rows":
+        return form, trained
     if not inexact:
-        return "delta"
+        return "delta", deltas
     message = f"{inexact:,} of {total:,} weights have no fp32 delta that gives them bit for bit"
     if form == "delta":
         raise ValueError(f"{message}; form='rows' stores the weights themselves")
     warnings.warn(f"{message}: the adapter stores the weights themselves, for inference only", stacklevel=3)
-    return "rows"
+    return "rows", trained
 
 
 def _warn_of_wider_files(reader: _Reader, targets: list[_Target], base: Base) -> None:
@@ -366,18 +361,3 @@ def _warn_of_wider_files(reader: _Reader, targets: list[_Target], base: Base) ->
             f"loaded with dtype={dtype}",
             stacklevel=3,
         )
-
-
-def _adapter_tensors(reader: _Reader, targets: list[_Target], form: str) -> Iterator[tuple[str, Tensor]]:
-    for target in targets:
-        trained, rows = reader.rows(target)
-        if form == "rows":
-            yield f"{target.key}_rows", trained
-        else:
-            yield target.key, exact_delta(rows, trained)[0]
-
-
-def _official_tensors(changes: list[Change], base: Base) -> Iterator[tuple[str, Tensor]]:
-    for change in changes:
-        rows = change.effective(base.rows(change.container, change.weight, change.expert_ids).cpu())
-        yield from base.split(change.container, change.weight, change.expert_ids, rows).items()

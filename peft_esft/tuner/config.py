@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
+from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
 from ..ops.encodings import FORMS
 from ..scoring.scores import ExpertScores, Metric
 from ..scoring.selection import DEFAULT_TOP_P, select_experts
-from .adapter_file import Header
-from .checks import check_fields, check_finite, find_header, find_hub_header
+from .adapter_file import Header, find_header, find_hub_header
 from .model_card import write_card
+from .targets import ModuleOptions, adapted_selection
 
 
 @dataclass
@@ -113,54 +116,27 @@ class ESFTConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.ESFT
-        check_fields(self)
-        # What is adapted in the model at hand, by module path, once the adapter is attached. No field: of no meaning
-        # in a file.
+        # What is adapted in the model at hand, by module path, once the adapter is attached. Not a field of the file.
         self.adapted_paths: dict[str, list[int]] = {}
-        # What attaching this very config recorded: not read from a file with weights, so it binds no later adapter.
-        self.recorded_fingerprint: dict[str, Any] | None = None
-        # Of the weights that go with a config that was read, see `header`.
-        self._header: Header | None = None
         self._find_header: Callable[[], Header | None] | None = None
-        self._has_checked_weights = self._are_next_weights_checked = False
+        for name in ("modules_to_save", "exclude_modules"):
+            if isinstance(getattr(self, name), set | tuple):
+                setattr(self, name, sorted(getattr(self, name)))
+        if isinstance(self.alpha, int) and not isinstance(self.alpha, bool):
+            self.alpha = float(self.alpha)
+        _check_types(self)
+        _check_values(self)
         if self.target_experts is not None:
             self.target_experts = check_target_experts(self.target_experts)
-        if isinstance(self.exclude_modules, set):
-            self.exclude_modules = sorted(self.exclude_modules)
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
-        if self.storage not in FORMS:
-            raise ValueError(f"storage is {self.storage!r}; it is one of {', '.join(FORMS)}")
-        if self.storage != "delta" and self.rank is not None:
-            raise ValueError(f"storage {self.storage!r} is for full-rank adapters; with a rank it is 'delta'")
-        if self.rank is None and (self.alpha is not None or self.use_rslora):
-            raise ValueError("alpha and use_rslora scale deltas of low rank; without rank they would have no effect")
 
-    @property
-    def header(self) -> Header | None:
-        """The header of the weights that go with a config that was read, to be checked before anything is changed.
+    def pop_header(self) -> Header | None:
+        """The tensors of the weights that go with a config that was read, to be checked before anything is changed.
 
-        For a config from the Hub it is asked for when the adapter is attached: to read a config downloads no weights.
+        They are given once: to the adapter that is attached with this config. For a config from the Hub they are asked
+        for now, since reading a config downloads no weights.
         """
-        if self._find_header is not None:
-            self._header, self._find_header = self._find_header(), None
-        return self._header
-
-    def check_weights(self) -> None:
-        """Looks once at the values of the weights that go with a config that was read.
-
-        Raises:
-            ValueError: naming the first tensor that is not finite.
-        """
-        if self.header is not None and not self._has_checked_weights:
-            check_finite(self.header)
-            self._has_checked_weights = True
-        self._are_next_weights_checked = self._has_checked_weights
-
-    def pop_weights_checked(self) -> bool:
-        """True for the first weights after `check_weights`, which has looked at them, and for no others."""
-        are_checked, self._are_next_weights_checked = self._are_next_weights_checked, False
-        return are_checked
+        find, self._find_header = self._find_header, None
+        return None if find is None else find()
 
     @property
     def scaling(self) -> float:
@@ -170,15 +146,25 @@ class ESFTConfig(PeftConfig):
         alpha = self.rank if self.alpha is None else self.alpha
         return alpha / math.sqrt(self.rank) if self.use_rslora else alpha / self.rank
 
+    @property
+    def module_options(self) -> ModuleOptions:
+        """The options that say which of the selected modules are adapted."""
+        return ModuleOptions(self.exclude_modules, self.modules_to_save, self.layers_to_transform, self.layers_pattern)
+
+    @property
+    def adapted_experts(self) -> dict[str, list[int]]:
+        """The experts that the adapter changes: those of `target_experts` that the other options leave."""
+        return adapted_selection(self.module_options, self.target_experts or {})
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Saves the config, and a model card if the adapter's weights lie in the same folder.
+        """Saves the config, and a model card if the adapter's weights are in the same folder.
 
         Args:
             save_directory: the folder.
             **kwargs: see `peft.PeftConfig.save_pretrained`.
         """
         super().save_pretrained(save_directory, **kwargs)
-        write_card(Path(save_directory), self)
+        write_card(Path(save_directory), self.to_dict(), self.adapted_experts)
 
     @classmethod
     def from_pretrained(
@@ -202,7 +188,7 @@ class ESFTConfig(PeftConfig):
         if not isinstance(config, ESFTConfig) or kwargs.get("ignore_mismatched_sizes"):
             return config
         if (folder / CONFIG_NAME).is_file():
-            config._header = header
+            config._find_header = lambda: header
         else:
             download, _, _ = cls._split_kwargs(kwargs)
             name = str(pretrained_model_name_or_path)
@@ -297,6 +283,87 @@ class ESFTConfig(PeftConfig):
             "num_experts": {path: scores.containers[path].num_experts for path in target_experts},
         }
         return cls(target_experts=target_experts, selection=selection, **kwargs)
+
+
+def _check_types(config: ESFTConfig) -> None:
+    """Refuses fields that have another type than they are declared with.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    hints = get_type_hints(ESFTConfig)
+    for name in (own.name for own in fields(config) if own.name in _CHECKED):
+        value = getattr(config, name)
+        try:
+            type_validator(name, value, hints[name])
+        except TypeError as error:
+            shown = f"{repr(value)[:100]} ({type(value).__name__})"
+            expected = (
+                hints[name].__name__ if isinstance(hints[name], type) else str(hints[name]).replace("typing.", "")
+            )
+            raise ValueError(f"the config's {name} is {shown}; expected {expected}") from error
+
+
+def _check_values(config: ESFTConfig) -> None:
+    """Refuses values that have the right type and no meaning.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if config.rank is not None and config.rank < 1:
+        raise ValueError(f"the config's rank is {config.rank}; expected a positive integer, or None for full rank")
+    if config.alpha is not None and not (math.isfinite(config.alpha) and config.alpha > 0):
+        raise ValueError(f"the config's alpha is {config.alpha}; expected a finite number above 0")
+    for name in ("exclude_modules", "layers_pattern"):
+        patterns = getattr(config, name) or []
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError) as error:
+                raise ValueError(f"the config's {name} has {pattern!r}, not a regular expression: {error}") from error
+    for name in ("selection", "base_fingerprint"):
+        _check_record(name, getattr(config, name) or {})
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
+    if config.storage not in FORMS:
+        raise ValueError(f"storage is {config.storage!r}; it is one of {', '.join(FORMS)}")
+    if config.storage != "delta" and config.rank is not None:
+        raise ValueError(f"storage {config.storage!r} is for full-rank adapters; with a rank it is 'delta'")
+    if config.rank is None and (config.alpha is not None or config.use_rslora):
+        raise ValueError("alpha and use_rslora scale deltas of low rank; without rank they would have no effect")
+
+
+def _check_record(name: str, record: dict[str, Any]) -> None:
+    try:
+        json.dumps(record)
+        type_validator("num_experts", record.get("num_experts", {}), dict[str, int])
+        if name == "base_fingerprint":
+            type_validator("rows", record.get("rows", {}), dict[str, str])
+            type_validator("commit", record.get("commit", ""), str)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the config's {name} is malformed: {error}") from error
+
+
+_CHECKED = (
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "train_shared_experts",
+    "train_non_expert_modules",
+    "rank",
+    "alpha",
+    "use_rslora",
+    "modules_to_save",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "init_weights",
+    "selection",
+    "storage",
+    "base_fingerprint",
+)
+"""The fields whose types are checked: `target_experts` has a check of its own, the others are PEFT's business."""
 
 
 def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[int]]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..moe.architectures import READABLE_DTYPES
 from ..moe.containers import ExpertsContainer
 from ..moe.weights import is_spread
+from .adapter_file import is_hub_name
 from .config import ESFTConfig
-from .model_card import is_hub_name
 
 
 EXPERTS, VALUES = 4, 1024  # of each container and each weight of an expert
@@ -98,20 +98,17 @@ def compare_base(
 ) -> None:
     """Records the base's rows in the config of a new adapter; compares them with the record of an old one.
 
-    A config that is used again, for a new adapter on another base, gets another record.
-
     Raises:
         ValueError: if the rows differ and the config names another base.
     """
     # transformers leaves the commit that it loaded in this field of the model's config.
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     current = record_base(containers, target_experts, commit)
-    is_used_again = not config.inference_mode and config.recorded_fingerprint is config.base_fingerprint
-    if config.base_fingerprint is not None and not is_used_again:
+    if config.base_fingerprint is not None:
         names = (config.base_model_name_or_path, model.__dict__.get("name_or_path") or None)
         compare_bases(config.base_fingerprint, current or {}, names)
     elif not config.inference_mode:
-        config.base_fingerprint = config.recorded_fingerprint = current
+        config.base_fingerprint = current
 
 
 def compare_bases(

@@ -10,8 +10,9 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel
 
+from .adapter_file import is_hub_name
 from .config import ESFTConfig
-from .model_card import CARD_NAME, is_hub_name, write_card
+from .model_card import CARD_NAME, write_card
 
 
 def push_to_hub(
@@ -23,7 +24,7 @@ def push_to_hub(
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> CommitInfo:
-    """Uploads one adapter, with the card and the picture that `save_pretrained` writes, to the top of a repository.
+    """Uploads one adapter, with the card that `save_pretrained` writes, to the top of a repository.
 
     `PeftModel.push_to_hub` (transformers' `PushToHubMixin`) uploads the same weights, but replaces the card that was
     saved by a form to be filled in, and leaves no place for a tuner to change that.
@@ -63,7 +64,7 @@ def push_to_hub(
             (folder / CARD_NAME).write_bytes(Path(written).read_bytes())
         except EntryNotFoundError:
             pass
-        write_card(folder, config, name=repo_id)
+        write_card(folder, config.to_dict(), config.adapted_experts, name=repo_id)
         kwargs.setdefault("commit_message", "Upload ESFT adapter")
         return api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs)
 

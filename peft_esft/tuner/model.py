@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..moe.containers import ContainerKind
+from .adapter_file import DELTA_KEY
 from .config import ESFTConfig
 from .layers.expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, rows_to_file, shares_out_experts
 from .layers.fused import FusedExperts
@@ -85,7 +86,7 @@ class ESFTModel(AdapterOperations):
 
     @staticmethod
     def _check_target_module_exists(peft_config: ESFTConfig, key: str) -> Any:
-        return key in peft_config.adapted_paths and match_options(peft_config, key)
+        return key in peft_config.adapted_paths and match_options(peft_config.module_options, key)
 
     def _create_and_replace(
         self,
@@ -249,9 +250,11 @@ class ESFTModel(AdapterOperations):
         If that fails or is interrupted in the middle the model is what it was, without the adapter's config.
         """
         is_disabled = any(layer.disable_adapters for layer in self._layers())
+        config = self.peft_config[adapter_name]
+        if not any(adapter_name in layer.adapters for layer in self._layers()):
+            del self.peft_config[adapter_name]  # put there for this adapter, it goes with it after an error
         with restoring(self):
             check_adapter_name(adapter_name, model)
-            config = self.peft_config[adapter_name]
             sharing = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
             # Each adapter's config is its own: what is done to one adapter is noted in no other's.
             self.peft_config[adapter_name] = copy.deepcopy(config)
@@ -347,7 +350,9 @@ class ESFTModel(AdapterOperations):
         missing = [key for key in map(plain_key, keys) if key not in known]
         if missing:
             raise ValueError(f"the state dict has no weights of adapter {adapter_name!r} for {shortened(missing)}")
-        weights = {key: state_dict[known[key]] for key in map(plain_key, keys)}
+        weights = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        weights = {key: tensor for key, tensor in weights.items() if DELTA_KEY not in key}
+        weights |= {key: state_dict[known[key]] for key in map(plain_key, keys)}
         return rows_to_file(model, adapter_name, weights)
 
     @classmethod

@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
+from .adapter_file import check_finite_header
 from .config import ESFTConfig
 from .mixed_batch import BASE
 from .model import ESFTModel, adapters_lock
@@ -289,7 +290,9 @@ class AdapterPool:
             raise ValueError(f"{path} holds an adapter of type {config.peft_type}, not ESFT")
         config.inference_mode = True
         # Here, once: what is loaded is a copy of this config. On the Hub the header is a request.
-        config.check_weights()
+        header = config.pop_header()
+        if header is not None:
+            check_finite_header(header)
         weights = load_peft_weights(path, device="cpu", **kwargs)
         # A file that is only mapped into memory would be read when it is loaded.
         keep = torch.Tensor.pin_memory if torch.cuda.is_available() else torch.Tensor.clone

@@ -6,19 +6,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..moe.containers import ExpertsContainer, find_experts
 from ..moe.weights import is_spread
-from .adapter_file import KEY_PREFIX, MARK
-from .checks import check_finite_tensors, check_header, check_rank
+from .adapter_file import DELTA_KEY, KEY_PREFIX, check_finite, check_finite_header, check_header, check_rank
 from .config import ESFTConfig
 from .fingerprint import check_num_experts, compare_base
 from .layers.expert_parallel import ExpertParallelExperts, check_expert_parallel, shares_out_experts
 from .layers.layer import PREFIX, ESFTLayer
 from .messages import shortened
 from .mixed_batch import BASE
-from .targets import modules_trained_whole, not_excluded, resolve_target_experts
+from .targets import full_modules, not_excluded, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
 
 
@@ -72,10 +72,11 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
         else:
             check_trainable(container)
     check_rank(peft_config.rank, resolved.containers.values())
-    if peft_config.header is not None:
+    header = peft_config.pop_header()
+    if header is not None:
         selection = {path: resolved.selection[path] for path in resolved.containers}
-        check_header(peft_config, peft_config.header, selection, resolved.containers)
-        peft_config.check_weights()
+        check_header(header, peft_config.rank, peft_config.storage, selection, resolved.containers)
+        check_finite_header(header)
     compare_base(peft_config, model, resolved.experts, resolved.target_experts)
     warn_of_slow_layouts(resolved.containers.values())
     return resolved
@@ -93,7 +94,7 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
             f"{type(model).__name__} has no experts container of a known kind. ESFT needs a "
             "mixture-of-experts model whose experts are fused parameters or a list of modules beside a router."
         )
-    whole = modules_trained_whole(model, peft_config)
+    whole = full_modules(model, peft_config.train_shared_experts, peft_config.train_non_expert_modules)
     if not peft_config.target_experts and not whole:
         raise ValueError(
             "target_experts is empty, so nothing would be trained. Choose experts with "
@@ -102,7 +103,7 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     target_experts = resolve_target_experts(peft_config.target_experts or {}, experts)
     check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, experts)
     selection = {**target_experts, **{path: [0] for path in whole}}
-    containers = {path: (experts | whole)[path] for path in not_excluded(peft_config, selection)}
+    containers = {path: (experts | whole)[path] for path in not_excluded(peft_config.module_options, selection)}
     return ResolvedConfig(target_experts, selection, containers, experts)
 
 
@@ -132,7 +133,9 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
 def _reserved_names(model: nn.Module) -> set[str]:
     """The parts of names of weights: PEFT leaves out of a file what has another adapter's name among them."""
     names = {name.partition(f".{PREFIX}")[0].partition(".modules_to_save.")[0] for name, _ in model.named_parameters()}
-    return {"base_model", "model", "modules_to_save", *(part for name in names for part in name.split("."))}
+    parts = {"base_model", "model", "modules_to_save", *(part for name in names for part in name.split("."))}
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))  # another method's too
+    return parts.difference(*(layer._all_available_adapter_names() for layer in layers))
 
 
 def check_incoming(model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -151,19 +154,18 @@ def check_incoming(model: nn.Module, config: ESFTConfig, adapter_name: str, stat
     """
     every_layer = [module for module in model.modules() if isinstance(module, ESFTLayer)]
     layers = {layer.path: layer for layer in every_layer if adapter_name in layer.expert_ids}
-    found = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in state_dict.items() if MARK in key}
+    found = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in state_dict.items() if DELTA_KEY in key}
     advice = "Load it under a name of its own, or put it in this one's place with hotswap_adapter"
     if layers and not found:
         raise ValueError(f"there are no weights of an ESFT adapter for {adapter_name!r}: they are another method's")
-    if strangers := sorted({key.partition(MARK)[0] for key in found} - layers.keys()):
+    if strangers := sorted({key.partition(DELTA_KEY)[0] for key in found} - layers.keys()):
         raise ValueError(
             f"adapter {adapter_name!r} has no weights in {strangers[:4]}, for which there are some: they are another "
             f"adapter's. {advice}"
         )
     if problems := _misfits(layers.values(), adapter_name, found):
         raise ValueError(f"the weights do not fit adapter {adapter_name!r}: {shortened(problems)}. {advice}")
-    if not config.pop_weights_checked():
-        check_finite_tensors(found)
+    check_finite(found)
 
 
 def _misfits(layers: Iterable[ESFTLayer], adapter_name: str, found: Mapping[str, Tensor]) -> list[str]:

@@ -5,18 +5,15 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..moe.containers import ExpertsContainer, find_other_modules, find_shared_experts
 from .messages import shortened
-
-
-if TYPE_CHECKING:
-    from .config import ESFTConfig
 
 
 def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -> str:
@@ -65,20 +62,22 @@ def resolve_target_experts(
     return resolved
 
 
-def modules_trained_whole(model: nn.Module, peft_config: ESFTConfig) -> dict[str, ExpertsContainer]:
-    """The modules beside experts that a config asks for, each seen as one expert.
+def full_modules(
+    model: nn.Module, train_shared_experts: bool, train_non_expert_modules: bool
+) -> dict[str, ExpertsContainer]:
+    """The modules beside experts that are trained whole, each seen as one expert.
 
     Raises:
         ValueError: if there are no shared experts, but they are asked for.
     """
     whole: dict[str, ExpertsContainer] = {}
-    if peft_config.train_shared_experts:
+    if train_shared_experts:
         whole |= find_shared_experts(model)
         if not whole:
             raise ValueError(
                 f"train_shared_experts is set, but {type(model).__name__} has no shared experts; leave it out"
             )
-    if peft_config.train_non_expert_modules:
+    if train_non_expert_modules:
         others, left_out = find_other_modules(model)
         whole |= others
         if left_out:
@@ -90,66 +89,68 @@ def modules_trained_whole(model: nn.Module, peft_config: ESFTConfig) -> dict[str
     return whole
 
 
-def match_options(peft_config: ESFTConfig, path: str) -> Any:
-    """What PEFT's matcher says of a container, by `exclude_modules`, `layers_to_transform` and the like."""
+@dataclass(frozen=True)
+class ModuleOptions:
+    """PEFT's options that say which of the selected modules are adapted, see `ESFTConfig`."""
+
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+
+def match_options(options: ModuleOptions, path: str) -> Any:
+    """What PEFT's matcher says of a module."""
     # The matcher looks at its options only for targets that are named by their ending.
     view = SimpleNamespace(
         target_modules=[path.rpartition(".")[2]],
-        exclude_modules=peft_config.exclude_modules,
-        modules_to_save=peft_config.modules_to_save,
-        layers_to_transform=peft_config.layers_to_transform,
+        exclude_modules=options.exclude_modules,
+        modules_to_save=options.modules_to_save,
+        layers_to_transform=options.layers_to_transform,
         # Like PEFT's default, which overlooks a list of layers at the top of the model, as in one without a head.
-        layers_pattern=peft_config.layers_pattern or r"[^.]+",
+        layers_pattern=options.layers_pattern or r"[^.]+",
     )
     return check_target_module_exists(view, path)
 
 
-def adapted_selection(
-    peft_config: ESFTConfig, selection: Mapping[str, list[int]] | None = None
-) -> dict[str, list[int]]:
-    """The experts that an adapter trains: those of `target_experts` that the config's other options leave.
+def adapted_selection(options: ModuleOptions, selection: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The experts of a selection that the options leave.
 
-    A key that is the index of a layer has no path to match: only `layers_to_transform` can be told of it, and that not
-    if `layers_pattern` says to count something else.
+    A key that is the index of a layer has no path to match: only `layers_to_transform` says something of it, unless
+    `layers_pattern` says to count something else.
 
     Args:
-        peft_config: of the adapter.
-        selection: to use instead of the config's, for example one whose keys are resolved.
-
-    Returns:
-        `{path or index of a layer: expert ids}`; empty if there are none.
+        options: of the config.
+        selection: `{path or index of a layer: expert ids}`.
     """
-    selection = (peft_config.target_experts or {}) if selection is None else selection
     return {
-        key: ids
-        for key, ids in selection.items()
-        if (_leaves_layer if key.isdigit() else _leaves_path)(peft_config, key)
+        key: ids for key, ids in selection.items() if (_leaves_layer if key.isdigit() else _leaves_path)(options, key)
     }
 
 
-def _leaves_path(peft_config: ESFTConfig, path: str) -> bool:
+def _leaves_path(options: ModuleOptions, path: str) -> bool:
     # PEFT marks an excluded module by an object, which is true as a bool.
-    return match_options(peft_config, path) is True
+    return match_options(options, path) is True
 
 
-def _leaves_layer(peft_config: ESFTConfig, index: str) -> bool:
-    layers = peft_config.layers_to_transform
-    if layers is None or peft_config.layers_pattern:
+def _leaves_layer(options: ModuleOptions, index: str) -> bool:
+    layers = options.layers_to_transform
+    if layers is None or options.layers_pattern:
         return True
     return int(index) in ([layers] if isinstance(layers, int) else layers)
 
 
-def not_excluded(peft_config: ESFTConfig, selection: Mapping[str, list[int]]) -> list[str]:
-    """The containers of a selection that the config's other options leave.
+def not_excluded(options: ModuleOptions, selection: Mapping[str, list[int]]) -> list[str]:
+    """The modules of a selection that the options leave.
 
     Raises:
         ValueError: if they leave none.
     """
-    chosen = [path for path in selection if _leaves_path(peft_config, path)]
+    chosen = [path for path in selection if _leaves_path(options, path)]
     if not chosen:
         raise ValueError(
-            f"exclude_modules={peft_config.exclude_modules}, modules_to_save={peft_config.modules_to_save} and "
-            f"layers_to_transform={peft_config.layers_to_transform} leave none of the {len(selection)} "
-            "containers of target_experts"
+            f"exclude_modules={options.exclude_modules}, modules_to_save={options.modules_to_save} and "
+            f"layers_to_transform={options.layers_to_transform} leave none of the {len(selection)} "
+            "modules that are selected"
         )
     return chosen

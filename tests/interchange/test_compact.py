@@ -109,7 +109,7 @@ def test_every_loader_reads_every_form(form, adapter):
             assert all(torch.equal(value, rows[key]) for key, value in effective(model).items()), name
         for layer in model.modules():
             if isinstance(layer, ESFTLayer):
-                assert layer._adapter_tensors("down_proj", "default")[0].dtype != torch.float32
+                assert all(tensor.dtype != torch.float32 for tensor in layer.tensors_of("default").values())
 
 
 @pytest.mark.parametrize("form", SMALL)

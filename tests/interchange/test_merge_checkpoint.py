@@ -190,7 +190,7 @@ def break_experts(adapter):
     [
         (break_shapes, "expected is torch.float32"),
         (break_values, "holds a NaN or an infinity"),
-        (break_names, r"gate_up_proj is missing.*up_gate_proj is none of this model and selection"),
+        (break_names, r"gate_up_proj is missing.*up_gate_proj is not selected, or not in this model"),
         (leave_out_a_layer, r"layers\.1\.mlp\.experts\.esft_\w+ is missing"),
         (break_layers, "is not the path of an experts container"),
         (break_experts, r"has 8 experts.*there are none of id \[8\]"),

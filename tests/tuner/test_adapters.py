@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from peft_esft import ESFTConfig, ESFTLayer, find_experts
+from peft_esft.tuner.untrained import untrained_experts
 
 from families import tiny_model
 from oracle import SELECTION, config_for, deltas_of, random_tokens, select_in_all, task_loss
@@ -475,7 +476,7 @@ def test_experts_without_tokens_are_reported_after_training(tmp_path):
     for seed in range(20):
         task_loss(model(input_ids=random_tokens(8, 30, seed))[0]).backward()
     torch.optim.AdamW(model.parameters(), lr=1e-3).step()
-    assert all(not layer.untrained_experts("default") for layer in layers(model))
+    assert all(not untrained_experts(layer, "default") for layer in layers(model))
 
 
 def test_injecting_without_a_peft_model():
@@ -548,19 +549,6 @@ def test_effective_rows_follow_every_change_of_delta_or_base(change):
     after = logits(model)
     assert not torch.allclose(after, before)
     torch.testing.assert_close(after, logits(copy.deepcopy(model).merge_and_unload()))
-
-
-def test_effective_rows_of_a_frozen_adapter_are_computed_once(monkeypatch):
-    model = frozen_adapter()
-    computed = []
-    original = ESFTLayer.effective_rows
-    monkeypatch.setattr(ESFTLayer, "effective_rows", lambda *args: computed.append(args) or original(*args))
-    for _ in range(3):
-        logits(model)
-    assert len(computed) == 4  # two layers of two weights
-    model.to(torch.bfloat16)
-    logits(model)
-    assert len(computed) == 8
 
 
 def test_effective_rows_follow_an_optimizer_that_leaves_versions_alone():

@@ -129,7 +129,7 @@ def test_ids_and_last_logits_have_a_row_for_each_sample():
 
 def test_nothing_is_known_outside_of_the_model_s_calls_and_after_those_that_ended_by_an_error():
     inner, outer = nn.Identity(), nn.Identity()
-    batch = AdapterBatch(["a", "b"], {}, outer)
+    batch = AdapterBatch(["a", "b"], {}, outer, is_counted=True)
     rows = torch.zeros(2, 3, 8)
     with pytest.raises(ValueError, match=r"experts sees a tensor of shape \[2, 3, 8\]"):
         batch.adapter_of_row(rows, inner, "experts")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,13 +10,10 @@ from torch import Tensor
 from ...moe.weights import StackedWeight
 from ...ops.deltas import add_deltas, rows_with_delta
 from ...ops.encodings import decode
+from .records import AdapterLayer
 
 
-if TYPE_CHECKING:
-    from .layer import ESFTLayer
-
-
-def delta_weight(layer: ESFTLayer, adapter_name: str, weight_name: str) -> Tensor | None:
+def delta_weight(layer: AdapterLayer, adapter_name: str, weight_name: str) -> Tensor | None:
     """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
     adapter = layer.adapters[adapter_name]
     if adapter.storage == "delta":
@@ -35,7 +31,7 @@ def delta_weight(layer: ESFTLayer, adapter_name: str, weight_name: str) -> Tenso
     return delta if adapter.factor == 1 else adapter.factor * delta
 
 
-def effective_rows(layer: ESFTLayer, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
+def effective_rows(layer: AdapterLayer, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
     """The rows `W + delta` of a weight for the experts of some adapters, `[n, ...]` in the base's dtype.
 
     The sum is taken in the wider of the dtypes, over all adapters, and rounded once. It is differentiable in the
@@ -53,13 +49,13 @@ def effective_rows(layer: ESFTLayer, weight_name: str, adapter_names: Sequence[s
         slots = layer.tables(adapter_names)[1][0].to(rows.device)
         places = [slots[layer.tables([name])[0].to(rows.device)] - layer.num_experts for name, _ in changes]
         return add_deltas(rows, [(place, delta) for place, (_, delta) in zip(places, changes, strict=True)])
-    if changes and isinstance(weight, StackedWeight) and not layer.merged:
+    if changes and isinstance(weight, StackedWeight) and layer.merge_record is None:
         whole = weight.whole(base)
         return rows_with_delta(whole, layer.tables(adapter_names)[0].to(whole.device), changes[0][1])
     return add_deltas(base_rows(layer, weight_name, adapter_names), [(None, delta) for _, delta in changes])
 
 
-def effective_row(layer: ESFTLayer, weight_name: str, adapter_names: Sequence[str], expert_id: int) -> Tensor:
+def effective_row(layer: AdapterLayer, weight_name: str, adapter_names: Sequence[str], expert_id: int) -> Tensor:
     """The effective row `[...]` of one expert, which at least one of the adapters changes; see `effective_rows`."""
     row = layer.weights[weight_name].rows(layer.get_base_layer(), [expert_id])[0]
     changes = []
@@ -71,7 +67,7 @@ def effective_row(layer: ESFTLayer, weight_name: str, adapter_names: Sequence[st
     return add_deltas(row, changes)
 
 
-def base_rows(layer: ESFTLayer, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
+def base_rows(layer: AdapterLayer, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
     """A copy of the base's own rows for the experts of some adapters, `[n, ...]`, also while adapters are merged."""
     ids = layer.union_of_experts(adapter_names)
     rows = layer.weights[weight_name].read(layer.get_base_layer(), ids)

@@ -12,17 +12,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ops.split_forward import expert_slots
 from .modes import plain_modes
-
-
-if TYPE_CHECKING:
-    from .layer import ESFTLayer
+from .records import AdapterLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +92,7 @@ class MixedRows:
         return {name: rows[start : start + len(self.expert_ids[place])] for name, rows in self.rows.items()}
 
 
-def mixed_rows(layer: ESFTLayer, adapters: Sequence[str]) -> MixedRows | None:
+def mixed_rows(layer: AdapterLayer, adapters: Sequence[str]) -> MixedRows | None:
     """The rows of some adapters in a layer, computed or held; None if all of them leave the layer as it is."""
     hold = current_hold()
     if hold is None:
@@ -106,7 +103,7 @@ def mixed_rows(layer: ESFTLayer, adapters: Sequence[str]) -> MixedRows | None:
     return hold.mixed[key]
 
 
-def _mixed_rows(layer: ESFTLayer, adapters: Sequence[str]) -> MixedRows | None:
+def _mixed_rows(layer: AdapterLayer, adapters: Sequence[str]) -> MixedRows | None:
     here = layer.adapters_here(adapters)
     if not here:
         return None
@@ -125,7 +122,7 @@ def _mixed_rows(layer: ESFTLayer, adapters: Sequence[str]) -> MixedRows | None:
     return MixedRows(rows, expert_ids, first, slots.to(layer.compute_device))
 
 
-def _is_current(layer: ESFTLayer) -> bool:
+def _is_current(layer: AdapterLayer) -> bool:
     """True if the bank has the rows of all adapters that are stored as rows, and their buffers are its views."""
     if layer.bank is None or list(layer.bank.views) != _stored_as_rows(layer):
         return False
@@ -133,17 +130,17 @@ def _is_current(layer: ESFTLayer) -> bool:
     return all(rows[weight] is view for rows, views in own for weight, view in views.items())
 
 
-def _stored_as_rows(layer: ESFTLayer) -> list[str]:
+def _stored_as_rows(layer: AdapterLayer) -> list[str]:
     return [name for name, adapter in layer.adapters.items() if adapter.storage == "rows"]
 
 
-def _starts(layer: ESFTLayer, names: Sequence[str]) -> dict[str, int]:
+def _starts(layer: AdapterLayer, names: Sequence[str]) -> dict[str, int]:
     counts = [len(layer.adapters[name].expert_ids) for name in names]
     return dict(zip(names, accumulate(counts, initial=0), strict=False))
 
 
 @plain_modes()
-def join_stored_rows(layer: ESFTLayer) -> RowBank | None:
+def join_stored_rows(layer: AdapterLayer) -> RowBank | None:
     """Makes a layer's bank anew, of the rows of all its adapters that are stored as rows; None if there are none."""
     names = _stored_as_rows(layer)
     starts, rows = _starts(layer, names), {}
@@ -152,10 +149,9 @@ def join_stored_rows(layer: ESFTLayer) -> RowBank | None:
         # One weight after another: no more than one of them is there twice.
         buffers = layer.stored(weight, "_rows")
         own = [buffers[name] for name in names]
-        rows[weight] = torch.cat(own) if len(own) > 1 else own[0]
+        rows[weight] = torch.cat(own)
         for name, old in zip(names, own, strict=True):
-            new = rows[weight][starts[name] : starts[name] + len(old)] if len(own) > 1 else old
-            views[name][weight] = buffers[name] = new
+            views[name][weight] = buffers[name] = rows[weight][starts[name] : starts[name] + len(old)]
     layer.bank = RowBank(rows, views, starts) if names else None
     layer.refresh_active()
     return layer.bank

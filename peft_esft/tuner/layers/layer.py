@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -272,7 +272,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             NotImplementedError: if the base's weights are computed from other tensors.
             RuntimeError: if they are offloaded.
         """
-        merge(self, safe_merge, adapter_names)
+        new_names = check_adapters_to_merge(self, adapter_names)
+        if new_names:
+            merge(self, new_names, safe_merge)
 
     def unmerge(self) -> None:
         """Puts the base's own rows back: it is then bit for bit what it was."""

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
 from .effective_rows import base_rows, effective_rows
 from .modes import plain_modes
-from .records import MergeRecord
-
-
-if TYPE_CHECKING:
-    from .layer import ESFTLayer
+from .records import AdapterLayer, MergeRecord
 
 
 @plain_modes()
-def merge(layer: ESFTLayer, safe_merge: bool, adapter_names: list[str] | None) -> None:
+def merge(layer: AdapterLayer, new_names: Sequence[str], safe_merge: bool) -> None:
     """Writes the effective rows of adapters into the base, see `ESFTLayer.merge`."""
-    new_names = list(dict.fromkeys(check_adapters_to_merge(layer, adapter_names)))
-    if not new_names:
-        return
     check_mergeable(layer)
     # Also those without experts here: a layer that they leave alone adds no other adapters either.
-    names = [*layer.merged_adapters, *new_names]
+    names = list(dict.fromkeys([*layer.merged_adapters, *new_names]))
     if safe_merge:
         check_finite(layer, names)
     here = layer.adapters_here(names)
@@ -36,7 +28,7 @@ def merge(layer: ESFTLayer, safe_merge: bool, adapter_names: list[str] | None) -
 
 
 @plain_modes()
-def unmerge(layer: ESFTLayer) -> None:
+def unmerge(layer: AdapterLayer) -> None:
     """Puts the base's own rows back: it is then bit for bit what it was."""
     if layer.merge_record is None:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
@@ -48,7 +40,7 @@ def unmerge(layer: ESFTLayer) -> None:
 
 
 @plain_modes()
-def restore_merge(layer: ESFTLayer, record: MergeRecord | None) -> None:
+def restore_merge(layer: AdapterLayer, record: MergeRecord | None) -> None:
     """Brings the base to what it was when `record` was the layer's, also after a merge that ended in the middle."""
     with onload_layer(layer):
         if layer.merge_record is not None:
@@ -59,7 +51,7 @@ def restore_merge(layer: ESFTLayer, record: MergeRecord | None) -> None:
     layer.refresh_active()
 
 
-def check_finite(layer: ESFTLayer, adapter_names: Sequence[str]) -> None:
+def check_finite(layer: AdapterLayer, adapter_names: Sequence[str]) -> None:
     """Refuses adapters whose merged rows would not be finite, each by itself or all of them together.
 
     Raises:
@@ -75,7 +67,7 @@ def check_finite(layer: ESFTLayer, adapter_names: Sequence[str]) -> None:
             raise ValueError(f"NaNs detected in the merged weights. The {who} to be broken ({where})")
 
 
-def check_mergeable(layer: ESFTLayer) -> None:
+def check_mergeable(layer: AdapterLayer) -> None:
     """Refuses to write to weights that are computed from other tensors, or are not loaded.
 
     Raises:
@@ -97,7 +89,7 @@ def check_mergeable(layer: ESFTLayer) -> None:
                 )
 
 
-def _write_merged(layer: ESFTLayer, names: Sequence[str], originals: dict[str, Tensor]) -> None:
+def _write_merged(layer: AdapterLayer, names: Sequence[str], originals: dict[str, Tensor]) -> None:
     here = layer.adapters_here(names)
     merged = {name: effective_rows(layer, name, here) for name in originals}
     # Noted before the first row is written: from then on the base can be restored.
@@ -106,6 +98,6 @@ def _write_merged(layer: ESFTLayer, names: Sequence[str], originals: dict[str, T
     layer.refresh_active()
 
 
-def _write(layer: ESFTLayer, expert_ids: Sequence[int], rows: dict[str, Tensor]) -> None:
+def _write(layer: AdapterLayer, expert_ids: Sequence[int], rows: dict[str, Tensor]) -> None:
     for name, values in rows.items():
         layer.weights[name].write(layer.get_base_layer(), expert_ids, values)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 
-
-if TYPE_CHECKING:
-    from .layer import ESFTLayer
+from .records import AdapterLayer
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -27,7 +25,7 @@ def compute_device(module: nn.Module, parameter: nn.Parameter) -> torch.device:
 
 
 @contextmanager
-def onloaded(layer: ESFTLayer, base_layer: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+def onloaded(layer: AdapterLayer, base_layer: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Has the weights of a module, of adapters and of no other module where they are computed with.
 
     Args:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
+
+from ...moe.weights import ExpertWeight
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,37 @@ class MergeRecord:
     names: tuple[str, ...]
     expert_ids: tuple[int, ...]
     rows: dict[str, Tensor]
+
+
+class AdapterLayer(Protocol):
+    """What the files below `layer.py` use of an `ESFTLayer`, where each member is documented."""
+
+    path: str
+    weights: dict[str, ExpertWeight]
+    num_experts: int
+    num_identity_experts: int
+    adapters: dict[str, LayerAdapter]
+    merge_record: MergeRecord | None
+    bank: Any
+
+    @property
+    def merged_adapters(self) -> list[str]: ...
+    @property
+    def compute_device(self) -> torch.device: ...
+    def get_base_layer(self) -> nn.Module: ...
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
+    def adapters_here(self, adapter_names: Sequence[str]) -> list[str]: ...
+    def union_of_experts(self, adapter_names: Sequence[str]) -> list[int]: ...
+    def tables(self, adapter_names: Sequence[str]) -> tuple[Tensor, Tensor]: ...
+    def tensors_of(self, adapter_name: str) -> dict[str, Tensor]: ...
+    def stored(self, weight_name: str, suffix: str) -> Any: ...
+    def stored_rows_of(self, adapter_name: str) -> dict[str, Tensor]: ...
+    def is_stored_as_rows(self, adapter_names: Sequence[str]) -> bool: ...
+    def delta_parameters(self, weight_name: str, adapter_name: str) -> list[nn.Parameter]: ...
+    def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None: ...
+    def rows_of(self, adapter_name: str) -> dict[str, Tensor]: ...
+    def onloaded(self, adapter_names: Sequence[str]) -> AbstractContextManager[Any]: ...
+    def refresh_active(self) -> None: ...
 
 
 class StoredTensors(BufferDict):
