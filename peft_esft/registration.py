@@ -1,6 +1,12 @@
-"""Joins PEFT's registry. The only file that touches how PEFT lists its types."""
+"""What peft_esft needs of PEFT and PEFT gives no way to: its registry of types, and what a call of it loads.
+
+The only file that touches PEFT's internals without a comment at each place.
+"""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
@@ -46,3 +52,29 @@ def register(config_cls: type, model_cls: type) -> None:
             "uninstall peft_esft if your PEFT ships its own, or start a new process if this package was imported "
             "twice."
         )
+
+
+def source_of_weights() -> tuple[str, dict[str, Any]] | None:
+    """The folder or Hub name that is being loaded further up in the call, and the arguments of its download.
+
+    PEFT and transformers hand a tuner an adapter's tensors alone, and `PeftModel.load_adapter` reads no config for a
+    name that exists. Which experts the tensors belong to is only known in the folder that they come from.
+
+    Returns:
+        None if the call does not come from one of the loaders.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        own, code = frame.f_locals, (frame.f_globals.get("__name__"), frame.f_code.co_qualname)
+        if code == ("peft.peft_model", "PeftModel.load_adapter"):
+            return str(own["model_id"]), dict(own.get("hf_hub_download_kwargs", {}))
+        if code == ("peft.peft_model", "PeftModel.from_pretrained"):
+            known = {name: own.get("kwargs", {}).get(name) for name in ("subfolder", "revision", "cache_dir", "token")}
+            return str(own["model_id"]), {name: value for name, value in known.items() if value is not None}
+        if code == ("transformers.integrations.peft", "PeftAdapterMixin.load_adapter"):
+            load_config = own.get("load_config")
+            if own.get("peft_model_id") is None or load_config is None or own.get("adapter_state_dict") is not None:
+                return None
+            return str(own["peft_model_id"]), dict(load_config.download_kwargs)
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

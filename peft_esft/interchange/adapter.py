@@ -17,7 +17,16 @@ from ..moe.containers import ExpertsContainer
 from ..moe.weights import ExpertWeight
 from ..ops.deltas import add_deltas
 from ..ops.encodings import BITS, FROZEN_SUFFIXES, SUFFIXES, decode
-from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX, check_finite_header, check_header, read_json
+from ..tuner.adapter_file import (
+    DELTA_KEY,
+    KEY_PREFIX,
+    Entries,
+    check_finite_header,
+    compare_entries,
+    delta_entries,
+    read_json,
+    write_file,
+)
 from ..tuner.config import ESFTConfig
 from ..tuner.fingerprint import check_num_experts, compare_bases
 from ..tuner.messages import shortened
@@ -105,6 +114,7 @@ class AdapterFolder:
             )
         self.files = TensorFolder([self.folder / SAFETENSORS_WEIGHTS_NAME])
         self._suffixes = ("_A", "_B") if self.config.rank is not None else SUFFIXES[self.config.storage]
+        self.config.check_file(self.files.entries)
         strange = [key for key in self.files.entries if DELTA_KEY in key and _suffix(key) not in self._suffixes]
         if strange:
             kind = f"rank {self.config.rank}" if self.config.rank is not None else f"storage {self.config.storage!r}"
@@ -120,7 +130,13 @@ class AdapterFolder:
                 is not finite; or if the base has other weights, and another name on the Hub.
         """
         ids = self._expert_ids(base)
-        check_header(self.files.entries, self.config.rank, self.config.storage, ids, base.modules)
+        expected: Entries = {}
+        for path, own in ids.items():
+            container = base.modules[path]
+            expected |= delta_entries(
+                path, container.weights, container.module, len(own), self.config.rank, self.config.storage
+            )
+        compare_entries({key: entry for key, entry in self.files.entries.items() if DELTA_KEY in key}, expected)
         check_finite_header(self.files.entries)
         stored = {key.removeprefix(KEY_PREFIX): key for key in self.files.entries}
         changes = [change for path in ids for change in self._changes_of(base.modules[path], ids[path], stored)]
@@ -234,7 +250,7 @@ def read_config(folder: Path) -> ESFTConfig:
 def write_adapter(folder: Path, config: ESFTConfig, tensors: dict[str, Tensor]) -> None:
     """Writes an adapter for inference."""
     config.inference_mode = True
-    write_tensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors)
+    write_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, config.adapted_experts)
     config.save_pretrained(str(folder))
 
 

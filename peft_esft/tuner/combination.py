@@ -112,6 +112,9 @@ def check_combinable(configs: Mapping[str, ESFTConfig]) -> None:
         ValueError: naming the adapters.
     """
     with_modules = {name: config.modules_to_save for name, config in configs.items() if config.modules_to_save}
+    with_tokens = [name for name, config in configs.items() if config.trainable_token_indices is not None]
+    if with_tokens:
+        raise ValueError(f"adapters with trainable_token_indices cannot be combined: {with_tokens}")
     if with_modules:
         raise ValueError(
             f"adapters with modules_to_save cannot be combined: {with_modules}. Train such modules by deltas, with "

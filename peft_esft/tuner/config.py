@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,12 +17,22 @@ from typing import Any, ClassVar, get_type_hints
 
 from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig
-from peft.utils import CONFIG_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from ..ops.encodings import FORMS
 from ..scoring.scores import ExpertScores, Metric
 from ..scoring.selection import DEFAULT_TOP_P, select_experts
-from .adapter_file import Header, find_header, find_hub_header
+from .adapter_file import (
+    KEY_PREFIX,
+    Header,
+    check_experts,
+    check_foreign,
+    find_header,
+    find_hub_header,
+    finish_file,
+    foreign_keys,
+    read_header,
+)
 from .model_card import write_card
 from .targets import ModuleOptions, adapted_selection
 
@@ -47,7 +59,12 @@ class ESFTConfig(PeftConfig):
         use_rslora (`bool`, *optional*, defaults to `False`):
             Scale by `alpha / sqrt(rank)` instead (arXiv 2312.03732).
         modules_to_save (`list[str]`, *optional*):
-            Further modules that are trained and saved whole, for example a classification head.
+            Further modules that are trained and saved whole, for example a classification head. Only these may be
+            in the adapter's file beside the experts' changes.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Tokens whose embeddings are trained and saved, as in `LoraConfig`: ids, or ids by the embedding's name.
+        ensure_weight_tying (`bool`, *optional*, defaults to `False`):
+            Keep tied embeddings tied where one of them is trained, as in `LoraConfig`.
         exclude_modules (`list[str]` or `str`, *optional*):
             Containers to leave out: names or path endings, or a regular expression.
         layers_to_transform (`list[int]` or `int`, *optional*):
@@ -86,6 +103,12 @@ class ESFTConfig(PeftConfig):
     use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(rank) instead."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules that are trained and saved whole."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained: ids, or ids by the embedding's name."}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Keep tied embeddings tied where one of them is trained."}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Containers to leave out: names, path endings or a regular expression."}
@@ -163,8 +186,52 @@ class ESFTConfig(PeftConfig):
             save_directory: the folder.
             **kwargs: see `peft.PeftConfig.save_pretrained`.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        write_card(Path(save_directory), self.to_dict(), self.adapted_experts)
+        folder, config = Path(save_directory), self
+        if "auto_mapping_dict" in kwargs:  # PeftModel.save_pretrained, which has just written the weights
+            config = self._described(folder)
+        PeftConfig.save_pretrained(config, save_directory, **kwargs)
+        write_card(folder, config.to_dict(), config.adapted_experts)
+
+    def check_file(self, header: Header) -> None:
+        """Refuses weights that are not this config's, as far as can be told without a model.
+
+        Args:
+            header: of the file.
+
+        Raises:
+            ValueError: if it has tensors that the config does not call for, or is noted to be of other experts.
+        """
+        check_foreign(self._foreign(header))
+        for file in {entry.file for entry in header.values()}:
+            check_experts(file, self.adapted_experts)
+
+    def _foreign(self, header: Header) -> list[str]:
+        has_tokens = self.trainable_token_indices is not None
+        return foreign_keys(header, self.modules_to_save or (), has_tokens=has_tokens)
+
+    def _described(self, folder: Path) -> ESFTConfig:
+        """The config that says all that is in the weights' file: PEFT saves resized embeddings without being asked.
+
+        They become modules of `modules_to_save`, which belong to the adapter alone.
+        """
+        header = find_header(folder, pickled=True) or {}
+        if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            finish_file(folder / SAFETENSORS_WEIGHTS_NAME, self.adapted_experts)
+            header = read_header(folder / SAFETENSORS_WEIGHTS_NAME)
+        foreign = self._foreign(header)
+        if lora := [key for key in foreign if ".lora_" in key]:
+            warnings.warn(
+                f"the model has LoRA weights beside ESFT's, {lora[0]} among them. They are in the adapter's file, "
+                "which can therefore not be loaded: PEFT saves and loads one method at a time. Save them from a "
+                "model that has no ESFT adapter",
+                stacklevel=3,
+            )
+        added = dict.fromkeys(key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in foreign if key not in lora)
+        if not added:
+            return self
+        config = copy.copy(self)
+        config.modules_to_save = [*(self.modules_to_save or []), *added]
+        return config
 
     @classmethod
     def from_pretrained(
@@ -185,9 +252,11 @@ class ESFTConfig(PeftConfig):
         folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         header = find_header(folder, pickled=pickled)
         config: ESFTConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        if not isinstance(config, ESFTConfig) or kwargs.get("ignore_mismatched_sizes"):
+        if not isinstance(config, ESFTConfig):
             return config
         if (folder / CONFIG_NAME).is_file():
+            if header is not None:
+                config.check_file(header)
             config._find_header = lambda: header
         else:
             download, _, _ = cls._split_kwargs(kwargs)
@@ -355,6 +424,8 @@ _CHECKED = (
     "alpha",
     "use_rslora",
     "modules_to_save",
+    "trainable_token_indices",
+    "ensure_weight_tying",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",

@@ -67,8 +67,9 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
 
 
 def _check_experts_only(config: Any) -> None:
-    if config.modules_to_save:
+    others = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name)]
+    if others:
         raise ValueError(
-            f"an adapter with modules_to_save={config.modules_to_save} can neither be replaced nor replace another; "
+            f"an adapter with {others[0]}={getattr(config, others[0])} can neither be replaced nor replace another; "
             "load_adapter the new one under a name of its own and delete_adapter the old one"
         )

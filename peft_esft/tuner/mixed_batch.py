@@ -9,7 +9,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -139,8 +139,8 @@ def calling_with(
                 # The same functions in every call: a compiled graph may keep them.
                 stack.callback(module.register_forward_pre_hook(_begin, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(_end).remove)
-            # PEFT's wrappers of `modules_to_save` take the names as an argument.
-            if isinstance(module, ModulesToSaveWrapper):
+            # PEFT's wrappers (modules_to_save, trainable_token_indices) take the names as an argument.
+            if isinstance(module, AuxiliaryTrainingWrapper):
                 stack.callback(module.register_forward_pre_hook(_naming(batch, path), with_kwargs=True).remove)
         yield
 
@@ -184,19 +184,24 @@ def _wrong_number(names: int, samples: int) -> ValueError:
 
 
 def check_mixes_whole_modules(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    """Refuses adapters with whole modules (`modules_to_save`) that cannot be called once for each adapter.
+    """Refuses adapters with other modules than experts that cannot be called once for each adapter.
 
     Raises:
         ValueError: naming the first module.
     """
     for path, module in model.named_modules():
-        is_asked_for = isinstance(module, ModulesToSaveWrapper) and set(module.modules_to_save) & set(adapter_names)
+        is_asked_for = isinstance(module, AuxiliaryTrainingWrapper) and _adapters_of(module) & set(adapter_names)
         if is_asked_for and not is_stateless(module.original_module, model):
             raise ValueError(
                 f"adapter_names is not supported by {path}: {type(module.original_module).__name__} may keep a state "
                 "or take rows that are no samples, so it cannot be called once for each adapter. Call the model once "
                 "for each adapter, after set_adapter(name)"
             )
+
+
+def _adapters_of(wrapper: Any) -> set[str]:
+    names: set[str] = wrapper._get_available_adapters()  # PEFT's; it has no public name
+    return names
 
 
 def is_stateless(module: nn.Module, model: nn.Module) -> bool:
@@ -216,7 +221,7 @@ def _token_embedding(model: PreTrainedModel) -> nn.Module | None:
         embedding: nn.Module | None = model.get_input_embeddings()
     except NotImplementedError:  # a model of images
         return None
-    # PEFT's wrapper of `modules_to_save` keeps the module that it is around.
+    # PEFT's wrappers keep the module that they are around.
     return getattr(embedding, "original_module", embedding)
 
 
@@ -268,7 +273,7 @@ def _end(module: nn.Module, args: Any, output: Any) -> None:
 def _naming(batch: AdapterBatch, path: str) -> Any:
     @in_this_thread
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        names = batch.names_of_rows(args[0], module, module.modules_to_save, path)
+        names = batch.names_of_rows(args[0], module, _adapters_of(module), path)
         return args, {**kwargs, "adapter_names": names}
 
     return hook

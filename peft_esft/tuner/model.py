@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import onload_layer, set_adapter
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -24,6 +25,7 @@ from .layers.listed import ListedExperts
 from .layers.merging import check_finite
 from .layers.substituted import SubstitutedExperts
 from .layers.tied import TiedLayer, update_tied_keys
+from .loading import check_file, check_incoming, header_of
 from .messages import shortened
 from .mixed_batch import (
     calling_with,
@@ -33,7 +35,7 @@ from .mixed_batch import (
     refusing_adapter_names,
 )
 from .operations import AdapterOperations
-from .preparation import check_adapter_name, check_incoming, prepare_config
+from .preparation import check_adapter_name, prepare_config
 from .restoring import restoring
 from .targets import match_options
 from .untrained import warn_of_shared_config, warn_of_unreached_experts
@@ -260,6 +262,10 @@ class ESFTModel(AdapterOperations):
             self.peft_config[adapter_name] = copy.deepcopy(config)
             self._clear_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            own = cast(ESFTConfig, self.peft_config[adapter_name])
+            header = header_of(own)
+            if header is not None:
+                check_file(model, own, adapter_name, header)
             if sharing:
                 warn_of_shared_config(self._layers(), [*sharing, adapter_name])
             if is_disabled:
@@ -311,6 +317,11 @@ class ESFTModel(AdapterOperations):
         if merge and safe_merge:
             self._check_finite(adapter_names)
         with restoring(self):
+            if not merge:
+                # Without their names PEFT's wrappers give back what they are around, and not the adapter's copy of it.
+                for module in self.modules():
+                    if isinstance(module, AuxiliaryTrainingWrapper):
+                        module._active_adapter = []
             model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
@@ -362,6 +373,10 @@ class ESFTModel(AdapterOperations):
         check_incoming(model, config, adapter_name, state_dict)
         weights = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return rows_from_file(model, adapter_name, weights)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return plain_key(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
 def plain_key(key: str) -> str:

@@ -120,7 +120,8 @@ def revision_of(fields: Fields) -> str | None:
 def trained_besides(fields: Fields) -> list[str]:
     """What is trained beside the experts, in words."""
     kinds = {"train_shared_experts": "shared experts", "train_non_expert_modules": "all modules that are no experts"}
-    return [*(kind for name, kind in kinds.items() if fields[name]), *(fields["modules_to_save"] or [])]
+    tokens = ["embeddings of some tokens"] * (fields["trainable_token_indices"] is not None)
+    return [*(kind for name, kind in kinds.items() if fields[name]), *(fields["modules_to_save"] or []), *tokens]
 
 
 def describe_storage(fields: Fields) -> str:

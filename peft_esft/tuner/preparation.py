@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from ..moe.containers import ExpertsContainer, find_experts
-from ..moe.weights import is_spread
-from .adapter_file import DELTA_KEY, KEY_PREFIX, check_finite, check_finite_header, check_header, check_rank
+from .adapter_file import check_rank
 from .config import ESFTConfig
 from .fingerprint import check_num_experts, compare_base
-from .layers.expert_parallel import ExpertParallelExperts, check_expert_parallel, shares_out_experts
-from .layers.layer import PREFIX, ESFTLayer
-from .messages import shortened
+from .layers.expert_parallel import check_expert_parallel, shares_out_experts
+from .layers.layer import PREFIX
 from .mixed_batch import BASE
 from .targets import full_modules, not_excluded, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
@@ -56,8 +53,7 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
         model: the base, with or without adapters.
 
     Raises:
-        ValueError: if the config selects nothing, or something that this model does not have, or weights that go with
-            it do not fit.
+        ValueError: if the config selects nothing, or something that this model does not have.
         NotImplementedError: if weights that are to be trained cannot be read.
     """
     if peft_config.storage != "delta" and not peft_config.inference_mode:
@@ -72,11 +68,6 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
         else:
             check_trainable(container)
     check_rank(peft_config.rank, resolved.containers.values())
-    header = peft_config.pop_header()
-    if header is not None:
-        selection = {path: resolved.selection[path] for path in resolved.containers}
-        check_header(header, peft_config.rank, peft_config.storage, selection, resolved.containers)
-        check_finite_header(header)
     compare_base(peft_config, model, resolved.experts, resolved.target_experts)
     warn_of_slow_layouts(resolved.containers.values())
     return resolved
@@ -136,49 +127,3 @@ def _reserved_names(model: nn.Module) -> set[str]:
     parts = {"base_model", "model", "modules_to_save", *(part for name in names for part in name.split("."))}
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))  # another method's too
     return parts.difference(*(layer._all_available_adapter_names() for layer in layers))
-
-
-def check_incoming(model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Refuses weights that are not those of an adapter in the model, before the first of them is copied.
-
-    PEFT reads no config where it loads weights for a name that exists.
-
-    Args:
-        model: with adapters.
-        config: of the adapter that the weights are for.
-        adapter_name: its name.
-        state_dict: the weights, by their names in a file.
-
-    Raises:
-        ValueError: naming the first few misfits, or the first tensor that is not finite.
-    """
-    every_layer = [module for module in model.modules() if isinstance(module, ESFTLayer)]
-    layers = {layer.path: layer for layer in every_layer if adapter_name in layer.expert_ids}
-    found = {key.removeprefix(KEY_PREFIX): tensor for key, tensor in state_dict.items() if DELTA_KEY in key}
-    advice = "Load it under a name of its own, or put it in this one's place with hotswap_adapter"
-    if layers and not found:
-        raise ValueError(f"there are no weights of an ESFT adapter for {adapter_name!r}: they are another method's")
-    if strangers := sorted({key.partition(DELTA_KEY)[0] for key in found} - layers.keys()):
-        raise ValueError(
-            f"adapter {adapter_name!r} has no weights in {strangers[:4]}, for which there are some: they are another "
-            f"adapter's. {advice}"
-        )
-    if problems := _misfits(layers.values(), adapter_name, found):
-        raise ValueError(f"the weights do not fit adapter {adapter_name!r}: {shortened(problems)}. {advice}")
-    check_finite(found)
-
-
-def _misfits(layers: Iterable[ESFTLayer], adapter_name: str, found: Mapping[str, Tensor]) -> list[str]:
-    """What of some weights is not as the adapter's own tensors are."""
-    own, whole = {}, {}
-    for layer in layers:
-        tensors = {f"{layer.path}.{name}": tensor for name, tensor in layer.tensors_of(adapter_name).items()}
-        own.update(tensors)
-        if not isinstance(layer, ExpertParallelExperts):
-            # Where processes share out the weights, those at hand have another shape than the file's.
-            whole.update({key: tensor for key, tensor in tensors.items() if not is_spread(tensor)})
-    return [f"{key} is none of its tensors" for key in found if key not in own] + [
-        f"{key} is {list(tensor.shape)}, expected is {list(whole[key].shape)}"
-        for key, tensor in found.items()
-        if key in whole and tensor.shape != whole[key].shape
-    ]

@@ -173,13 +173,27 @@ def leave_out_a_layer(adapter):
     save_file({k: v for k, v in tensors.items() if ".layers.1." not in k}, adapter / "adapter_model.safetensors")
 
 
+def without_note(adapter):
+    """As files of earlier versions are: their header does not name the experts."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+
+
+def name_others(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_experts"] = {path: ids[::-1] for path, ids in config["target_experts"].items()}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
 def break_layers(adapter):
+    without_note(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["target_experts"]["model.layers.7.mlp.experts"] = [1]
     (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
 def break_experts(adapter):
+    without_note(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["target_experts"] = {path: [1, 2, 8] for path in config["target_experts"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -192,6 +206,7 @@ def break_experts(adapter):
         (break_values, "holds a NaN or an infinity"),
         (break_names, r"gate_up_proj is missing.*up_gate_proj is not selected, or not in this model"),
         (leave_out_a_layer, r"layers\.1\.mlp\.experts\.esft_\w+ is missing"),
+        (name_others, "are those of the experts .* and its config names"),
         (break_layers, "is not the path of an experts container"),
         (break_experts, r"has 8 experts.*there are none of id \[8\]"),
     ],

@@ -178,7 +178,8 @@ def test_a_tensor_is_refused_by_its_name(case, adapter, base, tmp_path):
     save_file(tensors, folder / WEIGHTS)
     error = load_or_refuse(base, folder)
     # Where all tensors of an adapter fail only some are listed, this one maybe not among them.
-    assert is_named(error, re.escape(key)), error
+    strange = [name for name in tensors if ".esft_" not in name]  # named alone, before a model is looked at
+    assert is_named(error, re.escape(strange[0] if strange else key)), error
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -1,0 +1,133 @@
+"""What is compared before an adapter's weights are copied into a model: keys, shapes, dtypes, experts, values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..moe.weights import whole_shape
+from ..registration import source_of_weights
+from .adapter_file import (
+    KEY_PREFIX,
+    Entries,
+    Header,
+    check_finite,
+    check_finite_header,
+    check_same_experts,
+    compare_entries,
+    delta_entries,
+)
+from .config import ESFTConfig
+from .layers.layer import ESFTLayer
+
+
+def expected_entries(model: nn.Module, config: ESFTConfig, adapter_name: str) -> Entries:
+    """The tensors that an adapter has in a model that it is attached to: all that a file of it may and must hold.
+
+    Args:
+        model: with the adapter.
+        config: of the adapter.
+        adapter_name: its name.
+    """
+    entries: Entries = {}
+    for name, module in model.named_modules():
+        path = name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").removeprefix(KEY_PREFIX)
+        if isinstance(module, ESFTLayer) and adapter_name in module.adapters:
+            adapter = module.adapters[adapter_name]
+            rows = len(adapter.global_ids or adapter.expert_ids)
+            entries |= delta_entries(
+                path, module.weights.values(), module.get_base_layer(), rows, config.rank, adapter.storage
+            )
+        elif isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's: modules saved whole, trained tokens
+            own = module.state_dict(keep_vars=True)
+            for key, stored in module.adapter_state_dict_load_map(adapter_name).items():
+                entries[f"{path}.{key}"] = (own[stored].dtype, whole_shape(own[stored]))
+    return entries
+
+
+def header_of(config: ESFTConfig) -> Header | None:
+    """The tensors of the file that a config was read with, or of the one that is being loaded; None if there is none.
+
+    Raises:
+        ValueError: if the file is malformed, or is not the config's.
+    """
+    header = config.pop_header()
+    if header is None and (source := source_of_weights()) is not None:
+        # transformers reads the config with PEFT's own `PeftConfig.from_pretrained`.
+        header = _read_config(*source).pop_header()
+    return header
+
+
+def check_file(model: nn.Module, config: ESFTConfig, adapter_name: str, header: Header) -> None:
+    """Refuses a file that does not hold exactly what its config calls for in a model.
+
+    Args:
+        model: to which the adapter was just attached.
+        config: of the adapter.
+        adapter_name: its name.
+        header: of the file.
+
+    Raises:
+        ValueError: naming the first few misfits, or the first tensor that is not finite.
+    """
+    compare_entries(header, expected_entries(model, config, adapter_name))
+    check_finite_header(header)
+
+
+def check_incoming(model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuses weights that are not those of an adapter in the model, before the first of them is copied.
+
+    Args:
+        model: with adapters.
+        config: of the adapter that the weights are for.
+        adapter_name: its name.
+        state_dict: the weights, by their names in a file. Those of PEFT's wrappers have the names that they have in
+            the model already.
+
+    Raises:
+        ValueError: naming the first few misfits, or the first tensor that is not finite.
+    """
+    weights = dict(state_dict)
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            path = name.removeprefix("_fsdp_wrapped_module.")  # as PEFT does
+            for key, stored in module.adapter_state_dict_load_map(adapter_name).items():
+                if f"{path}.{stored}" in weights:
+                    weights[f"{path}.{key}"] = weights.pop(f"{path}.{stored}")
+    try:
+        compare_entries(weights, expected_entries(model, config, adapter_name))
+        _check_source(model, adapter_name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Load another adapter under a name of its own, or put it in the place of {adapter_name!r} with "
+            "hotswap_adapter"
+        ) from error
+    check_finite(weights)
+
+
+def _check_source(model: nn.Module, adapter_name: str) -> None:
+    """Compares the config beside the weights with the adapter: `PeftModel.load_adapter` does not for a known name."""
+    source = source_of_weights()
+    if source is None:
+        return
+    # The weights have been read already, pickled or not.
+    config, layers = _read_config(*source, use_safetensors=False), {}
+    for module in model.modules():
+        if isinstance(module, ESFTLayer) and adapter_name in module.adapters and module.kind != "module":
+            layers[module.path] = module.adapters[adapter_name]
+    named = config.adapted_experts
+    if any(path.isdigit() for path in named):
+        return  # a config made by hand: the number of a layer says no path
+    experts = {path: adapter.global_ids or adapter.expert_ids for path, adapter in layers.items()}
+    check_same_experts(named, experts, "the weights", f"adapter {adapter_name!r}")
+    scalings = {adapter.scaling for adapter in layers.values()} - {config.scaling}
+    if scalings and config.storage == "delta":
+        raise ValueError(f"the weights are scaled by {config.scaling}, those of {adapter_name!r} by {scalings.pop()}")
+
+
+def _read_config(source: str, download: dict[str, Any], **kwargs: Any) -> ESFTConfig:
+    known = {name: download[name] for name in ("subfolder", "revision", "cache_dir", "token") if download.get(name)}
+    return ESFTConfig.from_pretrained(source, **known, **kwargs)
