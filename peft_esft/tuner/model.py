@@ -88,7 +88,8 @@ class ESFTModel(AdapterOperations):
 
     @staticmethod
     def _check_target_module_exists(peft_config: ESFTConfig, key: str) -> Any:
-        return key in peft_config.adapted_paths and match_options(peft_config.module_options, key)
+        path = plain_key(key)
+        return path in peft_config.adapted_paths and match_options(peft_config.module_options, path)
 
     def _create_and_replace(
         self,
@@ -99,6 +100,7 @@ class ESFTModel(AdapterOperations):
         parent: nn.Module,
         current_key: str,
     ) -> None:
+        current_key = plain_key(current_key)
         expert_ids = peft_config.adapted_paths.get(current_key)
         if expert_ids is None:
             raise ValueError(f"the state dict has weights for {current_key}, which target_experts does not name")
