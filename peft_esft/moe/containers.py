@@ -31,7 +31,7 @@ ContainerKind = Literal["fused", "listed", "stacked", "module"]
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleLocation:
     """Where a container stands in the model.
 
     Attributes:
@@ -68,7 +68,7 @@ class ExpertsContainer:
         refusal: why its experts cannot be trained, and what would do; None if they can.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[ModuleLocation, ...]
     kind: ContainerKind
     num_experts: int
     weights: tuple[ExpertWeight, ...] = field(repr=False)
@@ -161,13 +161,13 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
 def find_shared_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
     """Finds the experts that every token goes through, each a container of kind "module"."""
     containers = find_experts(model)
-    experts = {place.path for container in containers.values() for place in container.places}
+    experts = {location.path for container in containers.values() for location in container.places}
     if not experts:
         return {}
     found = (
-        _describe_whole(place)
-        for place in _places(_base_model(model), "", None)
-        if SHARED_EXPERTS.fullmatch(place.path.rpartition(".")[2]) and place.path not in experts
+        _describe_whole(location)
+        for location in _places(_base_model(model), "", None)
+        if SHARED_EXPERTS.fullmatch(location.path.rpartition(".")[2]) and location.path not in experts
     )
     return _join_tied(found)
 
@@ -181,9 +181,9 @@ def find_other_modules(model: nn.Module) -> tuple[dict[str, ExpertsContainer], l
     """
     base = _base_model(model)
     containers = [*find_experts(model).values(), *find_shared_experts(model).values()]
-    taken = {place.path for container in containers for place in container.places}
+    taken = {location.path for container in containers for location in container.places}
     left_out: list[str] = []
-    found = list(_walk_others(Place("", base, base, None), taken, left_out))
+    found = list(_walk_others(ModuleLocation("", base, base, None), taken, left_out))
     return _join_tied(found), left_out
 
 
@@ -192,63 +192,63 @@ def _base_model(model: nn.Module) -> nn.Module:
     return base.get_base_model() if hasattr(base, "get_base_model") else base
 
 
-def _children(place: Place) -> Iterator[Place]:
-    for name, child in place.module.named_children():
-        path = f"{place.path}.{name}" if place.path else name
-        yield Place(path, child, getattr(child, "base_layer", child), place.module)
+def _children(location: ModuleLocation) -> Iterator[ModuleLocation]:
+    for name, child in location.module.named_children():
+        path = f"{location.path}.{name}" if location.path else name
+        yield ModuleLocation(path, child, getattr(child, "base_layer", child), location.module)
 
 
-def _places(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[Place]:
+def _places(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[ModuleLocation]:
     """All modules from here on, seen through adapter layers."""
-    place = Place(path, module, getattr(module, "base_layer", module), parent)
-    yield place
-    for child in _children(place):
-        yield from _places(child.called, child.path, place.module)
+    location = ModuleLocation(path, module, getattr(module, "base_layer", module), parent)
+    yield location
+    for child in _children(location):
+        yield from _places(child.called, child.path, location.module)
 
 
 def _walk(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[ExpertsContainer]:
-    place = Place(path, module, getattr(module, "base_layer", module), parent)
-    container = _describe(place)
+    location = ModuleLocation(path, module, getattr(module, "base_layer", module), parent)
+    container = _describe(location)
     if container is not None:
         yield container
         return
-    for child in _children(place):
-        yield from _walk(child.called, child.path, place.module)
+    for child in _children(location):
+        yield from _walk(child.called, child.path, location.module)
 
 
-def _walk_others(place: Place, taken: set[str], left_out: list[str]) -> Iterator[ExpertsContainer]:
-    if place.path in taken:
+def _walk_others(location: ModuleLocation, taken: set[str], left_out: list[str]) -> Iterator[ExpertsContainer]:
+    if location.path in taken:
         return
-    own = [name for name, _ in place.module.named_parameters(recurse=False)]
-    if own and not any(path.startswith(f"{place.path}.") for path in taken):
-        yield _describe_whole(place)
+    own = [name for name, _ in location.module.named_parameters(recurse=False)]
+    if own and not any(path.startswith(f"{location.path}.") for path in taken):
+        yield _describe_whole(location)
         return
-    left_out += [f"{place.path}.{name}" if place.path else name for name in own]
-    for child in _children(place):
+    left_out += [f"{location.path}.{name}" if location.path else name for name in own]
+    for child in _children(location):
         yield from _walk_others(child, taken, left_out)
 
 
-def _describe(place: Place) -> ExpertsContainer | None:
+def _describe(location: ModuleLocation) -> ExpertsContainer | None:
     """Describes a module if it is an experts container; None otherwise."""
-    known = KNOWN_CONTAINERS.get(type(place.module).__name__)
-    layout = _fused_layout(place.module) if known is None else None
+    known = KNOWN_CONTAINERS.get(type(location.module).__name__)
+    layout = _fused_layout(location.module) if known is None else None
     if layout is not None:
-        return _describe_fused(place, layout)
+        return _describe_fused(location, layout)
     if known is not None and known.weights:
-        return _describe_stacked(place, known)
-    if known is not None or _is_list_of_experts(place):
-        return _describe_listed(place, known)
+        return _describe_stacked(location, known)
+    if known is not None or _is_list_of_experts(location):
+        return _describe_listed(location, known)
     return None
 
 
-def _describe_fused(place: Place, layout: ExpertsLayout) -> ExpertsContainer:
+def _describe_fused(location: ModuleLocation, layout: ExpertsLayout) -> ExpertsContainer:
     up_proj = "gate_up_proj" if layout.has_gate else "up_proj"
     names = [up_proj, "down_proj"]
     if layout.has_bias:
         names += [f"{up_proj}_bias", "down_proj_bias"]
-    num_experts = whole_shape(place.module.down_proj)[0]
+    num_experts = whole_shape(location.module.down_proj)[0]
     return ExpertsContainer(
-        places=(place,),
+        places=(location,),
         kind="fused",
         num_experts=num_experts,
         weights=tuple(StackedWeight(name, name, num_experts) for name in names),
@@ -257,28 +257,30 @@ def _describe_fused(place: Place, layout: ExpertsLayout) -> ExpertsContainer:
     )
 
 
-def _describe_stacked(place: Place, known: KnownContainer) -> ExpertsContainer:
-    num_experts = place.module.num_experts
+def _describe_stacked(location: ModuleLocation, known: KnownContainer) -> ExpertsContainer:
+    num_experts = location.module.num_experts
     return ExpertsContainer(
-        places=(place,),
+        places=(location,),
         kind="stacked",
         num_experts=num_experts,
         weights=tuple(
             StackedWeight(name, path, num_experts, known.form)
             for name, path in known.weights.items()
-            if hasattr(place.module, path.partition(".")[0])
+            if hasattr(location.module, path.partition(".")[0])
         ),
         routing=known.routing,
         refusal=known.refusal,
     )
 
 
-def _describe_listed(place: Place, known: KnownContainer | None) -> ExpertsContainer:
-    modules = {name: child for name, child in place.module.named_children() if any(True for _ in child.parameters())}
+def _describe_listed(location: ModuleLocation, known: KnownContainer | None) -> ExpertsContainer:
+    modules = {
+        name: child for name, child in location.module.named_children() if any(True for _ in child.parameters())
+    }
     experts = tuple(modules)
-    routing = known.routing if known else _router_beside(place)
+    routing = known.routing if known else _router_beside(location)
     return ExpertsContainer(
-        places=(place,),
+        places=(location,),
         kind="listed",
         num_experts=len(experts),
         weights=tuple(_listed_weights(modules[experts[0]], experts)),
@@ -286,10 +288,10 @@ def _describe_listed(place: Place, known: KnownContainer | None) -> ExpertsConta
     )
 
 
-def _describe_whole(place: Place) -> ExpertsContainer:
-    names = [name for name, _ in place.module.named_parameters()]
+def _describe_whole(location: ModuleLocation) -> ExpertsContainer:
+    names = [name for name, _ in location.module.named_parameters()]
     return ExpertsContainer(
-        places=(place,),
+        places=(location,),
         kind="module",
         num_experts=1,
         weights=tuple(StackedWeight(_weight_name(name), name, 1, "single") for name in names),
@@ -309,11 +311,15 @@ def _fused_layout(module: Any) -> ExpertsLayout | None:
     )
 
 
-def _is_list_of_experts(place: Place) -> bool:
+def _is_list_of_experts(location: ModuleLocation) -> bool:
     """True for a list of equal feed-forward modules beside a router, whose weight is `[E, H]`."""
-    if not isinstance(place.module, nn.ModuleList | nn.ModuleDict) or len(place.module) < 2 or place.parent is None:
+    if (
+        not isinstance(location.module, nn.ModuleList | nn.ModuleDict)
+        or len(location.module) < 2
+        or location.parent is None
+    ):
         return False
-    experts = list(place.module.children())
+    experts = list(location.module.children())
     shapes = {tuple((name, p.shape) for name, p in expert.named_parameters()) for expert in experts}
     if len({type(expert) for expert in experts}) > 1 or len(shapes) > 1 or not next(iter(shapes)):
         return False
@@ -321,15 +327,15 @@ def _is_list_of_experts(place: Place) -> bool:
         re.fullmatch(r"(\w+\.)?(weight|bias)", name) and p.dim() <= 2 for name, p in experts[0].named_parameters()
     ):
         return False
-    beside = (child for child in place.parent.children() if child is not place.called)
+    beside = (child for child in location.parent.children() if child is not location.called)
     return any(p.dim() == 2 and p.shape[0] == len(experts) for child in beside for p in child.parameters())
 
 
-def _router_beside(place: Place) -> RoutingSource | None:
+def _router_beside(location: ModuleLocation) -> RoutingSource | None:
     """The router of a list of experts, if it returns its choice and not just its logits."""
-    for name, child in place.parent.named_children():
-        weights = [p for p in child.parameters() if p.dim() == 2 and p.shape[0] == len(place.module)]
-        if child is not place.called and weights and not isinstance(child, nn.Linear):
+    for name, child in location.parent.named_children():
+        weights = [p for p in child.parameters() if p.dim() == 2 and p.shape[0] == len(location.module)]
+        if child is not location.called and weights and not isinstance(child, nn.Linear):
             return RoutingSource(read_router_result, watched=name, of_result=True)
     return None
 
