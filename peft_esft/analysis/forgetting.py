@@ -11,8 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..scoring.batches import check_batch, is_encoder_decoder, to_device, with_decoder_inputs
-from ..scoring.eval_mode import eval_mode
+from ..scoring.batches import check_batch, eval_mode, is_encoder_decoder, to_device, with_decoder_inputs
 from ..scoring.token_streams import IGNORED_LABEL
 
 

@@ -1,4 +1,4 @@
-"""`peft-esft`, the command line."""
+"""The command line `peft-esft`."""
 
 from .main import main
 

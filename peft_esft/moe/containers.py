@@ -1,17 +1,17 @@
-"""Finds the experts containers of a model and describes each: path, kind, weights, layout, number of experts, router.
+"""Finds the containers of experts in a model, and describes the weights, the layout and the router of each.
 
-A container is recognised by what it is, never by the name of its module. What has to be known of an architecture is
-data in `architectures.py`.
+A container is recognised by its parameters and its class, never by the name of its module. Facts about single
+architectures are data in `architectures.py`.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from .architectures import (
@@ -31,13 +31,13 @@ ContainerKind = Literal["fused", "listed", "stacked", "module"]
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a container stands in the model.
+class ModuleLocation:
+    """The location of a module in the model.
 
     Attributes:
         path: the module's path, without the prefix of a PEFT wrapper.
-        called: the module that the forward pass calls: an adapter layer around the container if there is one.
-        module: the container itself.
+        called: the module that the forward pass calls: an adapter layer around the module if there is one.
+        module: the module itself.
         parent: the module that holds it.
     """
 
@@ -51,24 +51,33 @@ class Place:
         watched: nn.Module = self.called if source.watched == "container" else getattr(self.parent, source.watched)
         return watched
 
+    def path_of(self, name: str) -> str:
+        """The path of something in the module."""
+        return f"{self.path}.{name}" if self.path else name
+
+    def children(self) -> Iterator[ModuleLocation]:
+        """The modules in this module."""
+        for name, child in self.module.named_children():
+            yield ModuleLocation(self.path_of(name), child, getattr(child, "base_layer", child), self.module)
+
 
 @dataclass(frozen=True)
 class ExpertsContainer:
-    """One module that holds the routed experts of one layer.
+    """A module that holds the routed experts of a layer.
 
     Attributes:
-        places: where it stands; more than one if other modules share all of its weights.
+        places: locations of the module; there are several if other modules share all of its weights.
         kind: "fused" for experts in fused 3-D parameters behind `forward(hidden_states, top_k_index, top_k_weights)`;
-            "listed" for a list of experts in modules of their own; "stacked" for any other layout with the experts on
-            one dimension of a parameter; "module" for a module trained whole, as if it were one expert.
-        num_experts: routed experts that have weights.
+            "listed" for a list of experts that are modules; "stacked" for any other layout with the experts on one
+            dimension of a parameter; "module" for a module that is trained whole, as if it were one expert.
+        num_experts: number of routed experts that have weights.
         weights: how each weight of the experts is stored.
         layout: the flags of fused experts.
-        routing: where the routing can be seen; None if only the calls of the single experts can.
-        refusal: why its experts cannot be trained, and what would do; None if they can.
+        routing: where the routing can be seen; None if only the calls of the single experts can be seen.
+        refusal: why the experts cannot be trained, and what to do instead; None if they can be trained.
     """
 
-    places: tuple[Place, ...]
+    places: tuple[ModuleLocation, ...]
     kind: ContainerKind
     num_experts: int
     weights: tuple[ExpertWeight, ...] = field(repr=False)
@@ -78,22 +87,22 @@ class ExpertsContainer:
 
     @property
     def path(self) -> str:
-        """The module's path in the model, without the prefix of a PEFT wrapper; the first one if it is tied."""
+        """The module's path in the model, without the prefix of a PEFT wrapper; the first path of a tied module."""
         return self.places[0].path
 
     @property
     def module(self) -> Any:
-        """The module itself; the base module where an adapter layer is wrapped around it."""
+        """The module itself, without an adapter layer around it."""
         return self.places[0].module
 
     @property
     def wrapper_or_module(self) -> Any:
-        """The module that is called in the forward pass: an adapter layer around the container if there is one."""
+        """The module that the forward pass calls: an adapter layer around the container if there is one."""
         return self.places[0].called
 
     @property
     def layer_index(self) -> int | None:
-        """The number of the layer, counted as the path counts it; None if the path has no number."""
+        """The number of the layer in the path; None if the path has no number."""
         return layer_number(self.path)
 
     @property
@@ -115,20 +124,19 @@ class ExpertsContainer:
 
     @property
     def num_identity_experts(self) -> int:
-        """Experts without weights, which have the ids from `num_experts` on and return their input."""
+        """Number of experts without weights. They have the ids from `num_experts` on and return their input."""
         return getattr(self.module, self.layout.identity_experts) if self.layout.identity_experts else 0
 
     @property
     def parameters_per_expert(self) -> int:
         """Number of weights of one expert."""
-        return sum(torch.Size(shape).numel() for shape in self.weight_shapes.values())
+        return sum(map(math.prod, self.weight_shapes.values()))
 
     @property
     def nbytes_per_expert(self) -> int:
         """Bytes of the weights of one expert."""
-        dtypes = [weight.parameters(self.module)[0].dtype for weight in self.weights]
-        shapes = self.weight_shapes.values()
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+        dtypes = {weight.name: weight.parameters(self.module)[0].dtype for weight in self.weights}
+        return sum(math.prod(shape) * dtypes[name].itemsize for name, shape in self.weight_shapes.items())
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters that hold weights of the experts."""
@@ -155,145 +163,108 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
         >>> find_experts(model)["model.layers.0.mlp.experts"].num_experts
         64
     """
-    return _join_tied(_walk(_base_model(model), "", None))
+    return _join_tied(_search(_root(model), _describe))
 
 
 def find_shared_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
     """Finds the experts that every token goes through, each a container of kind "module"."""
-    containers = find_experts(model)
-    experts = {place.path for container in containers.values() for place in container.places}
-    if not experts:
-        return {}
-    found = (
-        _describe_whole(place)
-        for place in _places(_base_model(model), "", None)
-        if SHARED_EXPERTS.fullmatch(place.path.rpartition(".")[2]) and place.path not in experts
-    )
-    return _join_tied(found)
+    experts = _paths(find_experts(model))
+
+    def describe(location: ModuleLocation) -> list[ExpertsContainer] | None:
+        is_shared = SHARED_EXPERTS.fullmatch(location.path.rpartition(".")[2]) and location.path not in experts
+        return [_describe_whole(location)] if is_shared else None
+
+    return _join_tied(_search(_root(model), describe)) if experts else {}
 
 
 def find_other_modules(model: nn.Module) -> tuple[dict[str, ExpertsContainer], list[str]]:
-    """Finds all that is neither an expert nor a shared expert, routers included.
+    """Finds all modules that are neither experts nor shared experts, routers included.
 
     Returns:
         The smallest modules that hold parameters, each a container of kind "module"; and the names of the parameters
-        that cannot be trained so, since they belong directly to a module that holds experts too.
+        that cannot be trained in this way, since they belong directly to a module that holds experts too.
     """
-    base = _base_model(model)
-    containers = [*find_experts(model).values(), *find_shared_experts(model).values()]
-    taken = {place.path for container in containers for place in container.places}
+    taken = _paths(find_experts(model)) | _paths(find_shared_experts(model))
     left_out: list[str] = []
-    found = list(_walk_others(Place("", base, base, None), taken, left_out))
-    return _join_tied(found), left_out
+
+    def describe(location: ModuleLocation) -> list[ExpertsContainer] | None:
+        if location.path in taken:
+            return []
+        own = [name for name, _ in location.module.named_parameters(recurse=False)]
+        if own and not any(path.startswith(f"{location.path}.") for path in taken):
+            return [_describe_whole(location)]
+        left_out.extend(map(location.path_of, own))
+        return None
+
+    return _join_tied(_search(_root(model), describe)), left_out
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    base: Any = model
-    return base.get_base_model() if hasattr(base, "get_base_model") else base
+def _root(model: Any) -> ModuleLocation:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return ModuleLocation("", base, getattr(base, "base_layer", base), None)
 
 
-def _children(place: Place) -> Iterator[Place]:
-    for name, child in place.module.named_children():
-        path = f"{place.path}.{name}" if place.path else name
-        yield Place(path, child, getattr(child, "base_layer", child), place.module)
+def _paths(containers: dict[str, ExpertsContainer]) -> set[str]:
+    return {location.path for container in containers.values() for location in container.places}
 
 
-def _places(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[Place]:
-    """All modules from here on, seen through adapter layers."""
-    place = Place(path, module, getattr(module, "base_layer", module), parent)
-    yield place
-    for child in _children(place):
-        yield from _places(child.called, child.path, place.module)
-
-
-def _walk(module: nn.Module, path: str, parent: nn.Module | None) -> Iterator[ExpertsContainer]:
-    place = Place(path, module, getattr(module, "base_layer", module), parent)
-    container = _describe(place)
-    if container is not None:
-        yield container
+def _search(
+    location: ModuleLocation, describe: Callable[[ModuleLocation], list[ExpertsContainer] | None]
+) -> Iterator[ExpertsContainer]:
+    """Yields what `describe` returns for a module; looks into the module where that is None."""
+    found = describe(location)
+    if found is not None:
+        yield from found
         return
-    for child in _children(place):
-        yield from _walk(child.called, child.path, place.module)
+    for child in location.children():
+        yield from _search(child, describe)
 
 
-def _walk_others(place: Place, taken: set[str], left_out: list[str]) -> Iterator[ExpertsContainer]:
-    if place.path in taken:
-        return
-    own = [name for name, _ in place.module.named_parameters(recurse=False)]
-    if own and not any(path.startswith(f"{place.path}.") for path in taken):
-        yield _describe_whole(place)
-        return
-    left_out += [f"{place.path}.{name}" if place.path else name for name in own]
-    for child in _children(place):
-        yield from _walk_others(child, taken, left_out)
-
-
-def _describe(place: Place) -> ExpertsContainer | None:
-    """Describes a module if it is an experts container; None otherwise."""
-    known = KNOWN_CONTAINERS.get(type(place.module).__name__)
-    layout = _fused_layout(place.module) if known is None else None
+def _describe(location: ModuleLocation) -> list[ExpertsContainer] | None:
+    """Describes a module if it is an experts container."""
+    known = KNOWN_CONTAINERS.get(type(location.module).__name__)
+    layout = _fused_layout(location.module) if known is None else None
     if layout is not None:
-        return _describe_fused(place, layout)
+        return [_describe_fused(location, layout)]
     if known is not None and known.weights:
-        return _describe_stacked(place, known)
-    if known is not None or _is_list_of_experts(place):
-        return _describe_listed(place, known)
+        return [_describe_stacked(location, known)]
+    if known is not None or _is_list_of_experts(location):
+        return [_describe_listed(location, known)]
     return None
 
 
-def _describe_fused(place: Place, layout: ExpertsLayout) -> ExpertsContainer:
+def _describe_fused(location: ModuleLocation, layout: ExpertsLayout) -> ExpertsContainer:
     up_proj = "gate_up_proj" if layout.has_gate else "up_proj"
     names = [up_proj, "down_proj"]
     if layout.has_bias:
         names += [f"{up_proj}_bias", "down_proj_bias"]
-    num_experts = whole_shape(place.module.down_proj)[0]
-    return ExpertsContainer(
-        places=(place,),
-        kind="fused",
-        num_experts=num_experts,
-        weights=tuple(StackedWeight(name, name, num_experts) for name in names),
-        layout=layout,
-        routing=STANDARD_CALL,
+    num_experts = whole_shape(location.module.down_proj)[0]
+    weights = tuple(StackedWeight(name, name, num_experts) for name in names)
+    return ExpertsContainer((location,), "fused", num_experts, weights, layout=layout, routing=STANDARD_CALL)
+
+
+def _describe_stacked(location: ModuleLocation, known: KnownContainer) -> ExpertsContainer:
+    num_experts = location.module.num_experts
+    weights = tuple(
+        StackedWeight(name, path, num_experts, known.form)
+        for name, path in known.weights.items()
+        if hasattr(location.module, path.partition(".")[0])
     )
+    return ExpertsContainer((location,), "stacked", num_experts, weights, routing=known.routing, refusal=known.refusal)
 
 
-def _describe_stacked(place: Place, known: KnownContainer) -> ExpertsContainer:
-    num_experts = place.module.num_experts
-    return ExpertsContainer(
-        places=(place,),
-        kind="stacked",
-        num_experts=num_experts,
-        weights=tuple(
-            StackedWeight(name, path, num_experts, known.form)
-            for name, path in known.weights.items()
-            if hasattr(place.module, path.partition(".")[0])
-        ),
-        routing=known.routing,
-        refusal=known.refusal,
-    )
+def _describe_listed(location: ModuleLocation, known: KnownContainer | None) -> ExpertsContainer:
+    children = dict(location.module.named_children())
+    experts = tuple(name for name, child in children.items() if any(True for _ in child.parameters()))
+    weights = _listed_weights(children[experts[0]], experts)
+    routing = known.routing if known else _routing_beside(location)
+    return ExpertsContainer((location,), "listed", len(experts), weights, routing=routing)
 
 
-def _describe_listed(place: Place, known: KnownContainer | None) -> ExpertsContainer:
-    modules = {name: child for name, child in place.module.named_children() if any(True for _ in child.parameters())}
-    experts = tuple(modules)
-    routing = known.routing if known else _router_beside(place)
-    return ExpertsContainer(
-        places=(place,),
-        kind="listed",
-        num_experts=len(experts),
-        weights=tuple(_listed_weights(modules[experts[0]], experts)),
-        routing=routing,
-    )
-
-
-def _describe_whole(place: Place) -> ExpertsContainer:
-    names = [name for name, _ in place.module.named_parameters()]
-    return ExpertsContainer(
-        places=(place,),
-        kind="module",
-        num_experts=1,
-        weights=tuple(StackedWeight(_weight_name(name), name, 1, "single") for name in names),
-    )
+def _describe_whole(location: ModuleLocation) -> ExpertsContainer:
+    names = [name for name, _ in location.module.named_parameters()]
+    weights = tuple(StackedWeight(_weight_name(name), name, 1, "single") for name in names)
+    return ExpertsContainer((location,), "module", 1, weights)
 
 
 def _fused_layout(module: Any) -> ExpertsLayout | None:
@@ -301,54 +272,51 @@ def _fused_layout(module: Any) -> ExpertsLayout | None:
         return None
     if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")):
         return UNFLAGGED_LAYOUTS.get(type(module).__name__)
-    return ExpertsLayout(
-        has_gate=module.has_gate,
-        has_bias=module.has_bias,
-        is_transposed=module.is_transposed,
-        has_post_expert_norm=module.has_post_expert_norm,
-    )
+    return ExpertsLayout(module.has_gate, module.has_bias, module.is_transposed, module.has_post_expert_norm)
 
 
-def _is_list_of_experts(place: Place) -> bool:
+def _is_list_of_experts(location: ModuleLocation) -> bool:
     """True for a list of equal feed-forward modules beside a router, whose weight is `[E, H]`."""
-    if not isinstance(place.module, nn.ModuleList | nn.ModuleDict) or len(place.module) < 2 or place.parent is None:
+    module = location.module
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict) or len(module) < 2 or location.parent is None:
         return False
-    experts = list(place.module.children())
-    shapes = {tuple((name, p.shape) for name, p in expert.named_parameters()) for expert in experts}
-    if len({type(expert) for expert in experts}) > 1 or len(shapes) > 1 or not next(iter(shapes)):
-        return False
-    if not all(
-        re.fullmatch(r"(\w+\.)?(weight|bias)", name) and p.dim() <= 2 for name, p in experts[0].named_parameters()
-    ):
-        return False
-    beside = (child for child in place.parent.children() if child is not place.called)
-    return any(p.dim() == 2 and p.shape[0] == len(experts) for child in beside for p in child.parameters())
+    shapes = {
+        (type(expert), *((name, p.shape) for name, p in expert.named_parameters())) for expert in module.children()
+    }
+    parameters = dict(next(module.children()).named_parameters())
+    are_plain = all(re.fullmatch(r"(\w+\.)?(weight|bias)", name) and p.dim() <= 2 for name, p in parameters.items())
+    return len(shapes) == 1 and len(parameters) > 0 and are_plain and any(_routers_beside(location))
 
 
-def _router_beside(place: Place) -> RoutingSource | None:
-    """The router of a list of experts, if it returns its choice and not just its logits."""
-    for name, child in place.parent.named_children():
-        weights = [p for p in child.parameters() if p.dim() == 2 and p.shape[0] == len(place.module)]
-        if child is not place.called and weights and not isinstance(child, nn.Linear):
-            return RoutingSource(read_router_result, watched=name, of_result=True)
-    return None
+def _routers_beside(location: ModuleLocation) -> Iterator[tuple[str, nn.Module]]:
+    """The modules beside a list of experts that have a weight `[E, H]`."""
+    for name, child in location.parent.named_children():
+        has_weight = any(p.dim() == 2 and p.shape[0] == len(location.module) for p in child.parameters())
+        if child is not location.called and has_weight:
+            yield name, child
 
 
-def _listed_weights(expert: nn.Module, experts: tuple[str, ...]) -> Iterator[ListedWeight]:
-    """The weights of experts in modules of their own, by the names that they have in the fused form of the model."""
+def _routing_beside(location: ModuleLocation) -> RoutingSource | None:
+    """The router of a list of experts, if it returns its choice. A linear layer returns only logits."""
+    names = [name for name, child in _routers_beside(location) if not isinstance(child, nn.Linear)]
+    return RoutingSource(read_router_result, watched=names[0], of_result=True) if names else None
+
+
+def _listed_weights(expert: nn.Module, experts: tuple[str, ...]) -> tuple[ListedWeight, ...]:
+    """The weights of experts that are modules, by the names that they have in the fused form of the model."""
     names = [name for name, _ in expert.named_parameters()]
     fused: dict[str, tuple[str, ...]] = {}
     for gate, up, down in GATED_PROJECTIONS:
-        if {f"{gate}.weight", f"{up}.weight", f"{down}.weight"} <= set(names):
-            for leaf, suffix in (("weight", ""), ("bias", "_bias")):
-                if f"{gate}.{leaf}" in names:
-                    fused[f"gate_up_proj{suffix}"] = (f"{gate}.{leaf}", f"{up}.{leaf}")
-                if f"{down}.{leaf}" in names:
-                    fused[f"down_proj{suffix}"] = (f"{down}.{leaf}",)
+        if not {f"{gate}.weight", f"{up}.weight", f"{down}.weight"} <= set(names):
+            continue
+        for leaf, suffix in (("weight", ""), ("bias", "_bias")):
+            if f"{gate}.{leaf}" in names:
+                fused[f"gate_up_proj{suffix}"] = (f"{gate}.{leaf}", f"{up}.{leaf}")
+            if f"{down}.{leaf}" in names:
+                fused[f"down_proj{suffix}"] = (f"{down}.{leaf}",)
     joined = {part for parts in fused.values() for part in parts}
     fused |= {_weight_name(name): (name,) for name in names if name not in joined}
-    for name, parts in fused.items():
-        yield ListedWeight(name, parts, experts)
+    return tuple(ListedWeight(name, parts, experts) for name, parts in fused.items())
 
 
 def _weight_name(parameter: str) -> str:
@@ -364,16 +332,13 @@ def _join_tied(containers: Iterable[ExpertsContainer]) -> dict[str, ExpertsConta
     by_parameters: dict[tuple[int, ...], str] = {}
     owners: dict[int, str] = {}
     for container in containers:
-        key = tuple(id(parameter) for parameter in container.parameters())
+        key = tuple(map(id, container.parameters()))
         first = by_parameters.setdefault(key, container.path)
         if first != container.path:
             joined[first] = replace(joined[first], places=joined[first].places + container.places)
             continue
-        shared = {owners[parameter] for parameter in key if parameter in owners}
-        if shared:
-            reason = f"it shares some, but not all, of its weights with {sorted(shared)}"
-            joined[container.path] = replace(container, refusal=reason)
-        else:
-            joined[container.path] = container
+        shared = sorted({owners[parameter] for parameter in key if parameter in owners})
+        refusal = f"it shares some, but not all, of its weights with {shared}" if shared else container.refusal
+        joined[container.path] = replace(container, refusal=refusal)
         owners |= dict.fromkeys(key, container.path)
     return joined

@@ -1,8 +1,9 @@
-"""From text to the batches that a model takes."""
+"""Makes batches of texts, and prepares batches and model for a forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,22 @@ def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         for name, value in inputs.items()
         if name != "labels"
     }
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Puts models in eval mode for the time of the context, then each module back in the mode it was in.
+
+    A model may be in training while some of its modules are not, for example frozen layers whose dropout is off.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _as_text(row: str | Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:

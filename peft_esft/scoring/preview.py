@@ -1,4 +1,4 @@
-"""What a selection would cost, before any training."""
+"""Previews the cost of selections: how many experts, parameters and megabytes each threshold would give."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BYTES_PER_DELTA = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True)
 class SelectionPreview:
-    """What one `top_p` would train.
+    """The cost of one `top_p`.
 
     Attributes:
         top_p: the threshold.
-        fewest, mean, most: experts a container.
-        num_parameters: weights of all chosen experts.
-        share: `num_parameters` over the weights of all experts.
-        megabytes: size of the adapter's file (10^6 bytes), by dtype of the deltas; fp32 is what is saved by default.
+        fewest, mean, most: number of chosen experts in a container.
+        num_parameters: number of weights of all chosen experts.
+        share: `num_parameters` over the number of weights of all experts.
+        megabytes: size of the adapter's file (10^6 bytes), by dtype of the deltas. The default is fp32.
     """
 
     top_p: float
@@ -40,7 +40,7 @@ def preview_selections(
     *,
     metric: Metric = "token",
 ) -> list[SelectionPreview]:
-    """Says how many experts, parameters and megabytes each `top_p` would give.
+    """Computes how many experts, parameters and megabytes each `top_p` would give.
 
     Args:
         scores: from `score_experts`.
@@ -55,7 +55,7 @@ def preview_selections(
     previews = []
     for top_p in top_ps:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # trying thresholds is the point; the choice itself warns
+            warnings.simplefilter("ignore")  # these thresholds are only tried; the choice itself warns
             selection = select_experts(scores, top_p=top_p, metric=metric)
         counts = [len(ids) for ids in selection.values()]
         parameters = sum(len(ids) * sizes[path] for path, ids in selection.items())
@@ -74,12 +74,11 @@ def preview_selections(
 
 
 def format_previews(previews: Sequence[SelectionPreview]) -> str:
-    """The previews as a table in plain text."""
+    """Writes previews as a table in plain text."""
     lines = ["top_p   experts a container   parameters      share   adapter fp32 / bf16"]
     for preview in previews:
         spread = f"{preview.mean:.1f} ({preview.fewest} to {preview.most})"
         sizes = " / ".join(f"{size:.1f} MB" for size in preview.megabytes.values())
-        lines.append(
-            f"{preview.top_p:<7g} {spread:<21} {preview.num_parameters:>13,}   {preview.share:>6.1%}   {sizes}"
-        )
+        cost = f"{preview.num_parameters:>13,}   {preview.share:>6.1%}   {sizes}"
+        lines.append(f"{preview.top_p:<7g} {spread:<21} {cost}")
     return "\n".join(lines)

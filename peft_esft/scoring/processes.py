@@ -1,4 +1,4 @@
-"""What each of several processes does when all of them score: whose batches count, and who waits for whom."""
+"""Splits scoring among processes: which batches each one counts, and when it has to wait for the others."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from torch import nn
 from ..moe.weights import is_spread
 
 
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 @dataclass(frozen=True)
 class ProcessShare:
-    """The part of a process.
+    """The part of the scoring that one process does.
 
     Attributes:
-        index: which part of the data it has.
-        parts: how many parts there are; 1 in a single process.
-        counts: False where another process sees the same batches and is the one that is counted.
+        index: number of its part of the data.
+        parts: number of parts; 1 in a single process.
+        counts: False where another process sees the same batches and counts them.
         in_step: True if all processes have to run the model equally often, since its weights are spread over them.
     """
 
@@ -31,8 +35,8 @@ class ProcessShare:
 
     @classmethod
     def of(cls, model: nn.Module) -> ProcessShare:
-        """That of this process, for a model as it was prepared for all of them."""
-        if not (dist.is_available() and dist.is_initialized()):
+        """The part of this process, for a model that is prepared for all of them."""
+        if not _is_distributed():
             return cls()
         # In transformers' mesh the processes of one batch follow one another.
         same_batch = getattr(model, "_tp_size", None) or 1
@@ -45,12 +49,12 @@ class ProcessShare:
         )
 
     def of_tokens(self, tokens: int) -> int:
-        """This process's share of a number of tokens."""
+        """The share of this process in a number of tokens."""
         return tokens // self.parts + (self.index < tokens % self.parts)
 
     def gather(self, result: Any) -> list[Any]:
-        """What all processes that count found."""
-        if not (dist.is_available() and dist.is_initialized()):
+        """The results of all processes that count."""
+        if not _is_distributed():
             return [result]
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, result if self.counts else None)
@@ -60,16 +64,16 @@ class ProcessShare:
 def batches_in_step(
     batches: Iterable[Any], wants_more: Callable[[], bool], share: ProcessShare, model: nn.Module
 ) -> Iterator[tuple[Any, bool]]:
-    """Batches for as long as this process wants some; in step, for as long as any process does.
+    """Yields batches as long as this process wants some; in step, as long as any process does.
 
     Args:
-        batches: of this process.
+        batches: the batches of this process.
         wants_more: asked before each batch.
-        share: of this process.
-        model: that is run.
+        share: the part of this process.
+        model: the model that is run.
 
     Yields:
-        A batch, and whether it is to be counted. One that is not, for the sake of the others, is the last one again.
+        A batch, and whether to count it. A batch that is not counted is the last one again, run for other processes.
 
     Raises:
         ValueError: if this process has no batch at all, but others do.
@@ -85,9 +89,9 @@ def batches_in_step(
             goes_on = bool(flag)
         if not goes_on:
             return
-        if batch is None and last is None:
+        last = last if batch is None else batch
+        if last is None:
             raise ValueError(
                 "this process has no batch, but others do; a sharded model has to be run by all: give each some data"
             )
-        last = last if batch is None else batch
         yield last, batch is not None

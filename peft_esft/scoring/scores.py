@@ -1,15 +1,17 @@
-"""What scoring found: how often a task chose each expert, and with what weight; as a record, and as a file."""
+"""Holds, joins, saves and loads scores: how often a task chose each expert, and with what weight."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 
 
@@ -18,22 +20,25 @@ if TYPE_CHECKING:
 
 Averaging = Literal["sample", "token"]
 Metric = Literal["token", "gate", "gate_share"]
+Sums = list[float | int]
 FORMAT_VERSION = 1
-_Check = Callable[[Any], bool]
 
 
 @dataclass(frozen=True)
 class ContainerScores:
-    """What was observed at one container.
+    """The counts of one container.
 
     Attributes:
         top_k: experts for each token; 0 if the container was never called.
-        num_tokens: tokens counted here; a container may see others than the text's, for example a decoder's.
-        num_samples: samples that these belong to.
+        num_tokens: tokens counted here. They need not be those of the text: they may be a decoder's, for example.
+        num_samples: samples that have these tokens.
         selected_pairs: how often each of the `E` experts was chosen.
-        gate_weight_sum: sum of the values that multiplied each expert's output; None if they could not be seen.
-        token_share_sum: sum over samples of each sample's share of choices (its mean over tokens, divided by top_k).
-        gate_share_sum: sum over samples of each sample's mean gate value; None if they could not be seen.
+        gate_weight_sum: for each expert, the sum of the values that multiplied its output; None if they could not be
+            seen.
+        token_share_sum: for each expert, the sum over samples of the sample's share of choices (the mean over its
+            tokens, divided by top_k).
+        gate_share_sum: for each expert, the sum over samples of the sample's mean gate value; None if gate values
+            could not be seen.
         parameters_per_expert: number of weights of one expert.
     """
 
@@ -41,9 +46,9 @@ class ContainerScores:
     num_tokens: int
     num_samples: int
     selected_pairs: list[int]
-    gate_weight_sum: list[float] | None
-    token_share_sum: list[float]
-    gate_share_sum: list[float] | None
+    gate_weight_sum: Sums | None
+    token_share_sum: Sums
+    gate_share_sum: Sums | None
     parameters_per_expert: int = 1
 
     @property
@@ -52,23 +57,21 @@ class ContainerScores:
         return len(self.selected_pairs)
 
     def __add__(self, other: ContainerScores) -> ContainerScores:
-        sums: dict[str, Any] = {}
-        for name in ("selected_pairs", "gate_weight_sum", "token_share_sum", "gate_share_sum"):
-            own, others = getattr(self, name), getattr(other, name)
-            known = own is not None and others is not None
-            sums[name] = [a + b for a, b in zip(own, others, strict=True)] if known else None
         return replace(
             self,
             top_k=max(self.top_k, other.top_k),
             num_tokens=self.num_tokens + other.num_tokens,
             num_samples=self.num_samples + other.num_samples,
-            **sums,
+            selected_pairs=_add(self.selected_pairs, other.selected_pairs),
+            gate_weight_sum=_add(self.gate_weight_sum, other.gate_weight_sum),
+            token_share_sum=_add(self.token_share_sum, other.token_share_sum),
+            gate_share_sum=_add(self.gate_share_sum, other.gate_share_sum),
         )
 
 
 @dataclass(frozen=True)
 class HalfCounts:
-    """What two disjoint halves of the samples had chosen at one point of a run; see `analysis.stability_report`.
+    """The counts of two disjoint halves of the samples at one point of a run; see `analysis.stability_report`.
 
     Attributes:
         num_tokens: tokens of the first and of the second half.
@@ -79,14 +82,10 @@ class HalfCounts:
     selected_pairs: dict[str, list[list[int]]]
 
     def __add__(self, other: HalfCounts) -> HalfCounts:
+        pairs = {path: (halves, other.selected_pairs[path]) for path, halves in self.selected_pairs.items()}
         return HalfCounts(
-            num_tokens=[a + b for a, b in zip(self.num_tokens, other.num_tokens, strict=True)],
-            selected_pairs={
-                path: [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(halves, other_halves, strict=True)]
-                for path, halves, other_halves in (
-                    (path, halves, other.selected_pairs[path]) for path, halves in self.selected_pairs.items()
-                )
-            },
+            num_tokens=_add(self.num_tokens, other.num_tokens),
+            selected_pairs={path: list(map(_add, own, others)) for path, (own, others) in pairs.items()},
         )
 
 
@@ -95,7 +94,7 @@ class ExpertScores:
     """How often a task chose each expert, and with what weight.
 
     Attributes:
-        containers: what was observed, by container path.
+        containers: the counts of each container, by container path.
         num_tokens: tokens of the batches' text that were counted (padding is not).
         num_samples: samples with at least one counted token.
         averaging: "sample" for the paper's equations, the mean over samples of each sample's mean over tokens;
@@ -103,7 +102,7 @@ class ExpertScores:
         model: name of the scored model.
         revision: its commit on the Hub, if it came from there.
         answers_only: only tokens that are trained on were counted.
-        halves: the counts of two disjoint halves of the samples, each time that the tokens had doubled and at the end.
+        halves: the counts of two disjoint halves of the samples, each time that the tokens doubled and at the end.
     """
 
     containers: dict[str, ContainerScores]
@@ -129,9 +128,8 @@ class ExpertScores:
         """
         rows = {}
         for path, c in self.containers.items():
-            sums, count = c.gate_weight_sum, c.num_tokens
-            if self.averaging == "sample":
-                sums, count = c.gate_share_sum, c.num_samples
+            by_sample = self.averaging == "sample"
+            sums, count = (c.gate_share_sum, c.num_samples) if by_sample else (c.gate_weight_sum, c.num_tokens)
             if sums is None:
                 raise ValueError(
                     f"the gate values of {path} could not be seen: its router returns no weights. Use metric='token'"
@@ -152,7 +150,7 @@ class ExpertScores:
         return {"token": self.token, "gate": self.gate, "gate_share": self.gate_share}[metric]()
 
     def check_fits(self, model: nn.Module) -> None:
-        """Refuses a model whose containers are not those that were scored.
+        """Checks that a model has the containers that were scored.
 
         Raises:
             ValueError: if containers differ in path or number of experts.
@@ -179,10 +177,10 @@ class ExpertScores:
             raise ValueError(f"cannot join scores averaged by {self.averaging} and by {other.averaging}")
         if self.answers_only != other.answers_only:
             raise ValueError("cannot join scores of all tokens and of answers only")
-        if not self._fits(other):
+        own, others = self._signature(), other._signature()
+        if own.keys() != others.keys() or not all(_are_joinable(own[path], others[path]) for path in own):
             raise ValueError(
-                "cannot join scores of different models: their containers are "
-                f"{_sample(self._signature())} and {_sample(other._signature())}"
+                f"cannot join scores of different models: their containers are {_sample(own)} and {_sample(others)}"
             )
         return ExpertScores(
             containers={path: c + other.containers[path] for path, c in self.containers.items()},
@@ -236,22 +234,24 @@ class ExpertScores:
             raise ValueError(f"{path} is not a file written by ExpertScores.save") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
-        where = str(path)
-        scores: ExpertScores = _read(cls, record, _SCORES, where)
-        containers: dict[str, ContainerScores] = {
-            name: _read(ContainerScores, values, _CONTAINER, f"{where}: {name}")
-            for name, values in record["containers"].items()
+        scores: ExpertScores = _read(cls, record, str(path), containers=dict[str, dict[str, Any]], halves=list)
+        if not record["containers"]:
+            raise ValueError(f"{path}: containers is malformed: it is empty")
+        containers = {
+            name: _read(ContainerScores, values, f"{path}: {name}") for name, values in record["containers"].items()
         }
-        halves = [_read(HalfCounts, values, _HALVES, f"{where}: halves") for values in record["halves"]]
+        halves = [_read(HalfCounts, values, f"{path}: halves") for values in record["halves"]]
         for half in halves:
+            if len(half.num_tokens) != 2:
+                raise ValueError(f"{path}: halves: num_tokens is malformed: {half.num_tokens}; expected two numbers")
             if strangers := sorted(half.selected_pairs.keys() - containers.keys()):
-                raise ValueError(f"{where}: halves names {strangers[:4]}, which are none of its containers")
+                raise ValueError(f"{path}: halves names {strangers[:4]}, which the file has no containers for")
         for name, container in containers.items():
-            sums = (container.gate_weight_sum, container.token_share_sum, container.gate_share_sum)
-            rows = [row for row in sums if row is not None]
-            rows += [row for half in halves for row in half.selected_pairs.get(name, [[]])]
-            if any(len(row) != container.num_experts for row in rows):
-                raise ValueError(f"{where}: {name} has {container.num_experts} experts, but rows of another length")
+            sums = [container.gate_weight_sum, container.token_share_sum, container.gate_share_sum]
+            pairs = [half.selected_pairs.get(name, []) for half in halves]
+            lengths = {len(row) for row in chain(sums, *pairs) if row is not None}
+            if lengths != {container.num_experts} or any(len(rows) != 2 for rows in pairs):
+                raise ValueError(f"{path}: {name} has {container.num_experts} experts, but rows of another length")
         return replace(scores, containers=containers, halves=halves)
 
     def __repr__(self) -> str:
@@ -261,75 +261,55 @@ class ExpertScores:
             f"in {self.num_samples:,} samples, averaging={self.averaging!r}, model={self.model!r})"
         )
 
-    def _fits(self, other: ExpertScores) -> bool:
-        pairs = [(c, other.containers.get(path)) for path, c in self.containers.items()]
-        return len(self.containers) == len(other.containers) and all(
-            d is not None and c.num_experts == d.num_experts and (c.top_k == d.top_k or 0 in (c.top_k, d.top_k))
-            for c, d in pairs
-        )
-
     def _signature(self) -> dict[str, tuple[int, int]]:
         return {path: (c.num_experts, c.top_k) for path, c in self.containers.items()}
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _read(kind: Any, values: Any, where: str, **in_file: Any) -> Any:
+    """Makes a dataclass of a part of a score file.
 
-
-def _is_sum(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
-
-
-def _row_of(is_right: _Check) -> _Check:
-    return lambda value: isinstance(value, list) and len(value) > 0 and all(map(is_right, value))
-
-
-def _pair_of(is_right: _Check) -> _Check:
-    return lambda value: _row_of(is_right)(value) and len(value) == 2
-
-
-def _by_path(is_right: _Check) -> _Check:
-    return lambda value: isinstance(value, dict) and len(value) > 0 and all(map(is_right, value.values()))
-
-
-def _or_none(is_right: _Check) -> _Check:
-    return lambda value: value is None or is_right(value)
-
-
-_SUMS = _row_of(_is_sum)
-_CONTAINER: dict[str, _Check] = {
-    **dict.fromkeys(("top_k", "num_tokens", "num_samples", "parameters_per_expert"), _is_count),
-    "selected_pairs": _row_of(_is_count),
-    "token_share_sum": _SUMS,
-    **dict.fromkeys(("gate_weight_sum", "gate_share_sum"), _or_none(_SUMS)),
-}
-_HALVES: dict[str, _Check] = {
-    "num_tokens": _pair_of(_is_count),
-    "selected_pairs": _by_path(_pair_of(_row_of(_is_count))),
-}
-_SCORES: dict[str, _Check] = {
-    "containers": _by_path(lambda value: isinstance(value, dict)),
-    **dict.fromkeys(("num_tokens", "num_samples"), _is_count),
-    "averaging": lambda value: value in get_args(Averaging),
-    **dict.fromkeys(("model", "revision"), _or_none(lambda value: isinstance(value, str))),
-    "answers_only": lambda value: isinstance(value, bool),
-    "halves": lambda value: isinstance(value, list),
-}
-
-
-def _read(kind: Any, values: Any, checks: Mapping[str, _Check], where: str) -> Any:
-    """Makes an object of a part of a file.
+    Args:
+        kind: the dataclass.
+        values: the part of the file.
+        where: what error messages call the part.
+        **in_file: the types in the file of fields that have other types there; their values are not checked.
 
     Raises:
-        ValueError: if it has other fields, or one of them another type.
+        ValueError: if a field is missing, unknown or of another type, or a number is negative or not finite.
     """
+    types = get_type_hints(kind) | in_file
     found = sorted(values) if isinstance(values, dict) else type(values).__name__
-    if found != sorted(checks):
-        raise ValueError(f"{where} holds the fields {found}; expected {sorted(checks)}")
-    for name, is_right in checks.items():
-        if not is_right(values[name]):
-            raise ValueError(f"{where}: {name} is malformed: {str(values[name])[:100]}")
+    if found != sorted(types):
+        raise ValueError(f"{where} holds the fields {found}; expected {sorted(types)}")
+    for name, expected in types.items():
+        try:
+            type_validator(name, values[name], expected)
+            if name not in in_file:
+                _check_values(values[name])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {name} is malformed: {str(values[name])[:100]}") from error
     return kind(**values)
+
+
+def _check_values(value: Any) -> None:
+    """Refuses empty lists and dicts, and numbers in them that are negative or not finite."""
+    if isinstance(value, list | dict):
+        if not value:
+            raise ValueError("it is empty")
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_values(item)
+    elif isinstance(value, int | float) and not 0 <= value < math.inf:
+        raise ValueError(f"{value} is not a finite number of at least 0")
+
+
+def _add(own: Any, others: Any) -> Any:
+    """The sum of two lists, item by item; None if one of them is not known."""
+    return None if own is None or others is None else [a + b for a, b in zip(own, others, strict=True)]
+
+
+def _are_joinable(own: tuple[int, int], other: tuple[int, int]) -> bool:
+    (num_experts, top_k), (other_num_experts, other_top_k) = own, other
+    return num_experts == other_num_experts and (top_k == other_top_k or 0 in (top_k, other_top_k))
 
 
 def _mean(sums: list[float] | list[int], count: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Which tokens of a batch count for scoring, and to which sample each belongs."""
+"""Finds which tokens of a batch count for scoring, and which sample each of them belongs to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,15 +21,13 @@ class TokenStream:
         sample_of_token: int64 `[T]`, the sample of each token; -1 for a token that does not count.
         lengths: int64 `[samples]`, counted tokens of each sample.
         half_of_sample: int64 `[samples]`, 0 and 1 in turns.
-        num_tokens: counted tokens.
-        num_samples: samples with a counted token.
+        num_tokens: number of counted tokens.
+        num_samples: number of samples with a counted token.
     """
 
     sample_of_token: Tensor
     lengths: Tensor
     half_of_sample: Tensor
-    num_tokens: int = field(init=False)
-    num_samples: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_tokens = int(self.lengths.sum())
@@ -50,12 +48,12 @@ class TokenStream:
 
     @classmethod
     def from_mask(cls, counts: Tensor, starts: Tensor | None, remaining: int, first_sample: int) -> TokenStream:
-        """The stream of a batch of rows.
+        """Makes the stream of a batch of rows.
 
         Args:
             counts: bool `[rows, length]`, which tokens count.
             starts: bool `[rows, length]`, where a sample starts, counted or not; None for one sample a row.
-            remaining: count no more tokens than so many, the first ones.
+            remaining: count at most this many tokens, the first ones.
             first_sample: number of the first sample, for the halves.
         """
         counts = counts & (counts.reshape(-1).cumsum(0).view_as(counts) <= remaining)
@@ -72,14 +70,14 @@ class TokenStream:
 def streams_of_batch(
     inputs: Mapping[str, Any], remaining: Mapping[str, int], first_sample: int, answers_only: bool
 ) -> dict[str, TokenStream]:
-    """The streams of a batch: "text", and "decoder" where an encoder-decoder model is given its decoder's tokens.
+    """Makes the streams of a batch: "text", and "decoder" if the batch has tokens for the decoder.
 
     Args:
         inputs: the batch, tensors as the model's forward takes them.
         remaining: for each stream, how many tokens may still be counted.
         first_sample: number of the batch's first sample.
-        answers_only: count only tokens whose `labels` entry is not -100; in an encoder-decoder model these are the
-            decoder's.
+        answers_only: count only tokens whose `labels` entry is not -100; in an encoder-decoder model these are tokens
+            of the decoder.
 
     Raises:
         ValueError: if a mask has another shape than the tokens, or `answers_only` finds no labels.
@@ -90,9 +88,13 @@ def streams_of_batch(
     for name, tokens, prefix in (("text", text, ""), ("decoder", decoder, "decoder_")):
         if tokens is None:
             continue
-        mask = counts = _mask(inputs, f"{prefix}attention_mask", tokens.shape[:2])
+        mask = _on_cpu(inputs, f"{prefix}attention_mask", tokens.shape[:2])
+        mask = counts = torch.ones(tokens.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         if answers_only and (name == "decoder" or decoder is None):
-            counts = mask & _answers(inputs, tokens.shape[:2])
+            labels = _on_cpu(inputs, "labels", tokens.shape[:2])
+            if labels is None:
+                raise ValueError(f"answers_only needs labels in every batch; this one has {sorted(inputs)}")
+            counts = mask & (labels != IGNORED_LABEL)
         starts = _sample_starts(inputs, mask) if name == "text" else None
         streams[name] = TokenStream.from_mask(counts, starts, remaining[name], first_sample)
     return streams
@@ -102,28 +104,15 @@ def _first(inputs: Mapping[str, Any], *names: str) -> Tensor | None:
     return next((inputs[name] for name in names if inputs.get(name) is not None), None)
 
 
-def _mask(inputs: Mapping[str, Any], name: str, shape: torch.Size) -> Tensor:
-    mask = inputs.get(name)
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool)
-    if mask.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(mask.shape)}; expected {tuple(shape)}")
-    counts: Tensor = mask.bool().cpu()
-    return counts
-
-
-def _answers(inputs: Mapping[str, Any], shape: torch.Size) -> Tensor:
-    labels = inputs.get("labels")
-    if labels is None:
-        raise ValueError(f"answers_only needs labels in every batch; this one has {sorted(inputs)}")
-    if labels.shape != shape:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected {tuple(shape)}")
-    answers: Tensor = labels.cpu() != IGNORED_LABEL
-    return answers
+def _on_cpu(inputs: Mapping[str, Any], name: str, shape: torch.Size) -> Tensor | None:
+    tensor: Tensor | None = inputs.get(name)
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+    return None if tensor is None else tensor.cpu()
 
 
 def _sample_starts(inputs: Mapping[str, Any], mask: Tensor) -> Tensor | None:
-    """Where packed samples start: at position 0, and at the first token of a row that is no padding."""
+    """The first tokens of packed samples, bool: those at position 0, and the first of a row that is not padding."""
     positions = inputs.get("position_ids")
     if positions is None or positions.shape != mask.shape:
         return None

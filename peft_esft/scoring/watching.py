@@ -1,44 +1,71 @@
-"""Shows the routing of a model's containers, call by call, to whoever asks."""
+"""Runs a model and reports which experts its routers choose, call by call."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from ..moe.containers import ExpertsContainer, find_experts
+from ..moe.containers import ExpertsContainer, ModuleLocation, find_experts
+from ..moe.hooks import in_this_thread
 from ..moe.routing import Routing
-from .batches import check_batch, to_device
-from .eval_mode import eval_mode
+from ..moe.weights import ListedWeight
+from .batches import check_batch, eval_mode, to_device
 from .token_streams import TokenStream, streams_of_batch
+
+
+SeeRouting = Callable[[ExpertsContainer, str, Routing], None]
+SeeExpertCall = Callable[[ExpertsContainer, int, int], None]
+
+
+def _refuse_expert_call(container: ExpertsContainer, expert_id: int, num_tokens: int) -> None:
+    raise ValueError(f"the router of {container.path} returns no choice of experts, so its tokens' cannot be seen")
 
 
 @contextmanager
 def watching_routing(
-    containers: Mapping[str, ExpertsContainer], see: Callable[[str, Routing], None]
+    model: nn.Module,
+    containers: Mapping[str, ExpertsContainer],
+    see: SeeRouting,
+    see_expert_call: SeeExpertCall = _refuse_expert_call,
 ) -> Iterator[None]:
-    """Calls `see(path, routing)` at every call of a container, for the time of the context.
+    """Reports the routing of a model for the time of the context, in eval mode and without gradients.
 
-    Raises:
-        ValueError: if the choices of a container's tokens cannot be seen.
+    Args:
+        model: a transformers model, with or without adapters.
+        containers: the containers of the model.
+        see: called with the container, the path of its module and the routing, at each call of a container.
+        see_expert_call: called with the container, the expert's id and its number of tokens, at each call of an
+            expert, where a router returns no choice of experts. The default raises a `ValueError`.
     """
-    handles: list[Any] = []
-    try:
-        for path, container in containers.items():
-            if container.routing is None:
-                raise ValueError(f"the router of {path} returns no choice of experts, so its tokens' cannot be seen")
-            handles += [
-                container.routing.watch(place.watched(container.routing), partial(see, path))
-                for place in container.places
-            ]
+    with ExitStack() as hooks, eval_mode(model), torch.inference_mode():
+        for container in containers.values():
+            for location in container.places:
+                for handle in _watch(container, location, see, see_expert_call):
+                    hooks.enter_context(handle)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _watch(
+    container: ExpertsContainer, location: ModuleLocation, see: SeeRouting, see_expert_call: SeeExpertCall
+) -> list[RemovableHandle]:
+    if container.routing is not None:
+        return [container.routing.watch(location.watched(container.routing), partial(see, container, location.path))]
+
+    def report(expert_id: int, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        see_expert_call(container, expert_id, arguments[0].shape[:-1].numel())
+
+    # Such containers are lists of modules, whose weights are all listed in the same order.
+    experts = cast(ListedWeight, container.weights[0]).expert_modules(location.module)
+    return [
+        expert.register_forward_pre_hook(in_this_thread(partial(report, expert_id)))
+        for expert_id, expert in enumerate(experts)
+    ]
 
 
 def run_batches(
@@ -47,20 +74,20 @@ def run_batches(
     max_tokens: int,
     see: Callable[[str, Routing, Tensor], None],
 ) -> int:
-    """Runs batches through a model in eval mode and shows the routing of the tokens that count.
+    """Runs batches through a model in eval mode and reports the routing of the tokens that count.
 
     Args:
         model: a transformers model, with or without adapters.
         batches: as `score_experts` takes them.
-        max_tokens: stop after so many tokens.
+        max_tokens: stop after this many tokens.
         see: called with a container's path, its routing, and which tokens count, bool `[T]` on the routing's device.
 
     Returns:
         The number of counted tokens.
 
     Raises:
-        ValueError: if the model has no containers, something is no batch, or a container sees other tokens than
-            the text's.
+        ValueError: if the model has no containers, a batch is not a dict, or a container sees other tokens than those
+            of the text.
     """
     containers = find_experts(model)
     if not containers:
@@ -68,13 +95,13 @@ def run_batches(
     streams: dict[str, TokenStream] = {}
     num_tokens = 0
 
-    def see_counted(path: str, routing: Routing) -> None:
+    def see_counted(container: ExpertsContainer, path: str, routing: Routing) -> None:
         length = routing.top_k_index.shape[0]
         if list(streams) != ["text"] or streams["text"].sample_of_token.shape[0] != length:
             raise ValueError(f"{path} sees {length} tokens, and it is not sure that they are those of input_ids")
-        see(path, routing, streams["text"].on(routing.top_k_index.device)[0] >= 0)
+        see(container.path, routing, streams["text"].on(routing.top_k_index.device)[0] >= 0)
 
-    with eval_mode(model), watching_routing(containers, see_counted), torch.inference_mode():
+    with watching_routing(model, containers, see_counted):
         for inputs in batches:
             remaining = max_tokens - num_tokens
             if remaining <= 0:

@@ -1,0 +1,69 @@
+"""Defines `peft-esft score`, which measures the experts that a task uses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from ..scoring.batches import text_batches
+from ..scoring.measure import score_experts
+from ..scoring.scores import Averaging
+from .sample_files import SampleFile
+
+
+DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
+DATA_HELP = ".jsonl with text or messages in each line, or a text file, a sample a line"
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("score", help="measure which experts a task uses (forward passes only)")
+    parser.set_defaults(run=run)
+    add, shown = parser.add_argument, "(default: %(default)s)"
+    add("model", help="folder or Hub name of the model")
+    add("--data", type=Path, required=True, help=DATA_HELP)
+    add("--out", type=Path, required=True, help="file for the scores (JSON)")
+    add("--max-tokens", type=_at_least_1, default=131_072, help=f"stop after so many tokens {shown}")
+    add("--max-length", type=_at_least_1, default=4096, help=f"cut samples to so many tokens {shown}")
+    add("--batch-size", type=_at_least_1, default=8, help=f"samples in a batch {shown}")
+    add("--averaging", choices=get_args(Averaging), default="sample", help="mean over samples, or over tokens")
+    add("--dtype", choices=DTYPES, default="auto", help="dtype to load the model in; score in the one you train in")
+    add("--device-map", help="passed to transformers, for example auto")
+
+
+def run(options: argparse.Namespace) -> tuple[Any, str]:
+    """Scores a model and writes the scores to a file."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        raise ValueError(f"--out is {options.out}; it is a file for the scores, in a folder that exists")
+    samples = SampleFile(options.data)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, device_map=options.device_map)
+    batches = text_batches(samples, tokenizer, batch_size=options.batch_size, max_length=options.max_length)
+    scores = score_experts(
+        model,
+        samples.located(batches),
+        max_tokens=options.max_tokens,
+        averaging=options.averaging,
+        progress=sys.stderr.isatty(),
+    )
+    scores.save(options.out)
+    record = {
+        "out": str(options.out),
+        "model": scores.model,
+        "containers": len(scores.containers),
+        "num_tokens": scores.num_tokens,
+        "num_samples": scores.num_samples,
+    }
+    return record, f"{scores}\nwritten to {options.out}; next: peft-esft select {options.out} --preview"
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+    return int(text)

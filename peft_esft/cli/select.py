@@ -1,0 +1,77 @@
+"""Defines `peft-esft select`, which chooses experts from scores."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+from peft.utils import CONFIG_NAME
+from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from ..scoring.preview import format_previews, preview_selections
+from ..scoring.scores import ExpertScores, Metric
+from ..scoring.selection import select_experts
+from ..tuner.config import ESFTConfig
+
+
+BAR_WIDTH = 32
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("select", help="choose experts from scores")
+    parser.set_defaults(run=run)
+    add = parser.add_argument
+    add("scores", type=Path, help="file written by `peft-esft score`")
+    add("--metric", choices=get_args(Metric), default="token", help="which score (default: %(default)s)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--top-p", type=float, help="share to cover in each layer (default: 0.2, for gate 0.1)")
+    how.add_argument("--top-k", type=int, help="the same number of experts in every layer")
+    how.add_argument("--budget", type=float, help="share of all experts' parameters, spread by score")
+    how.add_argument("--preview", action="store_true", help="only show what several values of --top-p would cost")
+    add("--min-experts", type=int, default=1, help="at least so many in each layer")
+    add("--max-experts", type=int, help="at most so many in each layer")
+    add("--out", type=Path, help="folder for an adapter_config.json with the selection")
+
+
+def run(options: argparse.Namespace) -> tuple[Any, str]:
+    """Chooses experts; shows them, or writes a config with them."""
+    scores, out = ExpertScores.load(options.scores), options.out
+    if options.preview:
+        if out is not None or options.min_experts != 1 or options.max_experts is not None:
+            raise ValueError(
+                "--preview only compares values of --top-p; leave out --out, --min-experts, --max-experts"
+            )
+        previews = preview_selections(scores, metric=options.metric)
+        return [asdict(preview) for preview in previews], format_previews(previews)
+    if out is not None:
+        _check_config_folder(out)
+    names = ("metric", "top_p", "top_k", "budget", "min_experts", "max_experts")
+    settings = {name: getattr(options, name) for name in names}
+    selection = select_experts(scores, **settings)
+    text = bars({path: (len(ids), scores.containers[path].num_experts) for path, ids in selection.items()})
+    if out is not None:
+        ESFTConfig.from_scores(scores, **settings).save_pretrained(str(out))
+        text += f"\nwritten to {out}/{CONFIG_NAME}; load it with ESFTConfig.from_pretrained"
+    return selection, text
+
+
+def _check_config_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out is {folder}, a file; it is the folder for an {CONFIG_NAME}")
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        if (folder / name).exists():
+            raise ValueError(
+                f"{folder} holds a trained adapter ({name}), which would lose its config; give another --out"
+            )
+
+
+def bars(counts: dict[str, tuple[int, int]]) -> str:
+    """Draws a bar chart in plain text: for each path a line with a bar for `(count, most)`."""
+    width = max(map(len, counts), default=0)
+    return "\n".join(
+        f"{path:<{width}}  {'#' * max(1, round(BAR_WIDTH * count / most)):<{BAR_WIDTH}}  {count}"
+        for path, (count, most) in counts.items()
+    )
