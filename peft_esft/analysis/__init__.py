@@ -1,6 +1,5 @@
 """What the routing of tasks looks like, and what to make of it."""
 
-from .coarse import coarse_routing
 from .conflicts import ConflictReport, SharedExpert, adapter_conflicts
 from .dispersion import Dispersion, LayerDispersion, dispersion
 from .forgetting import Forgetting, ForgettingPoint, forgetting
@@ -39,7 +38,6 @@ __all__ = [
     "TokenView",
     "adapter_conflicts",
     "co_occurrence",
-    "coarse_routing",
     "count_pairs",
     "dispersion",
     "expert_usage",

@@ -79,8 +79,7 @@ def granularity(
 ) -> Granularity:
     """Measures how many experts must be trained when they come in groups.
 
-    A group's score is the sum of its experts' scores, so nothing is routed again; `coarse_routing` makes a model that
-    routes to groups.
+    A group's score is the sum of its experts' scores, so nothing is routed again.
 
     Args:
         tasks: scores of each task, by its name.
