@@ -1,6 +1,6 @@
-"""What the routing of tasks looks like, and what to make of it."""
+"""Analyses which experts tasks use, and what training did to them."""
 
-from .conflicts import ConflictReport, SharedExpert, adapter_conflicts
+from .changes import ConflictReport, ExpertUse, SharedExpert, adapter_conflicts, expert_usage
 from .dispersion import Dispersion, LayerDispersion, dispersion
 from .forgetting import Forgetting, ForgettingPoint, forgetting
 from .granularity import Granularity, GranularityPoint, granularity
@@ -18,7 +18,6 @@ from .overlap import Overlap, overlap
 from .report import report
 from .stability import StabilityReport, stability_report
 from .tokens import TokenSpan, TokenView, token_view
-from .usage import ExpertUse, expert_usage
 
 
 __all__ = [

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from ..interchange.adapter import AdapterFolder, read_config
 from ..interchange.base import Base, empty_model
+from ..interchange.diff import row_products
 from ..moe.containers import find_experts
 from ..scoring.selection import Selection
 from ..tuner.config import ESFTConfig
 from ..tuner.layers.layer import PREFIX, ESFTLayer
 from ..tuner.model_card import num_experts_of
+from .changes import esft_layers, expert_usage
 from .drawing import Plot, Style, heat_map, thinned_ticks, write_in_cells
 from .shares import layer_labels
-from .usage import expert_usage
 
 
 ROOT_MEAN_SQUARE = "root mean square of the change of a weight"
@@ -92,7 +93,7 @@ def adapters_of_model(model: nn.Module) -> dict[str, AdapterRecord]:
     Raises:
         ValueError: if there are none, or they are merged.
     """
-    layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+    layers = esft_layers(model)
     names = dict.fromkeys(name for layer in layers for name in layer.expert_ids)
     if not names:
         raise ValueError(f"{type(model).__name__} has no ESFT adapter")
@@ -181,7 +182,7 @@ def _mean_squares(adapter: AdapterFolder, selection: Selection) -> dict[str, Ten
     counts: dict[str, int] = {}
     try:
         for path, delta in (_deltas_over_base if adapter.config.storage == "rows" else _deltas)(adapter, selection):
-            square = delta.double().flatten(1).square().sum(1)
+            square = row_products(delta, delta)
             sums[path] = sums[path] + square if path in sums else square
             counts[path] = counts.get(path, 0) + delta[0].numel()
     except (FileNotFoundError, NotImplementedError):  # the base's weights are not there, or quantised
