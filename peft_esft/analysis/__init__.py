@@ -3,11 +3,13 @@
 from .changes import ConflictReport, ExpertUse, SharedExpert, adapter_conflicts, expert_usage
 from .dispersion import Dispersion, LayerDispersion, dispersion
 from .forgetting import Forgetting, ForgettingPoint, forgetting
-from .granularity import Granularity, GranularityPoint, granularity
-from .grouping import (
+from .granularity import (
+    Granularity,
+    GranularityPoint,
     Groups,
     co_occurrence,
     count_pairs,
+    granularity,
     group_experts,
     group_shares,
     random_groups,
