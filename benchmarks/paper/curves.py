@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from peft_esft.analysis.drawing import MARKERS, Plot, Style, heat_map, write_in_cells
+from peft_esft.analysis.drawing import MARKERS, Plot, Style, heat_map
 
 from plan import GROUP_SIZES, LASTING, LONGER, MORE
 from results import METRIC, Results, Value, domain_loss, general_loss, metric, value
@@ -139,8 +139,8 @@ def _draw_trade_off(axes: Any, style: Style, curves: Any, base: Point, label: st
 
 def _draw_forgotten(axes: Any, style: Style, added: Any, methods: list[str], domains: list[str]) -> None:
     top = max(max(row) for row in added)
-    image = heat_map(axes, style, added, label="nats per token", top=top)
-    write_in_cells(axes, image, added, [[f"{cell:.1f}" for cell in row] for row in added])
+    texts = [[f"{cell:.1f}" for cell in row] for row in added]
+    heat_map(axes, style, added, label="nats per token", top=top, texts=texts)
     axes.set_xticks(range(len(domains)), domains, rotation=30, ha="right")
     axes.set_yticks(range(len(methods)), methods, fontsize=8)
 

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from peft_esft import ExpertScores, score_experts
-from peft_esft.analysis import co_occurrence, coarse_routing, group_experts
+from peft_esft.analysis import co_occurrence, group_experts
 
 import tasks
+from coarse_routing import coarse_routing
 from continued import load
 from methods import METHODS, Choice, trained_experts
 from plan import Run

@@ -1,14 +1,15 @@
-"""What the routing of tasks looks like, and what to make of it."""
+"""Analyses which experts tasks use, and what training did to them."""
 
-from .coarse import coarse_routing
-from .conflicts import ConflictReport, SharedExpert, adapter_conflicts
+from .changes import ConflictReport, ExpertUse, SharedExpert, adapter_conflicts, expert_usage
 from .dispersion import Dispersion, LayerDispersion, dispersion
 from .forgetting import Forgetting, ForgettingPoint, forgetting
-from .granularity import Granularity, GranularityPoint, granularity
-from .grouping import (
+from .granularity import (
+    Granularity,
+    GranularityPoint,
     Groups,
     co_occurrence,
     count_pairs,
+    granularity,
     group_experts,
     group_shares,
     random_groups,
@@ -19,7 +20,6 @@ from .overlap import Overlap, overlap
 from .report import report
 from .stability import StabilityReport, stability_report
 from .tokens import TokenSpan, TokenView, token_view
-from .usage import ExpertUse, expert_usage
 
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "TokenView",
     "adapter_conflicts",
     "co_occurrence",
-    "coarse_routing",
     "count_pairs",
     "dispersion",
     "expert_usage",

@@ -1,30 +1,34 @@
-"""Draws a plot in light and dark and writes it as SVG, PNG and CSV. The only file that imports matplotlib."""
+"""Draws a figure with matplotlib, in light or dark colours, and writes it as SVG, PNG and CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan, nan
 from typing import Any
+
+from .shares import layer_labels
 
 
 WIDTH = 5.4  # inches: on a phone, 380 pixels wide, text of 10 points is still 10 pixels high
 PNG_DPI = 220
+MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 @dataclass(frozen=True)
 class Style:
-    """Colours of a drawing.
+    """The colours of a figure.
 
     Attributes:
-        ink: text and axes.
-        muted: lines of reference, grid.
-        ground: background; "none" lets the page's show.
-        series: colours of the series, told apart by all common kinds of colour vision (Okabe and Ito's set, in the
-            dark form lightened).
-        titled: the title is drawn too, for files that stand alone.
+        ink: colour of text and axes.
+        muted: colour of the grid and of lines of reference.
+        ground: colour of the background; "none" is transparent.
+        series: colours of the series. All common kinds of colour vision tell them apart (the set of Okabe and Ito,
+            lightened in the dark style).
+        titled: True draws the title too, for files that stand alone.
     """
 
     ink: str
@@ -33,27 +37,30 @@ class Style:
     series: tuple[str, ...]
     titled: bool = False
 
+    def look(self, place: int) -> dict[str, str]:
+        """Colour and marker of a series, as arguments of `axes.plot`."""
+        return {"color": self.series[place % len(self.series)], "marker": MARKERS[place % len(MARKERS)]}
+
 
 LIGHT = Style("#1c1e21", "#767c85", "none", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"))
 DARK = Style("#e4e6ea", "#8d949e", "none", ("#56B4E9", "#FF8A3D", "#2BC79A", "#E59CC6", "#F0B429", "#9CD3F5"))
 PRINT = replace(LIGHT, ground="white", titled=True)
 
-MARKERS = ("o", "s", "^", "D", "v", "P")
-COLOURS = "cividis"  # of equal steps in lightness for all common kinds of colour vision
+COLOURS = "cividis"  # its steps in lightness are equal for all common kinds of colour vision
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One figure: what it shows, in words, in numbers and as a drawing.
+    """A figure: its texts, its numbers, and a function that draws it.
 
     Attributes:
-        name: of its files.
-        title: what is to be seen.
+        name: name of its files, without an ending.
+        title: a sentence that says what the figure shows.
         caption: how to read it.
         header: names of the columns of its numbers.
         rows: its numbers.
         draw: draws into a matplotlib `Axes`.
-        height: of the drawing, inches.
+        height: height of the drawing in inches.
     """
 
     name: str
@@ -64,35 +71,18 @@ class Plot:
     draw: Callable[[Any, Style], None]
     height: float = 3.4
 
-    def csv(self) -> str:
-        """The numbers as CSV."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.header)
-        writer.writerows([[_number(cell) for cell in row] for row in self.rows])
-        return text.getvalue()
 
+def draw_files(plot: Plot) -> dict[str, bytes]:
+    """Draws the files of a figure that stand alone; equal plots give equal bytes.
 
-@dataclass(frozen=True)
-class Drawn:
-    """A figure in all its forms.
-
-    Attributes:
-        plot: what was drawn.
-        light, dark: SVG for a page, without title and ground.
-        files: by ending, the SVG and PNG that stand alone, and the CSV.
+    Returns:
+        The contents of its PNG, SVG and CSV, by ending.
     """
-
-    plot: Plot
-    light: bytes
-    dark: bytes
-    files: dict[str, bytes]
-
-
-def draw(plot: Plot) -> Drawn:
-    """Draws a figure in all its forms; equal plots give equal bytes."""
-    files = {**render(plot, PRINT, ("png", "svg")), "csv": plot.csv().encode()}
-    return Drawn(plot, render(plot, LIGHT)["svg"], render(plot, DARK)["svg"], files)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(plot.header)
+    writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in plot.rows])
+    return {**render(plot, PRINT, ("png", "svg")), "csv": text.getvalue().encode()}
 
 
 def render(plot: Plot, style: Style, forms: Sequence[str] = ("svg",)) -> dict[str, bytes]:
@@ -101,7 +91,7 @@ def render(plot: Plot, style: Style, forms: Sequence[str] = ("svg",)) -> dict[st
     Args:
         plot: what to draw.
         style: its colours.
-        forms: "svg" or "png".
+        forms: "svg", "png" or both.
 
     Returns:
         The files' contents by form.
@@ -111,7 +101,7 @@ def render(plot: Plot, style: Style, forms: Sequence[str] = ("svg",)) -> dict[st
     from matplotlib.figure import Figure
 
     files = {}
-    # Text as outlines: an embedded image has no fonts of its own.
+    # Text becomes outlines, because an embedded image has no fonts of its own.
     with matplotlib.rc_context({**_settings(style), "svg.fonttype": "path", "svg.hashsalt": plot.name}):
         lines = textwrap.wrap(plot.title, 62) if style.titled else []
         figure = Figure(figsize=(WIDTH, plot.height + 0.22 * len(lines)), layout="constrained")
@@ -127,10 +117,10 @@ def render(plot: Plot, style: Style, forms: Sequence[str] = ("svg",)) -> dict[st
 
 
 def import_matplotlib() -> Any:
-    """matplotlib.
+    """Imports matplotlib.
 
     Raises:
-        ImportError: naming the extra that installs it.
+        ImportError: if it is not installed. The message names the extra that installs it.
     """
     try:
         import matplotlib
@@ -139,16 +129,26 @@ def import_matplotlib() -> Any:
     return matplotlib
 
 
-def heat_map(axes: Any, style: Style, values: Any, *, label: str, top: float, colours: str = COLOURS) -> Any:
-    """Draws a matrix from 0 to `top`, NaN left empty, with its scale.
+def heat_map(
+    axes: Any,
+    style: Style,
+    values: Sequence[Sequence[float]],
+    *,
+    label: str,
+    top: float,
+    colours: str = COLOURS,
+    texts: Sequence[Sequence[str]] | None = None,
+) -> None:
+    """Draws a matrix in colours, with a colour bar. Cells with NaN stay empty.
 
     Args:
-        axes: where.
+        axes: the matplotlib `Axes` to draw into.
         style: its colours.
         values: list of rows.
-        label: of the scale.
-        top: value of the brightest colour; larger ones get it too.
+        label: label of the colour bar.
+        top: value of the brightest colour, which larger values get too. The darkest colour is 0.
         colours: name of the colour map.
+        texts: texts to write into the cells, dark on bright and bright on dark.
     """
     import numpy as np
 
@@ -159,24 +159,59 @@ def heat_map(axes: Any, style: Style, values: Any, *, label: str, top: float, co
     bar.outline.set_visible(False)
     axes.set_frame_on(False)
     axes.grid(False)
-    return image
-
-
-def write_in_cells(axes: Any, image: Any, values: Sequence[Sequence[float]], texts: Sequence[Sequence[str]]) -> None:
-    """Writes into the cells of a heat map, dark on bright and bright on dark."""
     size = max(5.0, min(11.0, 44 / max(1, len(values))))
-    for y, row in enumerate(values):
-        for x, value in enumerate(row):
-            red, green, blue, _ = image.cmap(image.norm(value))
-            dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45
-            axes.text(x, y, texts[y][x], ha="center", va="center", fontsize=size, color="#111" if dark else "#fff")
+    for y, row in enumerate(texts or ()):
+        for x, text in enumerate(row):
+            red, green, blue, _ = image.cmap(image.norm(values[y][x]))
+            bright = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.45
+            colour = style.ink if isnan(values[y][x]) else "#111" if bright else "#fff"
+            axes.text(x, y, text, ha="center", va="center", fontsize=size, color=colour)
 
 
-def thinned_ticks(labels: Sequence[str], most: int = 14) -> tuple[list[int], list[str]]:
-    """Places and labels of at most so many ticks."""
-    step = -(-len(labels) // most)
-    places = list(range(0, len(labels), step))
-    return places, [labels[place] for place in places]
+def draw_experts(
+    axes: Any, style: Style, cells: Mapping[str, Mapping[int, float]], num_experts: int, **settings: Any
+) -> None:
+    """Draws `{path: {expert: value}}` as a heat map of layers and experts; `settings` are those of `heat_map`."""
+    values = [[row.get(expert, nan) for expert in range(num_experts)] for row in cells.values()]
+    heat_map(axes, style, values, **settings)
+    axes.set(xlabel="expert", ylabel="layer")
+    axes.set_yticks(*_layer_ticks(list(cells), most=9))
+
+
+def draw_matrix(
+    axes: Any, style: Style, names: Sequence[str], values: list[list[float]], form: str, **settings: Any
+) -> None:
+    """Draws a square matrix as a heat map, with names on both sides and its values, in a format, in the cells."""
+    texts = [["–" if isnan(value) else format(value, form) for value in row] for row in values]
+    heat_map(axes, style, values, texts=texts, **settings)
+    short = max(map(len, names)) * len(names) < 40
+    axes.set_xticks(range(len(names)), names, rotation=0 if short else 40, ha="center" if short else "right")
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0)
+
+
+def draw_layers(
+    axes: Any,
+    style: Style,
+    paths: Sequence[str],
+    lines: Mapping[str, Sequence[float]],
+    reference: tuple[str, Sequence[float]],
+    ylabel: str,
+) -> None:
+    """Draws lines over the layers by name, and a broken line of reference."""
+    for place, (name, values) in enumerate(lines.items()):
+        axes.plot(range(len(values)), values, markersize=3.5, label=name, **style.look(place))
+    name, values = reference
+    axes.plot(range(len(values)), values, "--", color=style.muted, linewidth=1.2, label=name)
+    axes.set(ylim=(0, None), xlabel="layer", ylabel=ylabel)
+    axes.set_xticks(*_layer_ticks(paths, most=14))
+    axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+
+
+def _layer_ticks(paths: Sequence[str], most: int) -> tuple[list[int], list[str]]:
+    """Places and labels of at most so many ticks on an axis of layers."""
+    step = -(-len(paths) // most)
+    return list(range(0, len(paths), step)), layer_labels(paths)[::step]
 
 
 def _settings(style: Style) -> dict[str, Any]:
@@ -201,7 +236,3 @@ def _settings(style: Style) -> dict[str, Any]:
         "lines.linewidth": 1.8,
         "lines.markersize": 5,
     }
-
-
-def _number(cell: Any) -> Any:
-    return f"{cell:.6g}" if isinstance(cell, float) else cell

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -53,8 +54,12 @@ class Overlap:
     @property
     def chance(self) -> float:
         """Experts that two independent choices would share: `top_k ** 2 / E`, mean over the layers."""
-        chances = [k * k / count for k, count in zip(self.top_k, self.num_experts, strict=True)]
-        return sum(chances) / len(chances)
+        return fmean(self.chances)
+
+    @property
+    def chances(self) -> list[float]:
+        """`top_k ** 2 / E` of each layer."""
+        return [k * k / count for k, count in zip(self.top_k, self.num_experts, strict=True)]
 
     def __str__(self) -> str:
         width = max(map(len, self.tasks))

@@ -1,13 +1,14 @@
-"""A page of HTML that needs nothing but itself: light and dark, for a phone and for a desk."""
+"""Writes a page of HTML that needs no other file, for light and dark screens of any width."""
 
 from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
-from .drawing import Drawn
+from .drawing import DARK, LIGHT, Plot, draw_files, render
 
 
 MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml", "csv": "text/csv"}
@@ -46,90 +47,82 @@ footer { margin-top: 2.5rem; }
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of texts.
-
-    Attributes:
-        header: names of the columns.
-        rows: the cells.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
 class Section:
     """A part of a page.
 
     Attributes:
         title: its heading.
-        text: a paragraph, plain text.
-        table: shown before the figures.
+        text: a paragraph of plain text.
+        table: the rows of a table, the names of its columns first. It is shown before the figures.
         figures: its figures.
     """
 
     title: str
     text: str = ""
-    table: Table | None = None
-    figures: Sequence[Drawn] = field(default_factory=tuple)
+    table: Sequence[Sequence[str]] = ()
+    figures: Sequence[Plot] = ()
 
 
-def render_page(title: str, lead: str, sections: Sequence[Section], footer: str) -> str:
-    """The whole page; every text is escaped.
+def write_page(file: Path, title: str, lead: str, sections: Sequence[Section], footer: str) -> None:
+    """Writes a page, and the files of its figures to the folder `<name>_files` beside it.
+
+    All texts are escaped.
 
     Args:
-        title: of the page.
+        file: the page's file.
+        title: title of the page.
         lead: a paragraph below the title.
-        sections: its parts, in order.
+        sections: the parts of the page, in order.
         footer: a line at the end.
     """
-    body = "".join(_section(section) for section in sections)
-    return (
+    folder = file.with_name(f"{file.stem}_files")
+    folder.mkdir(parents=True, exist_ok=True)
+    body = "".join(_section(section, folder) for section in sections)
+    page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f'<h1>{escape(title)}</h1>\n<p class="muted">{escape(lead)}</p>\n{body}'
         f"<footer>{escape(footer)}</footer>\n</main>\n</body>\n</html>\n"
     )
+    file.write_text(page, encoding="utf-8")
 
 
-def _section(section: Section) -> str:
-    parts = [f"<section>\n<h2>{escape(section.title)}</h2>\n"]
-    if section.text:
-        parts.append(f"<p>{escape(section.text)}</p>\n")
-    if section.table is not None:
-        parts.append(_table(section.table))
-    if section.figures:
-        parts.append(f'<div class="figures">\n{"".join(map(_figure, section.figures))}</div>\n')
-    return "".join([*parts, "</section>\n"])
+def _section(section: Section, folder: Path) -> str:
+    text = f"<p>{escape(section.text)}</p>\n" if section.text else ""
+    table = _table(section.table) if section.table else ""
+    figures = "".join(_figure(plot, folder) for plot in section.figures)
+    if figures:
+        figures = f'<div class="figures">\n{figures}</div>\n'
+    return f"<section>\n<h2>{escape(section.title)}</h2>\n{text}{table}{figures}</section>\n"
 
 
-def _table(table: Table) -> str:
-    header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+def _table(table: Sequence[Sequence[str]]) -> str:
+    header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table[0])
     rows = "".join(
         f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>\n'
-        for first, *rest in table.rows
+        for first, *rest in table[1:]
     )
-    # Focusable, so that the keyboard scrolls it too.
+    # The tabindex makes the table scroll by keyboard too.
     return (
         f'<div class="scroll" tabindex="0"><table>\n<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}</tbody>\n'
         "</table></div>\n"
     )
 
 
-def _figure(drawn: Drawn) -> str:
-    plot = drawn.plot
-    light, dark = (_data_uri("svg", content) for content in (drawn.light, drawn.dark))
-    links = " · ".join(
-        f'<a download="{escape(plot.name)}.{ending}" href="{_data_uri(ending, content)}">{ending.upper()}</a>'
-        for ending, content in drawn.files.items()
-    )
+def _figure(plot: Plot, folder: Path) -> str:
+    """The HTML of a figure, whose files are written to the folder."""
+    name, title = escape(plot.name), escape(plot.title)
+    light, dark = (_data_uri("svg", render(plot, style)["svg"]) for style in (LIGHT, DARK))
+    links = []
+    for ending, content in draw_files(plot).items():
+        (folder / f"{plot.name}.{ending}").write_bytes(content)
+        links.append(f'<a download="{name}.{ending}" href="{_data_uri(ending, content)}">{ending.upper()}</a>')
     return (
-        f'<figure id="{escape(plot.name)}">\n<h3>{escape(plot.title)}</h3>\n'
+        f'<figure id="{name}">\n<h3>{title}</h3>\n'
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img alt="{escape(plot.title)}" src="{light}"></picture>\n'
-        f'<figcaption>{escape(plot.caption)}<div class="downloads">{links}</div></figcaption>\n</figure>\n'
+        f'<img alt="{title}" src="{light}"></picture>\n'
+        f'<figcaption>{escape(plot.caption)}<div class="downloads">{" · ".join(links)}</div></figcaption>\n</figure>\n'
     )
 
 

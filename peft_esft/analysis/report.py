@@ -1,4 +1,4 @@
-"""One page on the routing of tasks, or on what adapters train."""
+"""Writes a report: one page on the routing of tasks, or on what adapters train."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from torch import Tensor, nn
 from ..scoring.preview import preview_selections
 from ..scoring.scores import ExpertScores
 from ..scoring.selection import DEFAULT_TOP_P
-from .adapters import AdapterRecord, adapter_overlap_plot, adapters_of_model, read_adapter, selection_plot
-from .dispersion import Dispersion, dispersion
-from .drawing import Drawn, draw, import_matplotlib
+from .adapters import AdapterRecord, adapters_of_model, read_adapter
+from .dispersion import SHARES, dispersion
+from .drawing import import_matplotlib
 from .figures import (
+    adapter_overlap_plot,
     dispersion_plot,
     granularity_plot,
     layers_plot,
     overlap_plot,
     overlap_profile_plot,
+    selection_plot,
     shares_plot,
     stability_plot,
 )
 from .granularity import SIZES, granularity
 from .overlap import check_same_model, overlap
-from .page import Section, Table, render_page
+from .page import Section, write_page
 from .stability import StabilityReport, stability_report
 
 
@@ -40,17 +42,17 @@ def report(
 ) -> Path:
     """Writes a page on the routing of tasks, or on what adapters train.
 
-    The page needs no network and no other file: figures, their SVG and PNG and their numbers as CSV are all in it, the
-    latter three behind links. The same files are also written to a folder beside it, `<name>_files`.
+    The page needs no network and no other file. It holds the figures, and behind links their SVG, their PNG and their
+    numbers as CSV. The files behind the links are also written to a folder beside the page, `<name>_files`.
 
     Args:
         scores_or_adapters: `ExpertScores`, a file of scores, an adapter's folder, a model with ESFT adapters, or
-            several of these in a list or, with names for them, in a dict. Scores must be of one model.
+            several of these in a list, or in a dict that names them. Scores must be of one model.
         out: the page's file.
-        share: of a layer's choices and gate mass that titles and marks speak of; also the threshold of the selections
-            that the table counts.
+        share: the share of a layer's choices and gate mass that titles and marks are about. It is also the threshold
+            of the selections that the table counts.
         co_occurrence: from `analysis.co_occurrence`; adds what coarser experts would cost.
-        title: of the page.
+        title: title of the page.
 
     Returns:
         The page's file.
@@ -67,14 +69,14 @@ def report(
     if not tasks and not adapters:
         raise ValueError("there is nothing to report on: no scores and no adapters")
     check_same_model(tasks)
-    sections = [*_score_sections(tasks, share, co_occurrence), *_adapter_sections(adapters)]
-    out = Path(out)
-    _write_files(out.with_name(f"{out.stem}_files"), [drawn for section in sections for drawn in section.figures])
+    sections = _score_sections(tasks, share, co_occurrence) if tasks else []
+    if adapters:
+        sections.append(_adapter_section(adapters))
     from .. import __version__
 
+    out = Path(out)
     heading = title or ("Experts that tasks use" if tasks else "Experts that adapters train")
-    page = render_page(heading, _lead(tasks, adapters), sections, f"Made by peft_esft {__version__}.")
-    out.write_text(page, encoding="utf-8")
+    write_page(out, heading, _lead(tasks, adapters), sections, f"Made by peft_esft {__version__}.")
     return out
 
 
@@ -114,70 +116,45 @@ def _add(table: dict[str, Any], name: str, item: Any) -> None:
 def _score_sections(
     tasks: Mapping[str, ExpertScores], share: float, co_occurrence: Mapping[str, Tensor] | None
 ) -> list[Section]:
-    if not tasks:
-        return []
+    stability = {
+        name: stability_report(scores)
+        for name, scores in tasks.items()
+        if any(min(half.num_tokens) > 0 for half in scores.halves)
+    }
+    sections = [_dispersion_section(tasks, stability, share)]
+    if len(tasks) > 1:
+        result = overlap(tasks)
+        figures = [overlap_plot(result), overlap_profile_plot(result)]
+        sections.append(Section("Different tasks use different ones", figures=figures))
+    grown = {name: found for name, found in stability.items() if len(found.points) > 1}
+    if grown:
+        sections.append(Section("Was the sample large enough?", figures=[stability_plot(grown)]))
+    if co_occurrence is not None:
+        sizes = [size for size in SIZES if all(matrix.shape[0] % size == 0 for matrix in co_occurrence.values())]
+        plot = granularity_plot(granularity(tasks, co_occurrence, sizes=sizes, top_p=share))
+        sections.append(Section("Finer experts cost less", figures=[plot]))
+    return [*sections, _cost_section(tasks)]
+
+
+def _dispersion_section(
+    tasks: Mapping[str, ExpertScores], stability: Mapping[str, StabilityReport], share: float
+) -> Section:
     by_token = {name: dispersion(scores) for name, scores in tasks.items()}
     by_gate = {
         name: dispersion(scores, metric="gate_share")
         for name, scores in tasks.items()
         if all(c.gate_weight_sum is not None for c in scores.containers.values())
     }
-    stability = _stability(tasks)
-    plots = [dispersion_plot(by_token, share), *([dispersion_plot(by_gate, share)] if by_gate else [])]
-    plots += [shares_plot(name, scores, "token", share) for name, scores in tasks.items()]
-    plots.append(layers_plot(by_token, share))
-    sections = [
-        Section(
-            "One task uses few experts",
-            "Whole experts that a layer needs to cover a share of its choices, mean over the layers.",
-            _dispersion_table(tasks, by_token, by_gate, stability, share),
-            [draw(plot) for plot in plots],
-        )
-    ]
-    if len(tasks) > 1:
-        result = overlap(tasks)
-        sections.append(
-            Section(
-                "Different tasks use different ones",
-                figures=[draw(overlap_plot(result)), draw(overlap_profile_plot(result))],
-            )
-        )
-    grown = {name: found for name, found in stability.items() if len(found.points) > 1}
-    if grown:
-        sections.append(Section("Was the sample large enough?", figures=[draw(stability_plot(grown))]))
-    if co_occurrence is not None:
-        sizes = [size for size in SIZES if all(matrix.shape[0] % size == 0 for matrix in co_occurrence.values())]
-        plot = granularity_plot(granularity(tasks, co_occurrence, sizes=sizes, top_p=share))
-        sections.append(Section("Finer experts cost less", figures=[draw(plot)]))
-    sections.append(_cost_section(tasks))
-    return sections
-
-
-def _stability(tasks: Mapping[str, ExpertScores]) -> dict[str, StabilityReport]:
-    return {
-        name: stability_report(scores)
-        for name, scores in tasks.items()
-        if any(min(half.num_tokens) > 0 for half in scores.halves)
-    }
-
-
-def _dispersion_table(
-    tasks: Mapping[str, ExpertScores],
-    by_token: Mapping[str, Dispersion],
-    by_gate: Mapping[str, Dispersion],
-    stability: Mapping[str, StabilityReport],
-    share: float,
-) -> Table:
     top_k = max(c.top_k for scores in tasks.values() for c in scores.containers.values())
-    header = ["task", "tokens", "for 10%", "20%", "50%", "90%", f"{share:.0%} of gate mass"]
-    header += [f"share of top {top_k}", "Gini", "entropy (nats)", "halves agree on"]
-    rows = []
+    shares = [f"{p:.0%}" for p in SHARES]
+    table = [["task", "tokens", f"for {shares[0]}", *shares[1:], f"{share:.0%} of gate mass"]]
+    table[0] += [f"share of top {top_k}", "Gini", "entropy (nats)", "halves agree on"]
     for name, result in by_token.items():
-        rows.append(
+        table.append(
             [
                 name,
                 f"{tasks[name].num_tokens:,}",
-                *(f"{result.experts_for(p):.1f}" for p in (0.1, 0.2, 0.5, 0.9)),
+                *(f"{result.experts_for(p):.1f}" for p in SHARES),
                 f"{by_gate[name].experts_for(share):.1f}" if name in by_gate else "–",
                 f"{result.top_share(top_k):.0%}",
                 f"{result.gini:.2f}",
@@ -186,14 +163,23 @@ def _dispersion_table(
             ]
         )
     uniform = next(iter(by_token.values()))
-    shares = [f"{uniform.uniform_experts_for(p):.1f}" for p in (0.1, 0.2, 0.5, 0.9, share)]
-    rows.append(
-        ["uniform", "", *shares, f"{top_k / uniform.num_experts:.0%}", "0.00", f"{log(uniform.num_experts):.2f}", ""]
+    needed = [f"{uniform.uniform_experts_for(p):.1f}" for p in (*SHARES, share)]
+    top_share, entropy = top_k / uniform.num_experts, log(uniform.num_experts)
+    table.append(["uniform", "", *needed, f"{top_share:.0%}", "0.00", f"{entropy:.2f}", ""])
+    return Section(
+        "One task uses few experts",
+        "Whole experts that a layer needs to cover a share of its choices, mean over the layers.",
+        table,
+        [
+            *(dispersion_plot(results, share) for results in (by_token, by_gate) if results),
+            *(shares_plot(name, scores, "token", share) for name, scores in tasks.items()),
+            layers_plot(by_token, share),
+        ],
     )
-    return Table(header, rows)
 
 
 def _cost_section(tasks: Mapping[str, ExpertScores]) -> Section:
+    header = ["selection by token", "experts a layer", "parameters", "of the experts'", "MB in fp32", "MB in bf16"]
     rows = [
         [
             f"{name}, top_p {preview.top_p:g}",
@@ -206,13 +192,11 @@ def _cost_section(tasks: Mapping[str, ExpertScores]) -> Section:
         for name, scores in tasks.items()
         for preview in preview_selections(scores)
     ]
-    header = ["selection by token", "experts a layer", "parameters", "of the experts'", "MB in fp32", "MB in bf16"]
-    return Section("What training them would cost", table=Table(header, rows))
+    return Section("What training them would cost", table=[header, *rows])
 
 
-def _adapter_sections(adapters: Mapping[str, AdapterRecord]) -> list[Section]:
-    if not adapters:
-        return []
+def _adapter_section(adapters: Mapping[str, AdapterRecord]) -> Section:
+    header = ["adapter", "base", "layers", "experts a layer", "trained weights", "MB"]
     rows = [
         [
             name,
@@ -224,11 +208,11 @@ def _adapter_sections(adapters: Mapping[str, AdapterRecord]) -> list[Section]:
         ]
         for name, record in adapters.items()
     ]
-    table = Table(["adapter", "base", "layers", "experts a layer", "trained weights", "MB"], rows)
-    drawn = {name: record for name, record in adapters.items() if record.selection}
-    plots = [selection_plot(name, record) for name, record in drawn.items()]
-    plots += [adapter_overlap_plot(drawn)] if len(drawn) > 1 else []
-    return [Section("Experts that are trained", table=table, figures=[draw(plot) for plot in plots])]
+    shown = {name: record for name, record in adapters.items() if record.selection}
+    figures = [selection_plot(name, record) for name, record in shown.items()]
+    if len(shown) > 1:
+        figures.append(adapter_overlap_plot(shown))
+    return Section("Experts that are trained", table=[header, *rows], figures=figures)
 
 
 def _lead(tasks: Mapping[str, ExpertScores], adapters: Mapping[str, AdapterRecord]) -> str:
@@ -248,12 +232,5 @@ def _lead(tasks: Mapping[str, ExpertScores], adapters: Mapping[str, AdapterRecor
 
 
 def _model_name(name: str | None) -> str | None:
-    """A name as on the Hub, or the last part of a folder's path: where it lies is nobody's business."""
+    """A name as on the Hub, or the last part of a folder's path, which keeps the rest of the path private."""
     return Path(name).name if name and (Path(name).is_absolute() or Path(name).is_dir()) else name
-
-
-def _write_files(folder: Path, figures: Sequence[Drawn]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for drawn in figures:
-        for ending, content in drawn.files.items():
-            (folder / f"{drawn.plot.name}.{ending}").write_bytes(content)

@@ -1,15 +1,15 @@
-"""What all tools of the package start from: the share that each expert has of its layer."""
+"""Turns scores into shares: how much of its layer's total each expert has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
-import torch
 from torch import Tensor
 
 from ..moe.containers import layer_number
 from ..scoring.scores import ExpertScores, Metric
+from ..scoring.selection import score_row
 
 
 ScoreTable = ExpertScores | Mapping[str, Tensor | Sequence[float]]
@@ -17,7 +17,7 @@ ScoreTable = ExpertScores | Mapping[str, Tensor | Sequence[float]]
 
 
 def layer_shares(scores: ScoreTable, metric: Metric = "token") -> dict[str, Tensor]:
-    """Each container's scores over their sum.
+    """Divides each container's scores by their sum.
 
     Args:
         scores: from `score_experts`, or `{path: scores [E]}`.
@@ -33,19 +33,14 @@ def layer_shares(scores: ScoreTable, metric: Metric = "token") -> dict[str, Tens
     if metric not in get_args(Metric):
         raise ValueError(f"metric is {metric!r}; it is one of {get_args(Metric)}")
     table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
-    shares = {}
-    for path, values in table.items():
-        row = torch.as_tensor(values, dtype=torch.float64)
-        if not bool(torch.isfinite(row).all()) or bool((row < 0).any()):
-            raise ValueError(f"the scores of {path} are not all finite and at least 0")
-        if bool(row.any()):
-            shares[path] = row / row.sum()
+    rows = {path: score_row(path, values) for path, values in table.items()}
+    shares = {path: row / row.sum() for path, row in rows.items() if row.any()}
     if not shares:
         raise ValueError("the scores are all 0: no container was reached")
     return shares
 
 
 def layer_labels(paths: Sequence[str]) -> list[str]:
-    """Short names of containers: the layer's number where that tells them apart, else the whole path."""
+    """Short names of containers: the layer numbers if they are unique, otherwise the whole paths."""
     labels = [path if layer_number(path) is None else str(layer_number(path)) for path in paths]
     return labels if len(set(labels)) == len(labels) else list(paths)

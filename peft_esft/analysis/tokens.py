@@ -17,6 +17,7 @@ from ..scoring.selection import Selection
 from ..scoring.watching import run_batches
 from ..tuner.config import check_target_experts
 from ..tuner.targets import resolve_target_experts
+from .changes import esft_layers
 
 
 if TYPE_CHECKING:
@@ -153,12 +154,9 @@ def _count(model: nn.Module, input_ids: Tensor, masks: dict[str, Tensor]) -> Ten
 
 
 def _active_experts(model: nn.Module) -> Selection:
-    from ..tuner.layers.layer import ESFTLayer
-
     experts = {
         module.path: module.union_of_experts(module.adapters_here(module.active_adapters))
-        for module in model.modules()
-        if isinstance(module, ESFTLayer)
+        for module in esft_layers(model)
     }
     found = find_experts(model)
     experts = {path: ids for path, ids in experts.items() if path in found and ids}

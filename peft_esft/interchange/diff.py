@@ -1,4 +1,4 @@
-"""What distinguishes two adapters."""
+"""Compares two adapter folders: settings, selections, and the deltas of experts that both train."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..tuner.config import ESFTConfig
 from ..tuner.fingerprint import EXPERTS, differing_paths
@@ -70,6 +71,37 @@ def format_diff(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compare_deltas(first: Tensor, second: Tensor) -> Tensor:
+    """Compares the deltas that two adapters have for the same experts.
+
+    Args:
+        first: the deltas of one weight in the first adapter, `[n, ...]`.
+        second: the same of the second adapter, the experts in the same order.
+
+    Returns:
+        float64 `[4, n]` on the CPU. For each expert: the squares of the first delta, the squares of the second delta,
+        the products of the two, and the squares of their difference, each summed over the elements. Add the results
+        of several weights to compare whole experts.
+    """
+    first, second = first.double(), second.double()
+    difference = first - second
+    pairs = ((first, first), (second, second), (first, second), (difference, difference))
+    return torch.stack([row_products(*pair) for pair in pairs])
+
+
+def row_products(one: Tensor, other: Tensor) -> Tensor:
+    """Computes the inner product of each row of one tensor with the same row of another.
+
+    Args:
+        one: any floating dtype, `[n, ...]`.
+        other: the same shape.
+
+    Returns:
+        float64 `[n]` on the CPU.
+    """
+    return torch.einsum("n...,n...->n", one.double(), other.double()).cpu()
+
+
 def _settings(config: ESFTConfig) -> dict[str, Any]:
     """What a config says besides the experts and the base's weights."""
     fields = config.to_dict()
@@ -106,24 +138,18 @@ def _compare_whole(first: AdapterFolder, second: AdapterFolder) -> dict[str, lis
 def _compare(
     adapters: tuple[AdapterFolder, AdapterFolder], path: str, ids: list[list[int]], both: list[int]
 ) -> dict[str, Any] | None:
-    squares, product, distance = [0.0, 0.0], 0.0, 0.0
     names = [set(adapter.weights().get(path, [])) for adapter in adapters]
     if names[0] != names[1] or not names[0]:
         return None
+    places = [[own.index(expert) for expert in both] for own in ids]
+    sums = torch.zeros(4, len(both), dtype=torch.float64)
     for name in names[0]:
-        deltas = [adapter.delta(path, name) for adapter in adapters]
-        if deltas[0] is None or deltas[1] is None or deltas[0].shape[1:] != deltas[1].shape[1:]:
+        first, second = (adapter.delta(path, name) for adapter in adapters)
+        if first is None or second is None or first.shape[1:] != second.shape[1:]:
             return None
-        first, second = (
-            delta[[own.index(expert) for expert in both]].double()
-            for delta, own in zip(deltas, ids, strict=True)
-            if delta is not None
-        )
-        squares[0] += float(first.square().sum())
-        squares[1] += float(second.square().sum())
-        product += float((first * second).sum())
-        distance += float((first - second).square().sum())
-    norms = [math.sqrt(value) for value in squares]
+        sums += compare_deltas(first[places[0]], second[places[1]])
+    squares, other_squares, product, distance = sums.sum(1).tolist()
+    norms = [math.sqrt(squares), math.sqrt(other_squares)]
     return {
         "norms": norms,
         "distance": math.sqrt(distance) / norms[0] if norms[0] else math.inf if distance else 0.0,

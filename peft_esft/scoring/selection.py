@@ -59,7 +59,7 @@ def select_experts(
     if not isinstance(scores, Mapping | ExpertScores):
         raise ValueError(f"scores are a {type(scores).__name__}; they are ExpertScores or a dict {{path: scores [E]}}")
     table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
-    rows = {path: _score_row(path, values) for path, values in table.items()}
+    rows = {path: score_row(path, values) for path, values in table.items()}
     unused = [path for path, row in rows.items() if not bool(row.any())]
     if unused:
         warnings.warn(
@@ -134,7 +134,7 @@ def _is_a(kind: type, value: Any) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _score_row(path: str, values: Tensor | Sequence[float]) -> Tensor:
+def score_row(path: str, values: Tensor | Sequence[float]) -> Tensor:
     row = torch.as_tensor(values, dtype=torch.float64)
     if row.dim() != 1 or row.numel() == 0 or not bool(torch.isfinite(row).all()) or bool((row < 0).any()):
         raise ValueError(f"scores of {path} are not a row of finite numbers of at least 0: {row}")

@@ -20,7 +20,7 @@ from peft import get_peft_model
 from peft_esft import ESFTConfig, find_experts, score_experts
 from peft_esft.analysis import dispersion, overlap, report
 from peft_esft.analysis.adapters import read_adapter
-from peft_esft.analysis.drawing import draw
+from peft_esft.analysis.drawing import draw_files
 from peft_esft.analysis.figures import dispersion_plot, overlap_plot, shares_plot
 from peft_esft.cli.main import main
 from peft_esft.interchange import compact
@@ -103,7 +103,7 @@ def test_equal_numbers_give_equal_files_names_are_escaped_and_folders_stay_priva
     assert "base: 2 layers" in text and "secret" not in text
     assert "<b>&" in page.cells and "stability" in page.ids
     plot = shares_plot("<b>&", tiny_scores, "token", 0.2)
-    for ending, content in draw(plot).files.items():
+    for ending, content in draw_files(plot).items():
         assert (tmp_path / "r_files" / f"shares_token__b__.{ending}").read_bytes() == content
 
 

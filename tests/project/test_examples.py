@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from peft_esft import score_experts
-from peft_esft.analysis import co_occurrence, coarse_routing, group_experts, random_groups
 
 import tasks
 from repository import ROOT
@@ -72,26 +71,6 @@ def test_batches_mask_padding_and_prompts(embedded):
         assert torch.equal(ids[answer], labels[answer])
     text = tokenizer.decode(batch["labels"][0][batch["labels"][0] != tasks.IGNORED])
     assert text == "yes<|endoftext|>"
-
-
-@torch.no_grad()
-def test_experts_that_work_together_make_the_better_coarse_model(embedded):
-    model, tokenizer = embedded
-    batches = [
-        batch
-        for windows in tasks.load_general().values()
-        for batch in tasks.batches([("", window) for window in windows[:8]], tokenizer)
-    ]
-    counts = co_occurrence(model, batches)
-    losses = {}
-    for name, groups in (
-        ("single", group_experts(counts, 1)),
-        ("similar", group_experts(counts, 2)),
-        ("random", random_groups(dict.fromkeys(counts, 64), 2, seed=0)),
-    ):
-        with coarse_routing(model, groups):
-            losses[name] = sum(model(**batch).loss.item() for batch in batches) / len(batches)
-    assert losses["single"] + 0.2 < losses["similar"] < losses["random"] - 0.1
 
 
 def test_the_embedded_model_routes_by_domain(embedded):

@@ -193,7 +193,7 @@ def test_conflicts_name_the_shared_experts_and_how_alike_their_changes_are():
     assert {shared.path for shared in report.shared} == {"model.layers.1.mlp.experts"}
     assert (report.num_trained, report.num_layers, report.shared_per_layer) == ((6, 3), 2, 1.0)
     assert str(report).startswith("a trains 6 experts and b 3; they share 2, 1.00 a layer\n")
-    with pytest.raises(ValueError, match=r"no ESFT adapters \['c'\]; there are \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"no ESFT adapter named 'c'; it has \['a', 'b'\]"):
         adapter_conflicts(model, "a", "c")
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge them"):

@@ -1,4 +1,4 @@
-"""A simulated coarser model, to train on: its routers choose groups of experts (arXiv 2407.01906, section 5.4)."""
+"""Makes the routers of a model choose groups of experts, as a coarser model would (arXiv 2407.01906, section 5.4)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe.containers import ExpertsContainer, find_experts
-from .grouping import Groups
+from peft_esft import find_experts
+from peft_esft.analysis import Groups
+from peft_esft.moe.containers import ExpertsContainer
 
 
 PROBES = 64  # random hidden states on which a router is compared with the rule that the simulation changes
