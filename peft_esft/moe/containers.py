@@ -52,7 +52,9 @@ class ModuleLocation:
         return watched
 
     def path_of(self, name: str) -> str:
-        """The path of something in the module."""
+        """The path of something in the module. `torch.compile`'s wrapper is no part of it."""
+        if name == "_orig_mod":
+            return self.path
         return f"{self.path}.{name}" if self.path else name
 
     def children(self) -> Iterator[ModuleLocation]:

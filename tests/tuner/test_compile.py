@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
-from peft_esft import hotswap_adapter
+from peft_esft import ESFTConfig, find_experts, hotswap_adapter
 from peft_esft.tuner.layers.layer import ESFTLayer
 
 from families import tiny_model
@@ -193,3 +193,25 @@ def test_inductor_gives_the_same_outputs_and_gradients():
     for key, delta in deltas_of(model).items():
         expected = deltas_of(reference)[key].grad
         assert (delta.grad - expected).norm() <= 0.05 * expected.norm(), key
+
+
+def test_a_model_that_is_compiled_before_it_is_attached_saves_plain_names(tmp_path):
+    def compiled():
+        return torch.compile(tiny_model("olmoe"), backend="eager")
+
+    tokens = random_tokens()
+    model = get_peft_model(compiled(), config_for(tiny_model("olmoe"), init_weights=False)).eval()
+    with torch.no_grad():
+        expected = run(model, tokens)
+        model.save_pretrained(tmp_path)
+        assert set(ESFTConfig.from_pretrained(str(tmp_path)).target_experts) == set(find_experts(tiny_model("olmoe")))
+        for base in (tiny_model("olmoe"), compiled()):
+            assert torch.equal(run(PeftModel.from_pretrained(base, tmp_path).eval(), tokens), expected)
+
+
+def test_the_state_dict_of_a_compiled_model_is_saved_under_plain_names(tmp_path):
+    model = get_peft_model(tiny_model("olmoe"), config_for(tiny_model("olmoe"), init_weights=False)).eval()
+    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "compiled", state_dict=torch.compile(model, backend="eager").state_dict())
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "compiled")]
+    assert files[0] == files[1]

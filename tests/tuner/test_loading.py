@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peft_esft import AdapterPool, ESFTConfig, hotswap_adapter
+from peft_esft import AdapterPool, hotswap_adapter
 from peft_esft.interchange import compact, export_official, merge_checkpoint
 
 from families import tiny_model
@@ -337,15 +337,3 @@ def test_the_file_of_a_resized_embedding_with_trained_tokens_has_no_copy_of_the_
         others = {key for key in file.keys() if "esft_" not in key}  # noqa: SIM118
     assert others == {f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta", f"{PREFIX}lm_head.weight"}
     PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path)
-
-
-def test_a_model_that_is_compiled_before_it_is_attached_saves_plain_names(folders, tmp_path):
-    model = get_peft_model(
-        torch.compile(base_of(folders), backend="eager"), config_for(tiny_model("olmoe"), init_weights=False)
-    )
-    expected = outputs(model)
-    model.save_pretrained(tmp_path)
-    assert not any("_orig_mod" in path for path in ESFTConfig.from_pretrained(str(tmp_path)).target_experts)
-    assert torch.equal(outputs(PeftModel.from_pretrained(base_of(folders), tmp_path)), expected)
-    again = PeftModel.from_pretrained(torch.compile(base_of(folders), backend="eager"), tmp_path)
-    assert torch.equal(outputs(again), expected)
