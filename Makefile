@@ -5,7 +5,9 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 # What depends on the versions of other libraries: the tuner, its hooks in PEFT, reading of checkpoints.
-CORE_TESTS = tests/tuner/test_plugin.py tests/project/test_packaging.py tests/tuner/test_adapters.py tests/ops/test_functional.py tests/ops/test_grouped.py tests/tuner/test_oracle.py tests/tuner/test_compile.py tests/scoring/test_scoring.py tests/interchange/test_official.py tests/interchange/test_merge_checkpoint.py
+CORE_TESTS = tests/tuner/test_plugin.py tests/tuner/test_adapters.py tests/tuner/test_loading.py tests/tuner/test_oracle.py \
+	tests/tuner/test_compile.py tests/ops/test_functional.py tests/ops/test_grouped.py tests/scoring/test_scoring.py \
+	tests/interchange/test_official.py tests/interchange/test_merge_checkpoint.py tests/project/test_packaging.py
 
 .PHONY: demo test test-slow test-oldest test-newest contract mutation lint types docs package bench paper clean
 
@@ -39,6 +41,7 @@ mutation: $(VENV)/.installed ## do tests fail where the arithmetic, the selectio
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(VENV)/.installed
 	$(RUN) -m mypy

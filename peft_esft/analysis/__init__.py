@@ -1,4 +1,9 @@
-"""Analyses which experts tasks use, and what training did to them."""
+"""Analyses which experts tasks use, and what training did to them.
+
+May import `interchange`, `tuner`, `scoring`, `moe` and `ops`.
+
+Begin with the file that is called like the measure; `report.py` puts them on one page.
+"""
 
 from .changes import ConflictReport, ExpertUse, SharedExpert, adapter_conflicts, expert_usage
 from .dispersion import Dispersion, LayerDispersion, dispersion

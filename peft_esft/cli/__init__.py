@@ -1,4 +1,9 @@
-"""The command line `peft-esft`."""
+"""The command line `peft-esft`: a file for each command.
+
+May import everything. Nothing imports it.
+
+Begin with `main.py`, which parses the arguments.
+"""
 
 from .main import main
 

@@ -1,4 +1,9 @@
-"""Adapters to and from other files: the original code's, merged checkpoints, smaller forms."""
+"""Adapters to and from other files: the original code's, merged checkpoints, smaller forms.
+
+May import `tuner`, `scoring`, `moe` and `ops`.
+
+Begin with `adapter.py`, an adapter's folder, and `base.py`, the base that it belongs to. Each function has a file.
+"""
 
 from .compact import compact
 from .diff import diff_adapters, format_diff

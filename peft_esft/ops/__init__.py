@@ -1,1 +1,6 @@
-"""Tensor arithmetic of ESFT layers: torch only, no model, no PEFT."""
+"""Arithmetic on tensors: the products of selected and frozen experts, deltas, stored forms.
+
+May import torch alone: no PEFT, no transformers, no other part of the package.
+
+Begin with `split_forward.py`, the forward pass of an experts layer; `row_order.py` has its products and gradients.
+"""

@@ -1,1 +1,6 @@
-"""Which experts a task uses, and which of them to train."""
+"""Which experts a task uses, and which of them to train.
+
+May import `moe` and `ops`.
+
+Begin with `measure.py`, which has `score_experts`, and `selection.py`, which has `select_experts`.
+"""

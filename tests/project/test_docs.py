@@ -100,11 +100,17 @@ def test_the_api_page_has_every_public_name():
     assert {name for name in listed if not name.startswith("peft_esft.checkpoints.")} == public
 
 
-def test_the_design_page_names_every_file():
+def test_the_design_page_names_every_wing_and_only_files_that_exist():
     page = (ROOT / "docs" / "design.md").read_text()
-    named = {name.rpartition("/")[2] for line in page.splitlines() for name in re.findall(r"`([\w/]+\.py)`", line)}
-    files = {file for file in (ROOT / "peft_esft").rglob("*.py") if file.parent.name != "analysis"}
-    assert {file.name for file in files} - named == set()
+    parts = {path for path in (ROOT / "peft_esft").iterdir() if path.name != "__pycache__"}
+    named = {part.name for part in parts if f"`{part.name}{'/' * part.is_dir()}`" in page}
+    assert {part.name for part in parts} - named <= {"__init__.py", "py.typed"}
+    wings = dict(re.findall(r"^\| `(\w+)/` \|.*\| (.*) \|$", page, flags=re.MULTILINE))
+    assert len(wings) == 7
+    for wing, start in wings.items():
+        assert all((ROOT / "peft_esft" / wing / file).is_file() for file in re.findall(r"`([\w/]+\.py)`", start))
+    mentioned = [name for name in re.findall(r"`((?:\w+/)+\w+\.py)`", page) if name.partition("/")[0] in wings]
+    assert mentioned and all((ROOT / "peft_esft" / name).is_file() for name in mentioned)
 
 
 def test_the_start_page(clone):
