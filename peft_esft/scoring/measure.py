@@ -50,14 +50,10 @@ class RoutingAccumulator:
         )
 
     def update(self, routing: Routing, stream: TokenStream) -> None:
-        """Counts one batch.
+        """Counts one batch: the routing of the tokens of a stream.
 
         A pair counts unless its weight is 0 or less: routers that skip an expert send it with weight 0. A NaN makes
         the sums of the gates NaN, which `score_experts` refuses.
-
-        Args:
-            routing: the choices for the tokens of the stream.
-            stream: the tokens of the batch, and which of them count.
         """
         top_k_index, top_k_weights = routing.top_k_index, routing.top_k_weights
         if self.num_tokens == 0 and top_k_index.device != self.device:
@@ -83,11 +79,9 @@ class RoutingAccumulator:
         self.gate_share_sum += (gate_sums / tokens).sum(0)
 
     def update_counts(self, pairs: list[int], stream: TokenStream) -> None:
-        """Counts a batch of one sample where only the number of tokens of each expert is known.
+        """Counts a batch of one sample, all of whose tokens count, where only each expert's number of tokens is known.
 
-        Args:
-            pairs: the number of tokens of each expert, `E` in all.
-            stream: the tokens of the batch, all of which count.
+        `pairs` has `E` such numbers.
         """
         self.sees_gates = False
         self._add_tokens(stream, -(-sum(pairs) // stream.num_tokens))
@@ -241,13 +235,7 @@ class _Counter:
         return self.num_tokens < self.max_tokens
 
     def run(self, inputs: Mapping[str, Any], is_counted: bool, in_step: bool) -> None:
-        """Runs one batch.
-
-        Args:
-            inputs: the batch.
-            is_counted: False for a batch that only other processes need.
-            in_step: True to run the batch even if none of its tokens count.
-        """
+        """Runs one batch. It is counted unless only other processes need it; `in_step` runs it in any case."""
         check_batch(inputs)
         if self._decoder is not None:
             inputs = with_decoder_inputs(inputs, self.model)

@@ -266,13 +266,9 @@ class ExpertScores:
 
 
 def _read(kind: Any, values: Any, where: str, **in_file: Any) -> Any:
-    """Makes a dataclass of a part of a score file.
+    """Makes a dataclass of a part of a score file, which error messages call `where`.
 
-    Args:
-        kind: the dataclass.
-        values: the part of the file.
-        where: what error messages call the part.
-        **in_file: the types in the file of fields that have other types there; their values are not checked.
+    `in_file` has the types in the file of fields that have other types there; their values are not checked.
 
     Raises:
         ValueError: if a field is missing, unknown or of another type, or a number is negative or not finite.
