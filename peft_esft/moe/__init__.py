@@ -1,1 +1,1 @@
-"""What a mixture-of-experts model has: its experts, their weights, its routing."""
+"""Finds the experts of a mixture-of-experts model, and reads their weights and their routing."""
