@@ -1,1 +1,1 @@
-"""Which experts a task uses, and which of them to train."""
+"""Measures which experts a task uses, and chooses which of them to train."""
