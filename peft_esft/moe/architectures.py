@@ -1,4 +1,4 @@
-"""All that is known of single architectures, as data."""
+"""Describes single architectures as data: their layouts, weights and routers."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .weights import StackedForm
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """How fused experts are stored and what lies between their projections.
+    """How fused experts are stored, and the operations between their projections.
 
-    The first four are the flags of `transformers.integrations.use_experts_implementation`; its fifth,
-    `is_concatenated`, matters only to the module's own `_apply_gate`, which is called and never rewritten.
+    The first four are the flags of `transformers.integrations.use_experts_implementation`. Its fifth flag,
+    `is_concatenated`, matters only to the module's own `_apply_gate`, which this package calls.
 
     Attributes:
         has_gate: the up projection is `gate_up_proj`, twice as wide, and not `up_proj`.
-        has_bias: there is a bias on each projection.
+        has_bias: each projection has a bias.
         is_transposed: weights are `[E, in, out]` instead of `[E, out, in]`.
         has_post_expert_norm: `post_expert_norm`, shared by all experts, follows the down projection.
-        identity_experts: the attribute that holds the number of experts without weights, which have the ids from
-            `num_experts` on and return their input; None if there are none.
+        identity_experts: the attribute with the number of experts without weights, which have the ids from
+            `num_experts` on and return their input; None if there are no such experts.
     """
 
     has_gate: bool = True
@@ -54,14 +54,14 @@ UNFLAGGED_LAYOUTS: dict[str, ExpertsLayout] = {
 
 @dataclass(frozen=True)
 class KnownContainer:
-    """What has to be said of a class that does not say it itself.
+    """The description of a class of experts containers that cannot be found out from its modules.
 
     Attributes:
         routing: where its routing can be seen.
-        weights: `{name: parameter below the module}` of experts stacked in parameters, as far as a module has them;
-            empty for a list of modules.
-        form: how the experts lie in these parameters.
-        refusal: why its experts cannot be trained, and what would do; None if they can.
+        weights: `{name: parameter below the module}` of experts stacked in parameters, of which a module may have only
+            some; empty for a list of modules.
+        form: how the experts are stored in these parameters.
+        refusal: why its experts cannot be trained, and what to do instead; None if they can be trained.
     """
 
     routing: RoutingSource
@@ -97,12 +97,12 @@ KNOWN_CONTAINERS: dict[str, KnownContainer] = {
         STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("Mxfp4Config(dequantize=True)")
     ),
 }
-"""Containers that are neither standard fused experts nor a plain list of modules beside a router."""
+"""Containers that are neither standard fused experts nor a plain list of modules beside a router, by class."""
 
 GATED_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""Gate, up and down projection of experts in modules of their own; `gate_up_proj` and `down_proj` in fused ones."""
+"""Names of the gate, up and down projection of listed experts; fused experts have `gate_up_proj` and `down_proj`."""
 
 SHARED_EXPERTS = re.compile(r"shared_(experts?|mlp)")
-"""Names of the modules that hold what transformers' families call shared experts."""
+"""Names of the modules that transformers' models have for shared experts."""
 
 READABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

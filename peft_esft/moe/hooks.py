@@ -1,4 +1,4 @@
-"""Hooks on modules that other threads may be calling."""
+"""Limits a hook to the calls of one thread."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import nn
 
 
 def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """The hook, for the calls of the thread that asks; calls of other threads go on as if there were none.
+    """Makes a hook that runs for the calls of the present thread, and does nothing for those of other threads.
 
-    Who leaves them alone must do so before looking at what the hook is given: while one thread registers or removes a
-    hook `with_kwargs`, PyTorch may call it in another thread without the keywords
-    (`torch.nn.Module.register_forward_hook` keeps in two dictionaries which hooks there are, and which want keywords).
+    The thread is checked before the arguments are read. While one thread registers or removes a hook `with_kwargs`,
+    PyTorch may call the hook in another thread without the keywords, since `torch.nn.Module.register_forward_hook`
+    keeps in two dictionaries which hooks there are and which of them take keywords.
     """
     thread = get_ident()
 

@@ -1,7 +1,6 @@
-"""Where the routing of an experts container can be seen, and how it is read there.
+"""Reads the routing of experts containers: expert ids, and the values that multiply the experts' outputs.
 
-What is read is what is computed: expert ids, and the values that multiply the experts' outputs. Each reader is written
-after one class of transformers, whose call or result it takes apart.
+Each reader belongs to one class of transformers, and takes its arguments or its result apart.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ class Routing:
     Attributes:
         top_k_index: int64 `[T, K]`, expert ids. Ids of experts that have no weights may occur.
         top_k_weights: `[T, K]`, what multiplies each expert's output; 0 where nothing is computed.
-        top_k: experts that a token is meant to have; less than `K` where the columns hold places that stay empty.
-        batch_size: the tokens are those of so many samples, one sample after another; None if that is not known.
+        top_k: number of experts that a token is meant to have; less than `K` where some columns stay empty.
+        batch_size: number of samples, whose tokens follow one another; None if that is not known.
     """
 
     top_k_index: Tensor
@@ -42,7 +41,7 @@ class RoutingSource:
     """The module to watch for a container's routing.
 
     Attributes:
-        read: makes a `Routing` of the watched module, its positional arguments and its result.
+        read: makes a `Routing` of the watched module, its arguments and its result.
         watched: "container" for the container itself, or the name of a module beside it.
         of_result: True if the module's result is read, False if its arguments are, before it runs.
     """
@@ -81,7 +80,7 @@ def read_one_hot_call(module: nn.Module, arguments: Any, result: Any) -> Routing
 def read_nllb_call(module: nn.Module, arguments: Any, result: Any) -> Routing:
     """NLLB-MoE: transformers 5.23 takes the entries of the router's one-hot mask `[T, E]` for expert ids.
 
-    So experts 0 and 1 run, whatever the router chose; two of a token's `E` weights are above 0.
+    So experts 0 and 1 run, whatever the router chose. Two of a token's `E` weights are above 0.
     """
     _, mask, weights = arguments
     return Routing(mask, weights, 2)

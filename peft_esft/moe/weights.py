@@ -1,7 +1,7 @@
-"""How a container stores the weights of its experts, and how rows of them are read, written and substituted.
+"""Reads, writes and replaces the rows of experts' weights, in all the ways that containers store them.
 
-A weight is seen as one tensor `[E, ...]`, row `e` being expert `e`'s, whatever the storage is: one parameter for all
-experts (`StackedWeight`), or parameters in each expert's own module (`ListedWeight`). Both have the same methods.
+A weight is seen as one tensor `[E, ...]`, where row `e` is the weight of expert `e`. It is stored in one parameter for
+all experts (`StackedWeight`), or in parameters of each expert's module (`ListedWeight`). Both have the same methods.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def expert_index(expert_ids: Sequence[int], device: torch.device) -> Tensor:
 
 
 def is_spread(tensor: Tensor) -> bool:
-    """True if processes hold parts of a tensor: under FSDP2, expert or tensor parallelism, or ZeRO-3."""
+    """True if each process holds a part of a tensor: under FSDP2, expert or tensor parallelism, or ZeRO-3."""
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")  # what DeepSpeed marks its parameters with
 
 
 def whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The shape of a tensor, all parts of it together."""
+    """The shape of a tensor with the parts of all processes."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
@@ -42,8 +42,8 @@ class StackedWeight:
         name: what the weight is called in adapter files.
         parameter: the parameter's path below the container's module.
         num_experts: number of experts, `E`.
-        form: "stacked" for `[E, ...]`, rows beyond `E` being no expert's; "flat" for `[E * rows, ...]`, the experts'
-            blocks one after another; "single" for the weight of a module that is no list of experts, seen as one.
+        form: "stacked" for `[E, ...]`, where rows beyond `E` belong to no expert; "flat" for `[E * rows, ...]`, the
+            blocks of the experts one after another; "single" for the weight of a module that is seen as one expert.
     """
 
     name: str
@@ -56,8 +56,8 @@ class StackedWeight:
         return [attrgetter(self.parameter)(module)]
 
     def named_parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        """The same, with their paths below the module."""
-        return [(self.parameter, self.parameters(module)[0])]
+        """The parameters that hold the weight, with their paths below the module."""
+        return [(self.parameter, parameter) for parameter in self.parameters(module)]
 
     def whole(self, module: nn.Module) -> Tensor:
         """The weight of all experts, `[E, ...]`, a view of the parameter."""
@@ -66,12 +66,12 @@ class StackedWeight:
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """The shape of one expert's weight."""
         shape = whole_shape(self.parameters(module)[0])
-        if self.form == "single":
-            return shape
-        return (shape[0] // self.num_experts, *shape[1:]) if self.form == "flat" else shape[1:]
+        if self.form == "flat":
+            return (shape[0] // self.num_experts, *shape[1:])
+        return shape if self.form == "single" else shape[1:]
 
     def rows(self, module: nn.Module, expert_ids: Sequence[int]) -> list[Tensor]:
-        """The rows `[...]` of some experts, views of the parameter."""
+        """The rows `[...]` of some experts: views of the parameter, or copies if a row is in several parameters."""
         weight = self.whole(module)
         return [weight[expert] for expert in expert_ids]
 
@@ -88,24 +88,24 @@ class StackedWeight:
             weight[expert].copy_(row)
 
     def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
-        """What `torch.func.functional_call` puts in place of the parameters, by path: the weight with new rows."""
-        parameter = self.parameters(module)[0]
+        """The tensors with new rows that `torch.func.functional_call` uses in place of the parameters, by path."""
         if self.form == "single":
             return {self.parameter: rows[0]}
+        parameter = self.parameters(module)[0]
         index = expert_index(expert_ids, parameter.device)
         if self.form == "flat":
             return {self.parameter: self._view(parameter).index_copy(0, index, rows).flatten(0, 1)}
         return {self.parameter: parameter.index_copy(0, index, rows)}
 
     def _view(self, parameter: Tensor) -> Tensor:
-        if self.form == "single":
-            return parameter[None]
-        return parameter.unflatten(0, (self.num_experts, -1)) if self.form == "flat" else parameter[: self.num_experts]
+        if self.form == "flat":
+            return parameter.unflatten(0, (self.num_experts, -1))
+        return parameter[None] if self.form == "single" else parameter[: self.num_experts]
 
 
 @dataclass(frozen=True)
 class ListedWeight:
-    """A weight of experts that are modules of their own.
+    """A weight of experts that are modules of their own. It has the methods of `StackedWeight`.
 
     Attributes:
         name: what the weight is called in adapter files, the same as in the fused form of the model.
@@ -122,36 +122,29 @@ class ListedWeight:
         return [module._modules[name] for name in self.experts]
 
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
-        """The parameters that hold the weight."""
         return [parameter for _, parameter in self.named_parameters(module)]
 
     def named_parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        """The same, with their paths below the module."""
         experts = zip(self.experts, self.expert_modules(module), strict=True)
         return [(f"{name}.{part}", attrgetter(part)(expert)) for name, expert in experts for part in self.parts]
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
-        """The shape of one expert's weight."""
         parts = self._parts(module, 0)
         return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
 
     def rows(self, module: nn.Module, expert_ids: Sequence[int]) -> list[Tensor]:
-        """The rows `[...]` of some experts, copies if they are in several parameters."""
         return [torch.cat(parts) if len(parts := self._parts(module, e)) > 1 else parts[0] for e in expert_ids]
 
     def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
-        """A copy of the rows of some experts, `[n, ...]`."""
         return torch.stack(self.rows(module, expert_ids))
 
     def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
-        """Writes the rows `[n, ...]` of some experts, casting them to the parameters' dtype."""
         for expert, row in zip(expert_ids, rows, strict=True):
             parts = self._parts(module, expert)
             for part, values in zip(parts, row.split([part.shape[0] for part in parts]), strict=True):
                 part.data.copy_(values)
 
     def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
-        """What `torch.func.functional_call` puts in place of the experts' parameters, by path below the container."""
         return {
             f"{self.experts[expert]}.{path}": values
             for expert, row in zip(expert_ids, rows, strict=True)
@@ -159,7 +152,7 @@ class ListedWeight:
         }
 
     def substitutes_of_expert(self, module: nn.Module, expert_id: int, row: Tensor) -> dict[str, Tensor]:
-        """The same for one expert and its row `[...]`, by path below the expert."""
+        """The substitutes for one expert and its row `[...]`, by path below the expert."""
         sizes = [part.shape[0] for part in self._parts(module, expert_id)]
         return dict(zip(self.parts, row.split(sizes), strict=True))
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class RowError(ValueError):
-    """A row of data that is no sample."""
+    """Raised for a row of data that is not a sample."""
 
 
 def text_batches(
@@ -32,9 +32,9 @@ def text_batches(
     Args:
         data: strings, or rows with a `text` or a `messages` entry, as a list or a `datasets.Dataset`. The tokenizer's
             chat template turns `messages` into text.
-        tokenizer: the model's own.
-        batch_size: samples in a batch.
-        max_length: samples are cut to so many tokens.
+        tokenizer: the tokenizer of the model.
+        batch_size: number of samples in a batch.
+        max_length: samples are cut to this many tokens.
 
     Returns:
         Batches of `input_ids` and `attention_mask`, int64 `[samples, length]`, made as they are asked for.
@@ -50,10 +50,8 @@ def text_batches(
     if isinstance(data, str):
         raise ValueError("data is a single string, whose samples would be its characters; give a list of texts")
     if isinstance(data, Mapping):
-        raise ValueError(
-            f"data is a {type(data).__name__} of {list(data)}, which is no sequence of samples; give one of its "
-            "splits, or a list of rows"
-        )
+        what = f"data is a {type(data).__name__} of {list(data)}, which is no sequence of samples"
+        raise ValueError(f"{what}; give one of its splits, or a list of rows")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it is at least 1")
@@ -79,10 +77,10 @@ def _batches(
 
 
 def check_batch(batch: Any) -> Mapping[str, Any]:
-    """The batch itself, if it is one.
+    """Returns the batch itself.
 
     Raises:
-        ValueError: if it is not by name what a model's forward takes, as a text or a tensor is not.
+        ValueError: if the batch is not a dict.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
@@ -101,12 +99,12 @@ def batch_size_of(inputs: Mapping[str, Any]) -> int:
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """True for models whose decoder is given tokens of its own."""
+    """True for a model whose decoder has tokens of its own."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def with_decoder_inputs(inputs: Mapping[str, Any], model: Any) -> Mapping[str, Any]:
-    """Decoder inputs made from the labels where there are none, as the model itself does in training."""
+    """Makes the decoder's inputs from the labels if the batch has none, as the model itself does in training."""
     if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
         return inputs
     if inputs.get("labels") is None or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
@@ -118,7 +116,7 @@ def with_decoder_inputs(inputs: Mapping[str, Any], model: Any) -> Mapping[str, A
 
 
 def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-    """A batch without its labels, where the model's first parameters are."""
+    """Returns a batch without its labels, on the device of the model's first parameter."""
     device = next(model.parameters()).device
     return {
         name: value.to(device) if isinstance(value, Tensor) and device.type != "meta" else value

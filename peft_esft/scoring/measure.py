@@ -30,7 +30,7 @@ FIRST_CHECKPOINT = 1024  # tokens; the next ones follow at each doubling
 class RoutingAccumulator:
     """Sums up the routing of one container, batch by batch, on the device where the routing is computed.
 
-    Memory is constant in the number of tokens. Nothing is copied to the host before `result`.
+    Memory is constant in the number of tokens. `update` copies nothing to the host.
     """
 
     def __init__(self, num_experts: int, parameters_per_expert: int = 1) -> None:
@@ -50,14 +50,10 @@ class RoutingAccumulator:
         )
 
     def update(self, routing: Routing, stream: TokenStream) -> None:
-        """Counts one batch.
+        """Counts one batch: the routing of the tokens of a stream.
 
         A pair counts unless its weight is 0 or less: routers that skip an expert send it with weight 0. A NaN makes
         the sums of the gates NaN, which `score_experts` refuses.
-
-        Args:
-            routing: the choices for the tokens of the stream.
-            stream: the tokens of the batch, and which of them count.
         """
         top_k_index, top_k_weights = routing.top_k_index, routing.top_k_weights
         if self.num_tokens == 0 and top_k_index.device != self.device:
@@ -83,11 +79,9 @@ class RoutingAccumulator:
         self.gate_share_sum += (gate_sums / tokens).sum(0)
 
     def update_counts(self, pairs: list[int], stream: TokenStream) -> None:
-        """Counts a batch of one sample where only the number of tokens of each expert is known.
+        """Counts a batch of one sample, all of whose tokens count, where only each expert's number of tokens is known.
 
-        Args:
-            pairs: the number of tokens of each expert, `E` in all.
-            stream: the tokens of the batch, all of which count.
+        `pairs` has `E` such numbers.
         """
         self.sees_gates = False
         self._add_tokens(stream, -(-sum(pairs) // stream.num_tokens))
@@ -103,9 +97,9 @@ class RoutingAccumulator:
     def result(self) -> ContainerScores:
         """The sums so far, on the host."""
         return ContainerScores(
-            top_k=self.top_k,
-            num_tokens=self.num_tokens,
-            num_samples=self.num_samples,
+            self.top_k,
+            self.num_tokens,
+            self.num_samples,
             selected_pairs=self.half_pairs.sum(0).tolist(),
             gate_weight_sum=self.gate_weight_sum.tolist() if self.sees_gates else None,
             token_share_sum=self.token_share_sum.tolist(),
@@ -126,21 +120,21 @@ def score_experts(
 ) -> ExpertScores:
     """Measures which experts a task uses, by forward passes over its training data.
 
-    What counts is what is computed: the expert ids, and the values that multiply the experts' outputs, after whatever
-    the router does to them. The model is scored as it is, active adapters included; it is put in eval mode for the
-    time of the call. Other threads may call it meanwhile, or score it too.
+    It counts the expert ids that are computed, and the values that multiply the experts' outputs. The model is scored
+    with its active adapters, and is in eval mode for the time of the call. Other threads may call or score it too.
 
-    Where `torch.distributed` is initialised, call it on every process, each with its own part of the data: the counts
-    are summed and every process returns the same scores. `max_tokens` is then shared out evenly. Processes that see
-    the same batches (tensor parallelism) are counted once; those of a sharded model may have unequal numbers of them.
+    If `torch.distributed` is initialised, call this function on every process, each with its own part of the data. The
+    counts are summed, and every process returns the same scores. `max_tokens` is divided evenly. Processes that see
+    the same batches (tensor parallelism) are counted once. Processes of a sharded model may have unequal numbers of
+    batches.
 
     Args:
         model: a transformers model, with or without adapters.
-        batches: dicts of tensors as the model's forward takes them, rows being samples; `attention_mask` says which
-            tokens count, and `position_ids` that start again at 0 say where a packed row's samples begin. `labels` are
-            not passed on. With `tokenizer`: strings, or rows with a `text` or `messages` entry, see `text_batches`.
+        batches: dicts of tensors as the model's forward takes them; a row is a sample. `attention_mask` says which
+            tokens count. In packed rows, samples begin where `position_ids` are 0. `labels` are not passed on. With
+            `tokenizer`: strings, or rows with a `text` or `messages` entry, see `text_batches`.
         tokenizer: makes batches of text.
-        max_tokens: stop after exactly so many counted tokens; the paper's sample is 131,072.
+        max_tokens: stop after exactly this many counted tokens; the paper's sample is 131,072.
         averaging: see `ExpertScores`.
         answers_only: count only tokens whose `labels` entry is not -100.
         progress: show a progress bar.
@@ -150,8 +144,8 @@ def score_experts(
 
     Raises:
         ValueError: if the model has no experts containers that can be scored, `batches` holds no tokens or something
-            else than batches, a container sees tokens of which it is not known whose they are, or routing weights are
-            NaN or infinite.
+            else than batches, the samples of a container's tokens are not known, or routing weights are NaN or
+            infinite.
 
     Example:
         >>> scores = score_experts(model, loader)
@@ -227,7 +221,7 @@ class _Counter:
         self._decoder = _decoder_path(model)
         self._decoder_tokens = self._num_rows = 0
         self._half_tokens = torch.zeros(2, dtype=torch.int64)
-        self._noted: list[tuple[list[int], dict[str, Tensor]]] = []
+        self._halves: list[HalfCounts] = []
         self._next_checkpoint = FIRST_CHECKPOINT
         # Of the batch that is being run:
         self._is_counting = True
@@ -241,13 +235,7 @@ class _Counter:
         return self.num_tokens < self.max_tokens
 
     def run(self, inputs: Mapping[str, Any], is_counted: bool, in_step: bool) -> None:
-        """Runs one batch.
-
-        Args:
-            inputs: the batch.
-            is_counted: False for a batch that only other processes need.
-            in_step: True to run the batch even if none of its tokens count.
-        """
+        """Runs one batch. It is counted unless only other processes need it; `in_step` runs it in any case."""
         check_batch(inputs)
         if self._decoder is not None:
             inputs = with_decoder_inputs(inputs, self.model)
@@ -270,13 +258,13 @@ class _Counter:
 
     def halves(self) -> list[HalfCounts]:
         """The counts of both halves each time that the tokens had doubled, and at the end."""
-        if not self._noted or self._noted[-1][0] != self._half_tokens.tolist():
+        if not self._halves or self._halves[-1].num_tokens != self._half_tokens.tolist():
             self._note_halves()
-        return [HalfCounts(tokens, {path: p.tolist() for path, p in pairs.items()}) for tokens, pairs in self._noted]
+        return self._halves
 
     def _note_halves(self) -> None:
-        pairs = {path: accumulator.half_pairs.clone() for path, accumulator in self.accumulators.items()}
-        self._noted.append((self._half_tokens.tolist(), pairs))
+        pairs = {path: accumulator.half_pairs.tolist() for path, accumulator in self.accumulators.items()}
+        self._halves.append(HalfCounts(self._half_tokens.tolist(), pairs))
 
     def _start_batch(self, inputs: Mapping[str, Any]) -> bool:
         """Finds the tokens of a batch that count; returns False if there are none."""

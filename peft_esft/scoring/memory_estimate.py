@@ -1,4 +1,4 @@
-"""Memory and communication of training on several GPUs, on paper: counted on the model, never run.
+"""Estimates the memory and communication of training on several GPUs from a model's sizes, without running it.
 
 All bytes are those of one GPU. The formulas and their errors against measurements are in docs/scaling.md.
 """
@@ -19,36 +19,28 @@ Method = Literal["ESFT", "LoRA", "full"]
 Engine = Literal["one GPU", "offload", "FSDP2", "EP"]
 
 TRAINED_BYTES = 16
-"""Of a trained parameter: fp32 value, gradient and AdamW's two moments."""
+"""Bytes of a trained parameter: fp32 value, gradient and AdamW's two moments."""
 RESERVE = 0.9
-"""The share of a GPU's memory that a plan may fill; the rest is the allocator's and the libraries'."""
+"""The share of a GPU's memory that a plan may fill; the rest is for the allocator and the libraries."""
 _GPUS = re.compile(r"(\d+)x(\d+(?:\.\d+)?)\s*(?:GB|G)?", re.IGNORECASE)
-_TOP_K_FIELDS = (
-    "num_experts_per_tok",
-    "top_k",
-    "moe_top_k",
-    "moe_topk",
-    "moe_k",
-    "top_k_experts",
-    "experts_per_token",
-)
+_TOP_K_FIELDS = "num_experts_per_tok top_k moe_top_k moe_topk moe_k top_k_experts experts_per_token"
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What the formulas need of a model; numbers of parameters where nothing else is said.
+    """The sizes of a model that the formulas need; numbers of parameters where nothing else is said.
 
     Attributes:
-        total: all.
-        units: of each decoder layer, which FSDP gathers as one.
-        unit_experts: of the routed experts in each decoder layer.
-        expert: of one routed expert.
-        num_experts: in each layer that has some.
-        top_k: experts for each token.
+        total: the whole model.
+        units: each decoder layer, which FSDP gathers as one.
+        unit_experts: the routed experts of each decoder layer.
+        expert: one routed expert.
+        num_experts: number of experts in a layer that has some.
+        top_k: number of experts for each token.
         hidden_size: width of the experts' input.
         intermediate_size: width inside an expert.
-        vocab_size: logits for each token.
-        lora_per_rank: of LoRA factors of rank 1 on all matrices of the decoder layers.
+        vocab_size: number of logits for each token.
+        lora_per_rank: LoRA factors of rank 1 on all matrices of the decoder layers.
     """
 
     total: int
@@ -74,29 +66,31 @@ class ModelSizes:
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers with routed experts."""
+        """Number of layers with routed experts."""
         return sum(experts > 0 for experts in self.unit_experts)
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelSizes:
-        """Counts a model, which may be on the meta device.
+        """Counts the parameters of a model, which may be on the meta device.
 
         Raises:
-            ValueError: if it has no routed experts.
+            ValueError: if the model has no routed experts.
         """
         containers = find_experts(model)
         if not containers:
             raise ValueError(f"{type(model).__name__} has no experts container of a known kind; nothing to plan")
         first = next(iter(containers.values()))
-        units = _decoder_layers(model)
+        layers = _decoder_layers(model)
         config: Any = getattr(model, "config", None)
         text_config = config.get_text_config() if config is not None else None
+        experts = {path: c.num_experts * c.parameters_per_expert for path, c in containers.items()}
+        matrices = [p for layer in layers.values() for p in layer.parameters() if p.dim() > 1]
         return cls(
             total=_numel(model),
-            units=tuple(_numel(unit) for unit in units.values()),
+            units=tuple(map(_numel, layers.values())),
             unit_experts=tuple(
-                sum(c.num_experts * c.parameters_per_expert for c in _containers_below(path, containers))
-                for path in units
+                sum(size for path, size in experts.items() if not layer or path.startswith(f"{layer}."))
+                for layer in layers
             ),
             expert=first.parameters_per_expert,
             num_experts=first.num_experts,
@@ -104,24 +98,25 @@ class ModelSizes:
             hidden_size=first.hidden_size,
             intermediate_size=first.parameters_per_expert // (3 * first.hidden_size),
             vocab_size=getattr(text_config, "vocab_size", 0),
-            lora_per_rank=sum(_lora_per_rank(unit) for unit in units.values()),
+            # Fused experts are a stack of matrices, each of which has factors of its own.
+            lora_per_rank=sum(p.shape[:-2].numel() * sum(p.shape[-2:]) for p in matrices),
         )
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained on what.
+    """The hardware and the settings of a training run.
 
     Attributes:
-        gpus: how many.
-        memory: bytes of each.
-        tokens: that one GPU sees in a step, in one forward pass.
-        share: of the routed experts' parameters that ESFT trains.
-        rank: of LoRA.
+        gpus: number of GPUs.
+        memory: bytes of each GPU.
+        tokens: tokens that one GPU sees in a step, in one forward pass.
+        share: share of the routed experts' parameters that ESFT trains.
+        rank: rank of LoRA.
         element: bytes of a weight of the base.
 
     Raises:
-        ValueError: if a number is below 1, or the share no share.
+        ValueError: if a number is below 1, or the share is not above 0 and at most 1.
     """
 
     gpus: int
@@ -140,10 +135,10 @@ class Setup:
 
     @classmethod
     def parse(cls, gpus: str, **settings: Any) -> Setup:
-        """From "8x80GB" (10^9 bytes).
+        """Reads GPUs from "8x80GB" (10^9 bytes).
 
         Raises:
-            ValueError: if it is of no such form or no memory, or a setting is out of range.
+            ValueError: if the text has another form, or a number or setting is out of range.
         """
         match = _GPUS.fullmatch(gpus.strip())
         if match is None or int(match[1]) == 0 or float(match[2]) == 0:
@@ -153,16 +148,16 @@ class Setup:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one GPU.
+    """The bytes of one GPU with one method on one engine.
 
     Attributes:
         method: what is trained.
-        engine: how it is spread.
-        base: frozen weights that it holds.
-        state: values, gradients and optimizer state of what it trains.
-        gathered: weights and gradients of layers at work, beyond its own part.
-        activations: with gradient checkpointing.
-        sent: to other GPUs in a step; with offload, read from the host.
+        engine: how the model is spread over the GPUs.
+        base: frozen weights on the GPU.
+        state: values, gradients and optimizer state of the trained parameters.
+        gathered: weights and gradients of the layers at work that belong to other GPUs.
+        activations: activations with gradient checkpointing.
+        sent: bytes sent to other GPUs in a step; with offload, bytes read from the host.
     """
 
     method: Method
@@ -179,56 +174,42 @@ class Estimate:
         return self.base + self.state + self.gathered + self.activations
 
     def fits(self, setup: Setup) -> bool:
-        """True if the GPU holds it."""
+        """True if the GPU holds them."""
         return self.total <= RESERVE * setup.memory
 
 
 def num_trained(sizes: ModelSizes, setup: Setup, method: Method) -> float:
-    """Trained parameters."""
+    """The number of trained parameters."""
     return {"ESFT": setup.share * sizes.experts, "LoRA": setup.rank * sizes.lora_per_rank, "full": sizes.total}[method]
 
 
 def estimate(sizes: ModelSizes, setup: Setup, method: Method, engine: Engine) -> Estimate:
-    """What one GPU holds and sends."""
-    element, parts = setup.element, 1 if engine in ("one GPU", "offload") else setup.gpus
+    """Estimates the bytes that one GPU holds and sends."""
+    element, is_full = setup.element, method == "full"
+    parts = 1 if engine in ("one GPU", "offload") else setup.gpus
     trained = num_trained(sizes, setup, method)
-    frozen = 0 if method == "full" else element * sizes.total
-    # A trained weight of the base is gathered in the base's dtype, its gradient likewise; a delta in fp32.
-    trained_layer = trained / max(1, len(sizes.units)) if method != "full" else 0
-    exchanged = (parts - 1) / parts
+    gathered = sent = 0.0
     if engine == "FSDP2":
-        layers = element * (sizes.root + 2 * max(sizes.units)) + 2 * (4 + 4) * trained_layer
-        if method == "full":
-            layers *= 2
-        passes = 2 * (element * sizes.total + (4 * trained if method != "full" else 0)) - element * sizes.root
-        sent = exchanged * (passes + 4 * trained)
+        # A trained weight of the base is gathered in the base's dtype, its gradient likewise; a delta in fp32.
+        deltas = 0 if is_full else trained
+        weights = element * (sizes.root + 2 * max(sizes.units)) * (2 if is_full else 1)
+        gathered = weights + 2 * (4 + 4) * deltas / max(1, len(sizes.units))
+        passes = 2 * (element * sizes.total + 4 * deltas) - element * sizes.root
+        sent = (parts - 1) / parts * (passes + 4 * trained)
     elif engine == "EP":
         dense = [unit - experts for unit, experts in zip(sizes.units, sizes.unit_experts, strict=True)]
-        layers = element * (sizes.root + 2 * max(dense)) * (2 if method == "full" else 1)
-        gradients = 4 * (sizes.total - sizes.experts) if method == "full" else 0
+        gathered = element * (sizes.root + 2 * max(dense)) * (2 if is_full else 1)
+        gradients = 4 * (sizes.total - sizes.experts) if is_full else 0
         passes = element * (2 * sum(dense) + sizes.root) + gradients
-        sent = exchanged * (passes + all_to_all_bytes(sizes, setup))
+        # Each pair of token and expert goes there and back, in the forward pass, its repetition and the backward pass.
+        pairs = setup.tokens * sizes.top_k * sizes.num_moe_layers
+        sent = (parts - 1) / parts * (passes + 2 * 3 * pairs * sizes.hidden_size * element)
     elif engine == "offload":
-        layers = element * 2 * max(sizes.units)
-        sent = 2 * element * sizes.total
-    else:
-        layers = sent = 0.0
-    return Estimate(
-        method=method,
-        engine=engine,
-        base=0.0 if engine == "offload" else frozen / parts,
-        state=TRAINED_BYTES * trained / parts,
-        gathered=layers,
-        activations=activation_bytes(sizes, setup),
-        sent=sent,
-    )
-
-
-def all_to_all_bytes(sizes: ModelSizes, setup: Setup) -> float:
-    """What expert parallelism exchanges in a step: each pair there and back, forward, repeated and backward."""
-    passes = 3
-    pairs = setup.tokens * sizes.top_k
-    return 2.0 * passes * sizes.num_moe_layers * pairs * sizes.hidden_size * setup.element
+        gathered = element * 2.0 * max(sizes.units)
+        sent = 2.0 * element * sizes.total
+    frozen = 0 if is_full or engine == "offload" else element * sizes.total
+    state = TRAINED_BYTES * trained / parts
+    return Estimate(method, engine, frozen / parts, state, gathered, activation_bytes(sizes, setup), sent)
 
 
 def activation_bytes(sizes: ModelSizes, setup: Setup) -> float:
@@ -243,27 +224,24 @@ def activation_bytes(sizes: ModelSizes, setup: Setup) -> float:
 
 
 def plan(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
-    """All methods on all engines that fit the number of GPUs."""
+    """Estimates all methods on all engines that suit the number of GPUs."""
     engines: tuple[Engine, ...] = ("one GPU", "offload")
     if setup.gpus > 1:
         engines = ("FSDP2", "EP") if sizes.num_experts % setup.gpus == 0 else ("FSDP2",)
-    methods = get_args(Method)
+    pairs = [(engine, method) for engine in engines for method in get_args(Method)]
     return [
-        estimate(sizes, setup, method, engine)
-        for engine in engines
-        for method in methods
-        if not (engine == "offload" and method == "full")
+        estimate(sizes, setup, method, engine) for engine, method in pairs if (engine, method) != ("offload", "full")
     ]
 
 
 def recommended(estimates: Sequence[Estimate], setup: Setup) -> Estimate | None:
-    """The engine for ESFT that sends least among those that fit; None if none does."""
+    """The estimate for ESFT that sends least among those that fit; None if none fits."""
     fitting = [e for e in estimates if e.method == "ESFT" and e.fits(setup)]
     return min(fitting, key=lambda e: e.sent, default=None)
 
 
 def format_plan(name: str, sizes: ModelSizes, setup: Setup, estimates: Sequence[Estimate]) -> str:
-    """The plan as a table in plain text."""
+    """Writes a plan as a table in plain text."""
     trained = num_trained(sizes, setup, "ESFT")
     lines = [
         f"{name}: {sizes.total / 1e9:.1f} G parameters, {sizes.experts / sizes.total:.0%} in routed experts "
@@ -274,22 +252,17 @@ def format_plan(name: str, sizes: ModelSizes, setup: Setup, estimates: Sequence[
         "engine   method      base   state  gathered  activations    total GB  fits   sent GB a step",
     ]
     for e in estimates:
-        parts = "".join(
-            f"{value / 1e9:>{width}.1f}"
-            for value, width in ((e.base, 8), (e.state, 8), (e.gathered, 10), (e.activations, 13), (e.total, 12))
+        base, state, gathered, activations, total, sent = (
+            value / 1e9 for value in (e.base, e.state, e.gathered, e.activations, e.total, e.sent)
         )
         lines.append(
-            f"{e.engine:<8} {e.method:<6}{parts}  {'yes' if e.fits(setup) else 'no':<4} {e.sent / 1e9:>11.1f}"
+            f"{e.engine:<8} {e.method:<6}{base:>8.1f}{state:>8.1f}{gathered:>10.1f}{activations:>13.1f}{total:>12.1f}"
+            f"  {'yes' if e.fits(setup) else 'no':<4} {sent:>11.1f}"
         )
     best = recommended(estimates, setup)
-    if best is None:
-        least = min((e for e in estimates if e.method == "ESFT"), key=lambda e: e.total)
-        lines.append(
-            f"\nESFT does not fit: {least.engine} needs {least.total / 1e9:.0f} GB on each GPU. Take more GPUs."
-        )
-    else:
-        lines.append(f"\nrecommended for ESFT: {best.engine}")
-    return "\n".join(lines)
+    least = min((e for e in estimates if e.method == "ESFT"), key=lambda e: e.total)
+    needs = f"ESFT does not fit: {least.engine} needs {least.total / 1e9:.0f} GB on each GPU. Take more GPUs."
+    return "\n".join([*lines, "", f"recommended for ESFT: {best.engine}" if best else needs])
 
 
 def _numel(module: nn.Module) -> int:
@@ -297,7 +270,7 @@ def _numel(module: nn.Module) -> int:
 
 
 def _decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that FSDP gathers as one, by path, none inside another."""
+    """The modules that FSDP gathers as one, by path. No module is inside another one."""
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -306,24 +279,11 @@ def _decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     return layers or {"": model}
 
 
-def _containers_below(path: str, containers: dict[str, ExpertsContainer]) -> list[ExpertsContainer]:
-    return [container for name, container in containers.items() if not path or name.startswith(f"{path}.")]
-
-
 def _top_k(container: ExpertsContainer, config: Any) -> int:
     parent = container.places[0].parent
     for source in (config, parent, *parent.children()):
-        for field in _TOP_K_FIELDS:
+        for field in _TOP_K_FIELDS.split():
             value = getattr(source, field, None)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     raise ValueError(f"how many experts {container.path} chooses for a token is not known")
-
-
-def _lora_per_rank(module: nn.Module) -> int:
-    """The factors of all matrices: of linear layers and, expert by expert, of fused ones."""
-    return sum(
-        parameter.shape[:-2].numel() * (parameter.shape[-2] + parameter.shape[-1])
-        for parameter in module.parameters()
-        if parameter.dim() > 1
-    )

@@ -35,7 +35,7 @@ class ProcessShare:
 
     @classmethod
     def of(cls, model: nn.Module) -> ProcessShare:
-        """The part of this process, for a model that is prepared for all of them."""
+        """Finds the part of this process, for a model that is prepared for all of them."""
         if not _is_distributed():
             return cls()
         # In transformers' mesh the processes of one batch follow one another.
@@ -66,14 +66,7 @@ def batches_in_step(
 ) -> Iterator[tuple[Any, bool]]:
     """Yields batches as long as this process wants some; in step, as long as any process does.
 
-    Args:
-        batches: the batches of this process.
-        wants_more: asked before each batch.
-        share: the part of this process.
-        model: the model that is run.
-
-    Yields:
-        A batch, and whether to count it. A batch that is not counted is the last one again, run for other processes.
+    With each batch comes whether to count it. A batch that is not counted is the last one again, run for the others.
 
     Raises:
         ValueError: if this process has no batch at all, but others do.

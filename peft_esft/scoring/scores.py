@@ -146,7 +146,7 @@ class ExpertScores:
         return {path: c.parameters_per_expert for path, c in self.containers.items()}
 
     def by_metric(self, metric: Metric) -> dict[str, Tensor]:
-        """`token()`, `gate()` or `gate_share()`, by name."""
+        """The result of `token()`, `gate()` or `gate_share()`, by name."""
         return {"token": self.token, "gate": self.gate, "gate_share": self.gate_share}[metric]()
 
     def check_fits(self, model: nn.Module) -> None:
@@ -182,19 +182,18 @@ class ExpertScores:
             raise ValueError(
                 f"cannot join scores of different models: their containers are {_sample(own)} and {_sample(others)}"
             )
-        return ExpertScores(
+        return replace(
+            self,
             containers={path: c + other.containers[path] for path, c in self.containers.items()},
             num_tokens=self.num_tokens + other.num_tokens,
             num_samples=self.num_samples + other.num_samples,
-            averaging=self.averaging,
-            answers_only=self.answers_only,
             model=self.model if self.model == other.model else None,
             revision=self.revision if self.revision == other.revision else None,
             halves=self.halves + [self.halves[-1] + half for half in other.halves] if self.halves else other.halves,
         )
 
     def __radd__(self, other: object) -> ExpertScores:
-        """Lets `sum` join runs: it starts from 0."""
+        """Makes `sum` join runs: it starts from 0."""
         return self if type(other) is int and other == 0 else NotImplemented
 
     def to_dataframe(self) -> Any:
@@ -224,8 +223,8 @@ class ExpertScores:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: if the file is not a score file of a version that this release reads, or a field of it is
-                missing, unknown or malformed.
+            ValueError: if the file is not a score file, has a version that this release does not read, or has a field
+                that is missing, unknown or malformed.
         """
         try:
             record = json.loads(Path(path).read_text())
@@ -266,13 +265,9 @@ class ExpertScores:
 
 
 def _read(kind: Any, values: Any, where: str, **in_file: Any) -> Any:
-    """Makes a dataclass of a part of a score file.
+    """Makes a dataclass of a part of a score file, which error messages call `where`.
 
-    Args:
-        kind: the dataclass.
-        values: the part of the file.
-        where: what error messages call the part.
-        **in_file: the types in the file of fields that have other types there; their values are not checked.
+    `in_file` has the types in the file of fields that have other types there; their values are not checked.
 
     Raises:
         ValueError: if a field is missing, unknown or of another type, or a number is negative or not finite.

@@ -1,4 +1,4 @@
-"""From scores to experts: how many experts of each layer a task needs."""
+"""Chooses the experts to train from the scores of a task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .scores import ExpertScores, Metric
 
 Selection = dict[str, list[int]]
 DEFAULT_TOP_P: dict[str, float] = {"token": 0.2, "gate": 0.1, "gate_share": 0.2}
-"""The paper's thresholds (arXiv 2407.01906, section 4.3); the last, of no paper, is like the first a share of all."""
+"""The paper's thresholds (arXiv 2407.01906, section 4.3). "gate_share" is not in the paper; it is a share too."""
 
 _ROUNDING = 1e-9
 """Slack for the running sum, so that scores that add up to top_p on paper also do so in binary."""
@@ -33,8 +33,8 @@ def select_experts(
 ) -> Selection:
     """Chooses the experts to train in each container.
 
-    By `top_p`, the paper's way, it takes the experts of the highest scores until their sum reaches `top_p`. Equal
-    scores are resolved by expert id (arXiv 2407.01906, section 3.2; the order of the released selections).
+    The paper's way is `top_p`: it takes the experts with the highest scores until their sum reaches `top_p`. Equal
+    scores are ordered by expert id (arXiv 2407.01906, section 3.2; the order of the released selections).
 
     Args:
         scores: what `score_experts` returned, or `{path: scores [E]}`.
@@ -42,10 +42,10 @@ def select_experts(
             gate mass (metric "gate_share") to cover; None means 0.2, 0.1 and 0.2, unless `top_k` or `budget` is given.
         metric: which of the scores to use. Ignored if `scores` is a plain mapping, apart from the default of top_p.
         top_k: the same number of experts in every container, instead of `top_p`.
-        budget: share of all experts' parameters to train, instead of `top_p`: the highest scores of the whole model
+        budget: share of all experts' parameters to train, instead of `top_p`. The highest scores of the whole model
             are taken as long as they fit. Experts of a plain mapping count as equally large.
-        min_experts: no container gets fewer, whatever the scores say.
-        max_experts: no container gets more.
+        min_experts: the fewest experts of a container.
+        max_experts: the most experts of a container.
 
     Returns:
         `{path: expert ids}`, the ids in falling order of score; at least one expert for each container that the data
@@ -55,7 +55,9 @@ def select_experts(
         ValueError: if a setting is of the wrong type or out of range, two ways of choosing are asked for at once, the
             budget does not hold `min_experts` of every container, or a score is negative or not finite.
     """
-    _check_settings(metric, top_p, top_k, budget, min_experts, max_experts)
+    if metric not in get_args(Metric):
+        raise ValueError(f"metric is {metric!r}; it is one of {get_args(Metric)}")
+    _check_numbers({"top_p": top_p, "top_k": top_k, "budget": budget}, min_experts, max_experts)
     if not isinstance(scores, Mapping | ExpertScores):
         raise ValueError(f"scores are a {type(scores).__name__}; they are ExpertScores or a dict {{path: scores [E]}}")
     table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
@@ -72,7 +74,7 @@ def select_experts(
     bounds = {path: (min(min_experts, len(row)), min(max_experts or len(row), len(row))) for path, row in rows.items()}
     if budget is not None:
         sizes = dict.fromkeys(rows, 1) if isinstance(scores, Mapping) else scores.parameters_per_expert()
-        counts = _counts_by_budget(rows, orders, bounds, sizes, budget)
+        counts = _counts_by_budget(rows, bounds, sizes, budget)
     elif top_k is not None:
         counts = dict.fromkeys(rows, top_k)
     else:
@@ -88,7 +90,7 @@ def ranking(row: Tensor) -> Tensor:
 
 
 def random_experts(selection: Mapping[str, Sequence[int]], num_experts: Mapping[str, int], *, seed: int) -> Selection:
-    """As many random experts of each container as a selection has: the paper's control.
+    """Chooses as many random experts of each container as a selection has: the paper's control.
 
     Args:
         selection: what `select_experts` returned.
@@ -105,33 +107,19 @@ def random_experts(selection: Mapping[str, Sequence[int]], num_experts: Mapping[
     }
 
 
-def _check_settings(
-    metric: str,
-    top_p: float | None,
-    top_k: int | None,
-    budget: float | None,
-    min_experts: int,
-    max_experts: int | None,
-) -> None:
-    if metric not in get_args(Metric):
-        raise ValueError(f"metric is {metric!r}; it is one of {get_args(Metric)}")
-    given = {
-        name: value for name, value in (("top_p", top_p), ("top_k", top_k), ("budget", budget)) if value is not None
-    }
+def _check_numbers(ways: Mapping[str, Any], min_experts: int, max_experts: int | None) -> None:
+    given = {name: value for name, value in ways.items() if value is not None}
     if len(given) > 1:
         raise ValueError(f"{given} are different ways of choosing; give one of them")
-    for name in ("top_p", "budget"):
-        if name in given and not (_is_a(Real, given[name]) and 0 < given[name] <= 1):
-            raise ValueError(f"{name} is {given[name]!r}; it is a share above 0 and at most 1")
-    for name, value in (("top_k", top_k), ("min_experts", min_experts), ("max_experts", max_experts)):
-        if value is not None and not (_is_a(Integral, value) and value >= 1):
+    for name, value in (given | {"min_experts": min_experts, "max_experts": max_experts}).items():
+        is_share = name in ("top_p", "budget")
+        is_number = isinstance(value, Real if is_share else Integral) and not isinstance(value, bool)
+        if is_share and not (is_number and 0 < value <= 1):
+            raise ValueError(f"{name} is {value!r}; it is a share above 0 and at most 1")
+        if not is_share and value is not None and not (is_number and value >= 1):
             raise ValueError(f"{name} is {value!r}; it is an integer of at least 1")
     if max_experts is not None and max_experts < min_experts:
         raise ValueError(f"max_experts is {max_experts}, less than min_experts, {min_experts}")
-
-
-def _is_a(kind: type, value: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def score_row(path: str, values: Tensor | Sequence[float]) -> Tensor:
@@ -147,13 +135,9 @@ def _count_by_top_p(falling: Tensor, top_p: float) -> int:
 
 
 def _counts_by_budget(
-    rows: Mapping[str, Tensor],
-    orders: Mapping[str, Tensor],
-    bounds: Mapping[str, tuple[int, int]],
-    sizes: Mapping[str, int],
-    budget: float,
+    rows: Mapping[str, Tensor], bounds: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], budget: float
 ) -> dict[str, int]:
-    """Takes the highest scores of the whole model that fit, after every container's minimum."""
+    """Takes the highest scores of the whole model that fit, after the minimum of every container."""
     counts = {path: least for path, (least, _) in bounds.items()}
     left = budget * sum(len(row) * sizes[path] for path, row in rows.items()) * (1 + _ROUNDING)
     left -= sum(counts[path] * sizes[path] for path in rows)
@@ -163,21 +147,21 @@ def _counts_by_budget(
             "number of every container together"
         )
     candidates = [
-        (-float(rows[path][expert]), place, path)
-        for path, order in orders.items()
-        for place, expert in enumerate(order[: bounds[path][1]].tolist())
-        if place >= counts[path]
+        (-score, rank, path)
+        for path, row in rows.items()
+        for rank, score in enumerate(row.sort(descending=True).values.tolist())
+        if bounds[path][0] <= rank < bounds[path][1]
     ]
-    for _, place, path in sorted(candidates):
+    for _, rank, path in sorted(candidates):
         # An expert is taken only after those of its container with higher scores.
-        if place == counts[path] and sizes[path] <= left:
+        if rank == counts[path] and sizes[path] <= left:
             counts[path] += 1
             left -= sizes[path]
     return counts
 
 
 def _warn_of_odd_sums(rows: Mapping[str, Tensor], counts: Mapping[str, int], top_p: float, metric: str) -> None:
-    """Says so where top_p means something else than in the paper."""
+    """Warns where top_p has another meaning than in the paper."""
     sums = {path: float(row.sum()) for path, row in rows.items()}
     too_little = [path for path, mass in sums.items() if mass < top_p - _ROUNDING]
     if too_little:

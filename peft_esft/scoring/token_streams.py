@@ -48,13 +48,10 @@ class TokenStream:
 
     @classmethod
     def from_mask(cls, counts: Tensor, starts: Tensor | None, remaining: int, first_sample: int) -> TokenStream:
-        """Makes the stream of a batch of rows.
+        """Makes the stream of a batch of rows, of which at most the first `remaining` tokens count.
 
-        Args:
-            counts: bool `[rows, length]`, which tokens count.
-            starts: bool `[rows, length]`, where a sample starts, counted or not; None for one sample a row.
-            remaining: count at most this many tokens, the first ones.
-            first_sample: number of the first sample, for the halves.
+        `counts` says which tokens count, and `starts` where samples start, both bool `[rows, length]`. None for
+        `starts` means one sample for each row. `first_sample` is the number of the first sample, for the halves.
         """
         counts = counts & (counts.reshape(-1).cumsum(0).view_as(counts) <= remaining)
         if starts is None:
@@ -72,12 +69,8 @@ def streams_of_batch(
 ) -> dict[str, TokenStream]:
     """Makes the streams of a batch: "text", and "decoder" if the batch has tokens for the decoder.
 
-    Args:
-        inputs: the batch, tensors as the model's forward takes them.
-        remaining: for each stream, how many tokens may still be counted.
-        first_sample: number of the batch's first sample.
-        answers_only: count only tokens whose `labels` entry is not -100; in an encoder-decoder model these are tokens
-            of the decoder.
+    `remaining` says for each stream how many tokens may still be counted. With `answers_only`, a token counts if its
+    `labels` entry is not -100; in an encoder-decoder model the labels are those of the decoder's tokens.
 
     Raises:
         ValueError: if a mask has another shape than the tokens, or `answers_only` finds no labels.

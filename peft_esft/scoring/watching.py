@@ -36,12 +36,9 @@ def watching_routing(
 ) -> Iterator[None]:
     """Reports the routing of a model for the time of the context, in eval mode and without gradients.
 
-    Args:
-        model: a transformers model, with or without adapters.
-        containers: the containers of the model.
-        see: called with the container, the path of its module and the routing, at each call of a container.
-        see_expert_call: called with the container, the expert's id and its number of tokens, at each call of an
-            expert, where a router returns no choice of experts. The default raises a `ValueError`.
+    `see` is called with the container, the path of its module and the routing, at each call of a container. Where a
+    router returns no choice of experts, `see_expert_call` is called with the container, the id of an expert and its
+    number of tokens, at each call of an expert. The default raises a `ValueError`.
     """
     with ExitStack() as hooks, eval_mode(model), torch.inference_mode():
         for container in containers.values():
@@ -69,18 +66,11 @@ def _watch(
 
 
 def run_batches(
-    model: nn.Module,
-    batches: Iterable[Mapping[str, Any]],
-    max_tokens: int,
-    see: Callable[[str, Routing, Tensor], None],
+    model: nn.Module, batches: Iterable[Any], max_tokens: int, see: Callable[[str, Routing, Tensor], None]
 ) -> int:
-    """Runs batches through a model in eval mode and reports the routing of the tokens that count.
+    """Runs batches through a model and reports the routing of its text, until `max_tokens` tokens are counted.
 
-    Args:
-        model: a transformers model, with or without adapters.
-        batches: as `score_experts` takes them.
-        max_tokens: stop after this many tokens.
-        see: called with a container's path, its routing, and which tokens count, bool `[T]` on the routing's device.
+    `see` is called with a container's path, its routing, and which tokens count, bool `[T]` on the routing's device.
 
     Returns:
         The number of counted tokens.
