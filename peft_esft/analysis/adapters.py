@@ -17,7 +17,7 @@ from ..interchange.diff import row_products
 from ..moe.containers import find_experts
 from ..scoring.selection import Selection
 from ..tuner.config import ESFTConfig
-from ..tuner.layers.layer import PREFIX, ESFTLayer
+from ..tuner.layers.layer import PREFIX
 from ..tuner.model_card import num_experts_of
 from .changes import esft_layers, expert_usage
 
@@ -100,37 +100,30 @@ def adapters_of_model(model: nn.Module) -> dict[str, AdapterRecord]:
     sizes = {path: container.num_experts for path, container in find_experts(model).items()}
     records = {}
     for name in names:
-        own = [layer for layer in layers if name in layer.expert_ids]
-        selection = {layer.path: layer.expert_ids[name] for layer in own if layer.path in sizes}
-        change: dict[str, list[float]] = {path: [] for path in selection}
+        selection: Selection = {}
+        change: dict[str, list[float]] = {}
         for use in expert_usage(model, adapter_name=name):
-            if use.path in change:
-                change[use.path].append(use.relative_change)
+            if use.path in sizes:
+                selection.setdefault(use.path, []).append(use.expert)
+                change.setdefault(use.path, []).append(use.relative_change)
         records[name] = AdapterRecord(
             base=getattr(getattr(model, "config", None), "name_or_path", None) or None,
             selection=selection,
             num_experts={path: sizes[path] for path in selection},
             change=change,
             change_label=RELATIVE,
-            num_parameters=sum(_trained_weights(layer, name) for layer in own),
+            num_parameters=sum(
+                parameter.numel()
+                for layer in layers
+                for key, parameter in layer.named_parameters()
+                if key.startswith(PREFIX) and key.rpartition(".")[2] == name
+            ),
         )
     return records
 
 
-def _trained_weights(layer: ESFTLayer, adapter_name: str) -> int:
-    return sum(
-        parameter.numel()
-        for key, parameter in layer.named_parameters()
-        if key.startswith(PREFIX) and key.rpartition(".")[2] == adapter_name
-    )
-
-
 def _root_mean_squares(adapter: AdapterFolder, selection: Selection) -> dict[str, list[float]] | None:
-    """Computes the root mean square of the change of each expert's weights.
-
-    Returns:
-        The values by container path, or None if they need a base that cannot be read here.
-    """
+    """Root mean square of the change of each expert's weights; None if it needs a base that cannot be read here."""
     adapter.check_alone()
     sums = {path: torch.zeros(len(ids), dtype=torch.float64) for path, ids in selection.items()}
     counts = dict.fromkeys(selection, 0)
@@ -146,12 +139,7 @@ def _root_mean_squares(adapter: AdapterFolder, selection: Selection) -> dict[str
 
 
 def _deltas(adapter: AdapterFolder, selection: Selection) -> Iterator[tuple[str, Tensor]]:
-    """Yields the deltas `[n, ...]` of a selection's experts weight by weight, each with its container's path.
-
-    Raises:
-        FileNotFoundError: if the adapter stores effective rows and the base is not on this machine.
-        NotImplementedError: if it stores effective rows and the base is quantised.
-    """
+    """Yields the deltas `[n, ...]` of a selection's experts weight by weight, each with its container's path."""
     if adapter.config.storage != "rows":
         for path, names in adapter.weights().items():
             for name in names if path in selection else ():

@@ -142,16 +142,12 @@ def adapter_conflicts(model: nn.Module, first: str, second: str) -> ConflictRepo
 
 
 def esft_layers(model: nn.Module) -> list[ESFTLayer]:
-    """The ESFT layers of a model, in its order."""
+    """Finds the ESFT layers of a model."""
     return [module for module in model.modules() if isinstance(module, ESFTLayer)]
 
 
 def _layers_with(model: nn.Module, *adapter_names: str) -> list[ESFTLayer]:
-    """The ESFT layers that at least one of the adapters trains.
-
-    Raises:
-        ValueError: if the model lacks one of the adapters, or adapters are merged into these layers.
-    """
+    """Finds the layers that at least one of the adapters trains. Adapters that are missing or merged are refused."""
     layers = esft_layers(model)
     known = sorted({name for layer in layers for name in layer.expert_ids})
     for name in adapter_names:
@@ -173,15 +169,11 @@ def _layer_usage(layer: ESFTLayer, adapter_name: str, scores: ExpertScores | Non
         deltas += row_products(delta, delta)
     changes = (deltas / bases.clamp(min=TINY)).sqrt().tolist()
     counts = None if scores is None else scores.containers.get(layer.path)
-    pairs = None if counts is None else counts.selected_pairs
+    if counts is None:
+        return [ExpertUse(layer.path, expert, None, None, change) for expert, change in zip(ids, changes, strict=True)]
+    pairs, total = counts.selected_pairs, max(1, sum(counts.selected_pairs))
     return [
-        ExpertUse(
-            path=layer.path,
-            expert=expert,
-            pairs=None if pairs is None else pairs[expert],
-            share=None if pairs is None else pairs[expert] / max(1, sum(pairs)),
-            relative_change=change,
-        )
+        ExpertUse(layer.path, expert, pairs[expert], pairs[expert] / total, change)
         for expert, change in zip(ids, changes, strict=True)
     ]
 

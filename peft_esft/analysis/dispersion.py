@@ -1,4 +1,4 @@
-"""How concentrated the routing of one task is (arXiv 2407.01906, section 2.3 and figure 2)."""
+"""Measures how concentrated the routing of one task is (arXiv 2407.01906, section 2.3 and figure 2)."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class LayerDispersion:
         return self.shares.numel()
 
     def curve(self) -> Tensor:
-        """Share covered by the first n experts, float64 `[E]` for n from 1 to `E`."""
+        """Share that the first n experts cover, float64 `[E]` for n from 1 to `E`."""
         return self.shares.cumsum(0)
 
     def experts_for(self, share: float) -> int:
-        """The least number of experts that together have at least `share`: whole ones, as a selection trains them."""
+        """The least number of experts that together have at least `share`; whole ones, as a selection trains them."""
         _check_share(share)
         return min(int((self.curve() < share - _ROUNDING).sum()) + 1, self.num_experts)
 
     def uniform_experts_for(self, share: float) -> float:
-        """The number that uniform routing would need, `share * E`; not rounded to whole experts."""
+        """The number of experts that uniform routing would need: `share * E`, not rounded."""
         _check_share(share)
         return share * self.num_experts
 
@@ -74,7 +74,7 @@ class Dispersion:
 
     Attributes:
         metric: "token" for shares of choices, "gate" or "gate_share" for shares of a layer's gate mass.
-        layers: by container path, those that no token reached left out.
+        layers: by container path, without those that no token reached.
     """
 
     metric: Metric
@@ -85,7 +85,7 @@ class Dispersion:
         return self._mean(lambda layer: layer.experts_for(share))
 
     def uniform_experts_for(self, share: float) -> float:
-        """What uniform routing would need, mean over the layers."""
+        """Experts that uniform routing would need, mean over the layers."""
         return self._mean(lambda layer: layer.uniform_experts_for(share))
 
     def top_share(self, count: int) -> float:
@@ -118,7 +118,7 @@ class Dispersion:
         return "\n".join(lines)
 
     def _mean(self, measure: Callable[[LayerDispersion], float]) -> float:
-        return fmean(measure(layer) for layer in self.layers.values())
+        return fmean(map(measure, self.layers.values()))
 
 
 def dispersion(scores: ScoreTable, *, metric: Metric = "token") -> Dispersion:
@@ -127,7 +127,7 @@ def dispersion(scores: ScoreTable, *, metric: Metric = "token") -> Dispersion:
     Args:
         scores: from `score_experts`, or `{path: scores [E]}`.
         metric: "token" for the experts' shares of a layer's choices, "gate" for their shares of its gate mass. Both
-            are shares of the layer's own sum, so routers with and without renormalised gates compare.
+            are shares of the layer's own sum, so routers with and without renormalised gates can be compared.
 
     Returns:
         The dispersion of every container that a token reached.

@@ -73,11 +73,7 @@ class Plot:
 
 
 def draw_files(plot: Plot) -> dict[str, bytes]:
-    """Draws the files of a figure that stand alone; equal plots give equal bytes.
-
-    Returns:
-        The contents of its PNG, SVG and CSV, by ending.
-    """
+    """Draws the PNG, SVG and CSV of a figure, by ending. Equal plots give equal bytes."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(plot.header)
@@ -86,16 +82,7 @@ def draw_files(plot: Plot) -> dict[str, bytes]:
 
 
 def render(plot: Plot, style: Style, forms: Sequence[str] = ("svg",)) -> dict[str, bytes]:
-    """Draws a figure in one style.
-
-    Args:
-        plot: what to draw.
-        style: its colours.
-        forms: "svg", "png" or both.
-
-    Returns:
-        The files' contents by form.
-    """
+    """Draws a figure in one style, as "svg", "png" or both; returns the files' contents by form."""
     matplotlib = import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -198,11 +185,10 @@ def draw_layers(
     reference: tuple[str, Sequence[float]],
     ylabel: str,
 ) -> None:
-    """Draws lines over the layers by name, and a broken line of reference."""
+    """Draws lines over the layers, by name, and a broken line of reference."""
     for place, (name, values) in enumerate(lines.items()):
         axes.plot(range(len(values)), values, markersize=3.5, label=name, **style.look(place))
-    name, values = reference
-    axes.plot(range(len(values)), values, "--", color=style.muted, linewidth=1.2, label=name)
+    axes.plot(range(len(paths)), reference[1], "--", color=style.muted, linewidth=1.2, label=reference[0])
     axes.set(ylim=(0, None), xlabel="layer", ylabel=ylabel)
     axes.set_xticks(*_layer_ticks(paths, most=14))
     axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from math import isnan
 from statistics import fmean
@@ -69,11 +70,7 @@ def layers_plot(dispersions: Mapping[str, Dispersion], share: float) -> Plot:
     needed = {
         name: [layer.experts_for(share) for layer in result.layers.values()] for name, result in dispersions.items()
     }
-
-    def draw(axes: Any, style: Style) -> None:
-        uniform = [layer.uniform_experts_for(share) for layer in first.layers.values()]
-        draw_layers(axes, style, list(first.layers), needed, ("uniform", uniform), "experts")
-
+    uniform = [layer.uniform_experts_for(share) for layer in first.layers.values()]
     spans = [f"{name} {min(counts)} to {max(counts)}" for name, counts in needed.items()]
     return Plot(
         name=f"layers_{first.metric}",
@@ -85,7 +82,9 @@ def layers_plot(dispersions: Mapping[str, Dispersion], share: float) -> Plot:
             for name, result in dispersions.items()
             for path, layer in result.layers.items()
         ],
-        draw=draw,
+        draw=partial(
+            draw_layers, paths=list(first.layers), lines=needed, reference=("uniform", uniform), ylabel="experts"
+        ),
     )
 
 
@@ -132,10 +131,6 @@ def overlap_plot(result: Overlap) -> Plot:
     shown.diagonal().copy_(halves)
     top_k = fmean(result.top_k)
 
-    def draw(axes: Any, style: Style) -> None:
-        label = f"shared of {top_k:g} experts"
-        draw_matrix(axes, style, result.tasks, shown.tolist(), ".2f", label=label, top=top_k)
-
     pairs = [float(shared[one, other]) for one, other in combinations(range(len(result.tasks)), 2)]
     known = [value for value in halves.tolist() if not isnan(value)]
     noise = f"two halves of one task {_span(known, '.2f')}, " if known else ""
@@ -152,7 +147,14 @@ def overlap_plot(result: Overlap) -> Plot:
             for y, one in enumerate(result.tasks)
             for x, other in enumerate(result.tasks)
         ],
-        draw=draw,
+        draw=partial(
+            draw_matrix,
+            names=result.tasks,
+            values=shown.tolist(),
+            form=".2f",
+            label=f"shared of {top_k:g} experts",
+            top=top_k,
+        ),
         height=2.0 + min(3.2, 0.42 * len(result.tasks)),
     )
 
@@ -162,16 +164,12 @@ def overlap_profile_plot(result: Overlap) -> Plot:
     pairs = list(combinations(range(len(result.tasks)), 2))
     between = torch.stack([result.shared[:, one, other] for one, other in pairs]).mean(0).tolist()
     within = result.halves.nanmean(1).tolist()
-    chance = result.chances
 
-    def draw(axes: Any, style: Style) -> None:
-        lines = {"two tasks": between}
-        if not all(map(isnan, within)):
-            lines["halves of one task"] = within
-        draw_layers(axes, style, result.paths, lines, ("chance", chance), "shared experts")
-
+    lines = {"two tasks": between}
+    if not all(map(isnan, within)):
+        lines["halves of one task"] = within
     most = between.index(max(between))
-    above = sum(value > by_chance for value, by_chance in zip(between, chance, strict=True))
+    above = sum(value > by_chance for value, by_chance in zip(between, result.chances, strict=True))
     return Plot(
         name="overlap_layers",
         title=f"Two tasks share most in layer {layer_labels(result.paths)[most]} ({between[most]:.1f} of "
@@ -179,8 +177,10 @@ def overlap_profile_plot(result: Overlap) -> Plot:
         caption="Shared experts among the most used, by layer: mean over the pairs of tasks, and over the tasks for "
         "two halves of one.",
         header=("container", "between_tasks", "halves_of_one_task", "chance"),
-        rows=list(zip(result.paths, between, within, chance, strict=True)),
-        draw=draw,
+        rows=list(zip(result.paths, between, within, result.chances, strict=True)),
+        draw=partial(
+            draw_layers, paths=result.paths, lines=lines, reference=("chance", result.chances), ylabel="shared experts"
+        ),
         height=2.9,
     )
 
@@ -295,9 +295,6 @@ def adapter_overlap_plot(records: Mapping[str, AdapterRecord]) -> Plot:
     trained = [{(path, x) for path, ids in record.selection.items() for x in ids} for record in records.values()]
     table = [[len(one & other) / max(1, len(one | other)) for other in trained] for one in trained]
 
-    def draw(axes: Any, style: Style) -> None:
-        draw_matrix(axes, style, names, table, ".0%", label="experts in common", top=1.0)
-
     pairs = [table[x][y] for x, y in combinations(range(len(names)), 2)]
     return Plot(
         name="adapter_overlap",
@@ -305,7 +302,7 @@ def adapter_overlap_plot(records: Mapping[str, AdapterRecord]) -> Plot:
         caption="Experts of all layers that both adapters train, over those that at least one trains.",
         header=("adapter", "other", "jaccard"),
         rows=[(one, other, table[y][x]) for y, one in enumerate(names) for x, other in enumerate(names)],
-        draw=draw,
+        draw=partial(draw_matrix, names=names, values=table, form=".0%", label="experts in common", top=1.0),
         height=2.0 + min(3.2, 0.42 * len(names)),
     )
 

@@ -1,4 +1,4 @@
-"""What an adapter costs elsewhere: loss on general text before and after, and the distance to the base."""
+"""Measures what an adapter forgets: loss on other text before and after, and the distance to the base."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..scoring.batches import check_batch, eval_mode, is_encoder_decoder, to_device, with_decoder_inputs
 from ..scoring.token_streams import IGNORED_LABEL
@@ -20,13 +21,13 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ForgettingPoint:
-    """What became of one kind of text; all values are means over its predicted tokens.
+    """Base and adapted model on one kind of text. All values are means over its predicted tokens.
 
     Attributes:
         num_tokens: predicted tokens.
-        loss_before, loss_after: cross entropy of the base and of the adapted model, nats.
-        kl: Kullback-Leibler divergence of the adapted model's prediction from the base's, KL(base || adapted), nats.
-        same_top: share of tokens for which both find the same token most probable.
+        loss_before, loss_after: cross entropy of the base and of the adapted model, in nats.
+        kl: Kullback-Leibler divergence KL(base || adapted) of the predictions, in nats.
+        same_top: share of tokens for which both models find the same token most probable.
     """
 
     num_tokens: int
@@ -43,10 +44,10 @@ class ForgettingPoint:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What became of each kind of text; `print` it.
+    """Base and adapted model on each kind of text; `print` it.
 
     Attributes:
-        points: by name of the text.
+        points: the measurements, by name of the text.
     """
 
     points: dict[str, ForgettingPoint]
@@ -72,7 +73,7 @@ def forgetting(
 
     Args:
         model: a `PeftModel` with any kind of adapter; the active one is measured.
-        texts: batches as the model's forward takes them, or `{name: batches}`. Where a batch has `labels`, the tokens
+        texts: batches as the model's forward takes them, or `{name: batches}`. If a batch has `labels`, the tokens
             whose label is not -100 are predicted, otherwise those that `attention_mask` keeps. Encoder-decoder models
             need `labels`, which are what their decoder predicts.
         base: the model before training, of the same vocabulary; None means `model` with its adapters disabled.
@@ -82,7 +83,7 @@ def forgetting(
 
     Raises:
         ValueError: if there is neither an adapter to disable nor `base`, adapters are merged into what would be the
-            base, a text has no token to predict, or something is no batch.
+            base, a text has no token to predict, or a batch is not a mapping that the model takes.
 
     Example:
         >>> print(forgetting(model, {"general": general_batches, "code": code_batches}))
@@ -108,7 +109,7 @@ def _measure(model: Any, base: Any, name: str, batches: Iterable[Batch]) -> Forg
         after = model(**inputs).logits
         with model.disable_adapter() if base is None else nullcontext():
             before = (model if base is None else base)(**inputs).logits.to(after.device)
-        # A sample at a time: the vocabulary is large.
+        # One sample at a time saves memory, because the vocabulary is large.
         for row_before, row_after, row_targets in zip(before, after, targets.to(after.device), strict=True):
             counted = (row_targets != IGNORED_LABEL).nonzero()[:, 0]
             total += _sums(row_before[counted], row_after[counted], row_targets[counted]).cpu()
@@ -120,10 +121,7 @@ def _measure(model: Any, base: Any, name: str, batches: Iterable[Batch]) -> Forg
 
 
 def _targets(inputs: Mapping[str, Any], of_decoder: bool) -> Tensor:
-    """What the first positions predict, int64 `[samples, length]`, or `length - 1` if it is the next token.
-
-    -100 where it does not count.
-    """
+    """The tokens to predict, int64 `[samples, length]`, or `length - 1` for the next token; -100 does not count."""
     labels: Tensor | None = inputs.get("labels")
     if of_decoder:
         # The decoder's input is the labels moved by one, so they are in place already.
@@ -135,25 +133,18 @@ def _targets(inputs: Mapping[str, Any], of_decoder: bool) -> Tensor:
         if inputs.get("attention_mask") is not None:
             # The first token of a sample has nothing before it, though padding may stand there.
             mask = inputs["attention_mask"].bool()
-            counted = mask & torch.nn.functional.pad(mask[:, :-1], (1, 0))
+            counted = mask & functional.pad(mask[:, :-1], (1, 0))
             labels = torch.where(counted, labels, IGNORED_LABEL)
     return labels[:, 1:]
 
 
 def _sums(before: Tensor, after: Tensor, targets: Tensor) -> Tensor:
-    """Sums over tokens of both losses, of the divergence, and of equal first choices; float64 `[4]`.
-
-    Args:
-        before: logits of the base, `[T, V]`.
-        after: logits of the adapted model, `[T, V]`.
-        targets: int64 `[T]`.
-    """
+    """Sums the losses before and after, the divergence, and equal top tokens, of logits `[T, V]`; float64 `[4]`."""
     log_before, log_after = before.float().log_softmax(-1), after.float().log_softmax(-1)
-    kl = (log_before.exp() * (log_before - log_after)).sum(-1)
     values = [
-        -log_before.gather(1, targets[:, None])[:, 0],
-        -log_after.gather(1, targets[:, None])[:, 0],
-        kl,
-        (log_before.argmax(-1) == log_after.argmax(-1)).float(),
+        functional.nll_loss(log_before, targets, reduction="none"),
+        functional.nll_loss(log_after, targets, reduction="none"),
+        functional.kl_div(log_after, log_before, log_target=True, reduction="none").sum(-1),
+        log_before.argmax(-1) == log_after.argmax(-1),
     ]
     return torch.stack([value.double().sum() for value in values])

@@ -1,9 +1,9 @@
-"""Do two tasks use the same experts? (arXiv 2407.01906, section 2.3 and figure 3)."""
+"""Compares the experts that different tasks use (arXiv 2407.01906, section 2.3 and figure 3)."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import fmean
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from ..scoring.scores import ExpertScores, Metric
-from ..scoring.selection import DEFAULT_TOP_P, Selection, ranking, select_experts
+from ..scoring.selection import DEFAULT_TOP_P, ranking, select_experts
 from .shares import layer_shares
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How many experts tasks share, layer by layer.
+    """How many experts tasks share, layer by layer; `print` it.
 
     Attributes:
-        tasks: their names; `N` of them.
-        paths: the containers that all tasks reach; `L` of them.
-        top_k: the number of most used experts that were compared at each container, `L` of them.
-        num_experts: experts of each container.
+        tasks: names of the `N` tasks.
+        paths: paths of the `L` containers that all tasks reach.
+        top_k: how many of the most used experts were compared, for each container.
+        num_experts: number of experts of each container.
         shared: float64 `[L, N, N]`, how many of two tasks' most used experts are the same; `top_k` on the diagonal.
         halves: float64 `[L, N]`, the same for two disjoint halves of one task's samples, by how often they chose each
-            expert: what is less than this from another task may be noise. NaN where there are no halves.
+            expert. Less agreement than this between two tasks may be noise. NaN where there are no halves.
         jaccard: float64 `[L, N, N]`, experts that both tasks select over those that at least one does.
     """
 
@@ -44,7 +44,7 @@ class Overlap:
         return self.shared.mean(0)
 
     def mean_halves(self) -> Tensor:
-        """`halves`, mean over the layers, `[N]`: the agreement that noise leaves to one task."""
+        """`halves`, mean over the layers, `[N]`."""
         return self.halves.mean(0)
 
     def mean_jaccard(self) -> Tensor:
@@ -52,24 +52,23 @@ class Overlap:
         return self.jaccard.mean(0)
 
     @property
-    def chance(self) -> float:
-        """Experts that two independent choices would share: `top_k ** 2 / E`, mean over the layers."""
-        return fmean(self.chances)
+    def chances(self) -> list[float]:
+        """Experts that two independent choices would share, `top_k ** 2 / E`, for each container."""
+        return [k * k / count for k, count in zip(self.top_k, self.num_experts, strict=True)]
 
     @property
-    def chances(self) -> list[float]:
-        """`top_k ** 2 / E` of each layer."""
-        return [k * k / count for k, count in zip(self.top_k, self.num_experts, strict=True)]
+    def chance(self) -> float:
+        """`chances`, mean over the layers."""
+        return fmean(self.chances)
 
     def __str__(self) -> str:
         width = max(map(len, self.tasks))
         top_k = "/".join(map(str, sorted(set(self.top_k))))
         lines = [f"shared top {top_k}, mean of {len(self.paths)} layers (in brackets: two halves of one task)"]
+        shared, halves = self.mean_shared().tolist(), self.mean_halves().tolist()
         for row, name in enumerate(self.tasks):
-            cells = [
-                f"({self.mean_halves()[row]:.2f})" if row == column else f"{self.mean_shared()[row, column]:.2f}"
-                for column in range(len(self.tasks))
-            ]
+            cells = [f"{value:.2f}" for value in shared[row]]
+            cells[row] = f"({halves[row]:.2f})"
             lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>6}" for cell in cells))
         lines.append(f"by chance: {self.chance:.2f}")
         return "\n".join(lines)
@@ -102,50 +101,45 @@ def overlap(
     if not tasks:
         raise ValueError("there are no tasks to compare")
     check_same_model(tasks)
-    shares = {name: layer_shares(scores, metric) for name, scores in tasks.items()}
-    first = next(iter(tasks.values()))
-    paths = tuple(path for path in first.containers if all(path in table for table in shares.values()))
+    shares = [layer_shares(scores, metric) for scores in tasks.values()]
+    first = next(iter(tasks.values())).containers
+    paths = tuple(path for path in first if all(path in table for table in shares))
     if not paths:
         raise ValueError("no container is reached by all tasks")
-    counts = tuple(top_k or first.containers[path].top_k for path in paths)
+    counts = [top_k or first[path].top_k for path in paths]
     top_p = DEFAULT_TOP_P[metric] if top_p is None else top_p
+    selections = []
+    for scores in tasks.values():
+        table = scores.by_metric(metric)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the same warnings are given when a selection is made to be trained
+            selections.append(select_experts({path: table[path] for path in paths}, metric=metric, top_p=top_p))
+    shared, halves, jaccard = [], [], []
+    for path, count in zip(paths, counts, strict=True):
+        tops = [_top(table[path], count) for table in shares]
+        shared.append([[len(one & other) for other in tops] for one in tops])
+        halves.append([_shared_by_halves(scores, path, count) for scores in tasks.values()])
+        chosen = [set(selection[path]) for selection in selections]
+        jaccard.append([[len(one & other) / len(one | other) for other in chosen] for one in chosen])
     return Overlap(
         tasks=tuple(tasks),
         paths=paths,
-        top_k=counts,
-        num_experts=tuple(first.containers[path].num_experts for path in paths),
-        shared=torch.stack(
-            [
-                _shared(torch.stack([top_mask(shares[name][path], k) for name in tasks]))
-                for path, k in zip(paths, counts, strict=True)
-            ]
-        ),
-        halves=torch.tensor(
-            [
-                [_shared_by_halves(scores, path, k) for scores in tasks.values()]
-                for path, k in zip(paths, counts, strict=True)
-            ],
-            dtype=torch.float64,
-        ),
-        jaccard=_jaccard([_select(scores, paths, metric, top_p) for scores in tasks.values()], paths),
+        top_k=tuple(counts),
+        num_experts=tuple(first[path].num_experts for path in paths),
+        shared=torch.tensor(shared, dtype=torch.float64),
+        halves=torch.tensor(halves, dtype=torch.float64),
+        jaccard=torch.tensor(jaccard, dtype=torch.float64),
     )
 
 
-def top_mask(scores: Tensor, count: int) -> Tensor:
-    """Marks the `count` experts of the highest scores, equal ones in order of id; bool `[E]`."""
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[ranking(scores)[:count]] = True
-    return mask
-
-
 def check_same_model(tasks: Mapping[str, ExpertScores]) -> None:
-    """Refuses scores whose containers differ.
+    """Checks that the scores of all tasks have the same containers.
 
     Raises:
-        ValueError: naming the two tasks.
+        ValueError: if they differ. The message names two tasks.
     """
-    signatures = {name: {p: c.num_experts for p, c in scores.containers.items()} for name, scores in tasks.items()}
-    for (one, first), (other, second) in pairwise(signatures.items()):
+    sizes = {name: {p: c.num_experts for p, c in scores.containers.items()} for name, scores in tasks.items()}
+    for (one, first), (other, second) in pairwise(sizes.items()):
         if first != second:
             raise ValueError(
                 f"the scores of {one!r} and {other!r} are of different models: {len(first)} containers, for example "
@@ -153,30 +147,14 @@ def check_same_model(tasks: Mapping[str, ExpertScores]) -> None:
             )
 
 
-def _shared(masks: Tensor) -> Tensor:
-    """How many experts each two rows of `masks [N, E]` have in common, float64 `[N, N]`."""
-    rows = masks.to(torch.float64)
-    return rows @ rows.T
+def _top(scores: Tensor, count: int) -> set[int]:
+    """The experts of the highest scores."""
+    return set(ranking(scores)[:count].tolist())
 
 
-def _shared_by_halves(scores: ExpertScores, path: str, top_k: int) -> float:
+def _shared_by_halves(scores: ExpertScores, path: str, count: int) -> float:
     pairs = scores.halves[-1].selected_pairs.get(path) if scores.halves else None
     if pairs is None or not all(map(any, pairs)):
-        return float("nan")
-    masks = torch.stack([top_mask(torch.tensor(half, dtype=torch.float64), top_k) for half in pairs])
-    return float(_shared(masks)[0, 1])
-
-
-def _select(scores: ExpertScores, paths: tuple[str, ...], metric: Metric, top_p: float) -> Selection:
-    table = scores.by_metric(metric)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whoever trains this selection is warned by select_experts
-        return select_experts({path: table[path] for path in paths}, metric=metric, top_p=top_p)
-
-
-def _jaccard(selections: Sequence[Selection], paths: tuple[str, ...]) -> Tensor:
-    layers = []
-    for path in paths:
-        chosen = [set(selection[path]) for selection in selections]
-        layers.append([[len(one & other) / len(one | other) for other in chosen] for one in chosen])
-    return torch.tensor(layers, dtype=torch.float64)
+        return torch.nan
+    one, other = (_top(torch.tensor(half), count) for half in pairs)
+    return len(one & other)

@@ -48,14 +48,7 @@ footer { margin-top: 2.5rem; }
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
-
-    Attributes:
-        title: its heading.
-        text: a paragraph of plain text.
-        table: the rows of a table, the names of its columns first. It is shown before the figures.
-        figures: its figures.
-    """
+    """A part of a page. The first row of its table has the names of the columns."""
 
     title: str
     text: str = ""
@@ -64,17 +57,7 @@ class Section:
 
 
 def write_page(file: Path, title: str, lead: str, sections: Sequence[Section], footer: str) -> None:
-    """Writes a page, and the files of its figures to the folder `<name>_files` beside it.
-
-    All texts are escaped.
-
-    Args:
-        file: the page's file.
-        title: title of the page.
-        lead: a paragraph below the title.
-        sections: the parts of the page, in order.
-        footer: a line at the end.
-    """
+    """Writes a page, and the files of its figures to the folder `<name>_files` beside it. All texts are escaped."""
     folder = file.with_name(f"{file.stem}_files")
     folder.mkdir(parents=True, exist_ok=True)
     body = "".join(_section(section, folder) for section in sections)

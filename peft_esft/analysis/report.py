@@ -81,7 +81,7 @@ def report(
 
 
 def _collect(subject: Any) -> tuple[dict[str, ExpertScores], dict[str, AdapterRecord]]:
-    """Sorts what was given into scores and adapters, each with a name."""
+    """Reads what a report was asked for, and sorts it into scores and adapters by name."""
     if isinstance(subject, Mapping):
         items: Iterable[tuple[str | None, Any]] = subject.items()
     elif isinstance(subject, Sequence) and not isinstance(subject, str):
@@ -106,7 +106,7 @@ def _collect(subject: Any) -> tuple[dict[str, ExpertScores], dict[str, AdapterRe
 
 
 def _add(table: dict[str, Any], name: str, item: Any) -> None:
-    """Adds an item; names that are taken get a number."""
+    """Adds an item. A name that is taken gets a number."""
     number, unique = 2, name
     while unique in table:
         unique, number = f"{name} {number}", number + 1

@@ -1,4 +1,4 @@
-"""Was the sample big enough? Two halves of it should choose the same experts."""
+"""Checks whether a sample is large enough: do two halves of it select the same experts?"""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ..scoring.selection import DEFAULT_TOP_P, select_experts
 
 @dataclass(frozen=True)
 class StabilityPoint:
-    """How far two halves of the samples agreed when so many tokens had been scored.
+    """How far the halves agree after a number of tokens.
 
     Attributes:
         num_tokens: tokens of both halves together.
-        shared: by container path, the experts that both halves select.
-        selected: by container path, the experts that a half selects, mean of the two.
+        shared: by container path, the number of experts that both halves select.
+        selected: by container path, the number of experts that a half selects, mean of the two.
     """
 
     num_tokens: int
@@ -30,7 +30,7 @@ class StabilityPoint:
 
 @dataclass(frozen=True)
 class StabilityReport:
-    """Agreement of two disjoint halves at growing token counts; `print` it.
+    """How far the halves agree as the number of tokens grows; `print` it.
 
     Attributes:
         top_p: the threshold of the selections that are compared (metric "token", flat mean over tokens).
@@ -53,14 +53,14 @@ class StabilityReport:
 
 
 def stability_report(scores: ExpertScores, *, top_p: float = DEFAULT_TOP_P["token"]) -> StabilityReport:
-    """Compares the selections of two disjoint halves of the scored samples, at growing token counts.
+    """Compares the selections of two disjoint halves of the scored samples, as the number of tokens grows.
 
-    The samples of even and of odd number are the halves. Each has half of the tokens, so the whole sample is at least
-    as reliable as the report says. The paper's sample is 131,072 tokens.
+    One half has the samples of even number, the other one those of odd number. Each has half of the tokens, so the
+    whole sample is at least as reliable as the report says. The paper's sample has 131,072 tokens.
 
     Args:
         scores: from `score_experts`.
-        top_p: the threshold to select with, by the token selection ratio.
+        top_p: the threshold of the selections, by the token selection ratio.
 
     Returns:
         The report.
@@ -78,15 +78,14 @@ def stability_report(scores: ExpertScores, *, top_p: float = DEFAULT_TOP_P["toke
 
 
 def _compare(half: HalfCounts, top_p: float) -> StabilityPoint:
-    selections = []
-    for number in (0, 1):
-        shares = {
-            path: [pairs / sum(rows[number]) for pairs in rows[number]]
-            for path, rows in half.selected_pairs.items()
-            if min(map(sum, rows)) > 0
-        }
-        selections.append(select_experts(shares, top_p=top_p))
-    first, second = selections
+    reached = {path: rows for path, rows in half.selected_pairs.items() if min(map(sum, rows)) > 0}
+    first, second = (
+        select_experts(
+            {path: [pairs / sum(rows[number]) for pairs in rows[number]] for path, rows in reached.items()},
+            top_p=top_p,
+        )
+        for number in (0, 1)
+    )
     return StabilityPoint(
         num_tokens=sum(half.num_tokens),
         shared={path: len(set(ids) & set(second[path])) for path, ids in first.items()},

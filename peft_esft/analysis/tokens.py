@@ -1,4 +1,4 @@
-"""Text coloured by how many of a token's choices fall on trained experts (arXiv 2407.01906, figure 6)."""
+"""Colours text by how many of a token's choices fall on trained experts (arXiv 2407.01906, figure 6)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TokenSpan:
 
 @dataclass(frozen=True)
 class TokenView:
-    """Texts and, for their tokens, how many choices fall on trained experts; a notebook shows it coloured.
+    """Texts, and how many choices of each token fall on trained experts. A notebook shows the texts coloured.
 
     Attributes:
         texts: the texts.
@@ -64,7 +64,7 @@ class TokenView:
         return sum(span.hits for span in spans) / max(1, sum(span.choices for span in spans))
 
     def html(self) -> str:
-        """A fragment of HTML, with its own style; the text is escaped. Readable on light and on dark pages."""
+        """Returns an HTML fragment with its own style, readable on light and on dark pages. The text is escaped."""
         deepest = max((span.share for row in self.spans for span in row), default=0.0)
         blocks = [_block(text, row, deepest) for text, row in zip(self.texts, self.spans, strict=True)]
         legend = "".join(
@@ -78,7 +78,7 @@ class TokenView:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes a page of its own."""
+        """Writes the view as a page."""
         Path(path).write_text(
             '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -104,17 +104,16 @@ def token_view(
 
     Args:
         model: a transformers model, with or without adapters.
-        tokenizer: its tokenizer, a fast one (it has to know the characters of each token).
+        tokenizer: its tokenizer. It must be a fast one, which knows the characters of each token.
         texts: one text or several.
         experts: the experts that count, by container path or layer; None means those of the active adapters.
-        max_length: cut texts to so many tokens.
+        max_length: texts are cut to so many tokens.
 
     Returns:
-        The counts, to be shown as HTML.
+        The counts, which can be shown as HTML.
 
     Raises:
-        ValueError: if there are no experts to look for, the model has none of an id, or the tokenizer does not know
-            the characters of its tokens.
+        ValueError: if there are no experts to look for, the model lacks one of them, or the tokenizer is not fast.
 
     Example:
         >>> token_view(model, tokenizer, "What is the capital of France?").save("tokens.html")
@@ -132,8 +131,7 @@ def token_view(
     spans = []
     for text in texts:
         encoded = tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=max_length)
-        input_ids = torch.tensor([encoded["input_ids"]])
-        counts = _count(model, input_ids, masks) if input_ids.numel() else torch.zeros(2, 0, dtype=torch.int64)
+        counts = _count(model, torch.tensor([encoded["input_ids"]]), masks)
         spans.append(_join_spans(encoded["offset_mapping"], counts.T.tolist()))
     return TokenView(texts, spans)
 
@@ -149,38 +147,39 @@ def _count(model: nn.Module, input_ids: Tensor, masks: dict[str, Tensor]) -> Ten
         counts[0] += (mask[index] & chosen).sum(-1)
         counts[1] += chosen.sum(-1)
 
-    run_batches(model, [{"input_ids": input_ids}], input_ids.numel(), see)
+    if input_ids.numel():
+        run_batches(model, [{"input_ids": input_ids}], input_ids.numel(), see)
     return counts
 
 
 def _active_experts(model: nn.Module) -> Selection:
-    experts = {
-        module.path: module.union_of_experts(module.adapters_here(module.active_adapters))
-        for module in esft_layers(model)
-    }
-    found = find_experts(model)
-    experts = {path: ids for path, ids in experts.items() if path in found and ids}
+    containers = find_experts(model)
+    experts = {}
+    for layer in esft_layers(model):
+        ids = layer.union_of_experts(layer.adapters_here(layer.active_adapters))
+        if ids and layer.path in containers:
+            experts[layer.path] = ids
     if not experts:
         raise ValueError("the model has no active ESFT adapter; say which experts to look for with experts=...")
     return experts
 
 
 def _join_spans(offsets: Sequence[tuple[int, int]], counts: Sequence[Sequence[int]]) -> list[TokenSpan]:
-    """Tokens that share a character become one span; tokens without characters are left out."""
+    """Makes one span of tokens that share a character, and leaves out tokens without characters."""
     spans: list[TokenSpan] = []
     for (start, end), (hits, choices) in zip(offsets, counts, strict=True):
         if end <= start:
             continue
         span = TokenSpan(start, end, hits, choices)
-        spans.append(_joined(spans.pop(), span) if spans and start < spans[-1].end else span)
+        if spans and start < spans[-1].end:
+            last = spans.pop()
+            span = TokenSpan(last.start, max(last.end, end), last.hits + hits, last.choices + choices)
+        spans.append(span)
     return spans
 
 
-def _joined(one: TokenSpan, other: TokenSpan) -> TokenSpan:
-    return TokenSpan(one.start, max(one.end, other.end), one.hits + other.hits, one.choices + other.choices)
-
-
 def _block(text: str, spans: Sequence[TokenSpan], deepest: float) -> str:
+    """The HTML of one text."""
     pieces, done = [], 0
     for span in spans:
         pieces.append(escape(text[done : span.start]))
@@ -195,5 +194,5 @@ def _block(text: str, spans: Sequence[TokenSpan], deepest: float) -> str:
 
 
 def _colour(depth: float) -> str:
-    # One hue, transparent: the page's own colours of text and ground stay, light or dark.
+    # One transparent hue keeps the page's own colours of text and ground, light or dark.
     return f"rgba(230,120,0,{0.75 * depth:.3f})"
