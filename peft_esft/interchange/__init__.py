@@ -1,4 +1,4 @@
-"""Adapters to and from other files: the original code's, merged checkpoints, smaller forms."""
+"""Converts adapters to and from other files: those of the original code, merged checkpoints, smaller forms."""
 
 from .compact import compact
 from .diff import diff_adapters, format_diff
