@@ -99,11 +99,7 @@ class AdapterFolder:
         ]
 
     def check_alone(self) -> None:
-        """Checks what can be known without the base: no container is without weights, and all weights are finite.
-
-        Raises:
-            ValueError: naming the first few containers, or the tensor.
-        """
+        """Checks what can be known without the base: each container has weights, and all weights are finite."""
         present = self.weights()
         # A layer's index does not say the path of its container.
         paths = [path for path in self.config.adapted_experts if not path.isdigit()]

@@ -105,7 +105,8 @@ class Base:
         if not isinstance(model, nn.Module):
             self.folder = Path(model)
             if not self.folder.is_dir():
-                raise NotADirectoryError(f"{model} is not a model's folder. Download a Hub model first: hf download")
+                message = f"{model} is not the folder of a model. Download a Hub model first: hf download"
+                raise NotADirectoryError(message)
             self.model = empty_model(self.folder)
             self.files = TensorFolder.of_model(self.folder)
         self.experts = find_experts(self.model)
@@ -148,11 +149,7 @@ class Base:
         return self.read(Rows(container, weight, list(expert_ids)))
 
     def dtype(self, rows: Rows) -> torch.dtype:
-        """The dtype in which rows are stored.
-
-        Raises:
-            NotImplementedError: if they are quantised.
-        """
+        """The dtype in which rows are stored. Refuses quantised rows."""
         if self.folder is None:
             dtype = rows.weight.parameters(rows.container.module)[0].dtype
         else:
@@ -165,11 +162,7 @@ class Base:
         return dtype
 
     def read(self, rows: Rows, read_tensor: Callable[[str], Tensor] | None = None) -> Tensor:
-        """Reads rows, `[n, ...]`, from the base, or with a function that gives other values for the base's keys.
-
-        Raises:
-            NotImplementedError: if the base is quantised.
-        """
+        """Reads rows, `[n, ...]`, from the base, or with a function that gives other values for the base's keys."""
         self.dtype(rows)
         if read_tensor is None and self.folder is None:
             return rows.weight.read(rows.container.module, rows.expert_ids).detach()

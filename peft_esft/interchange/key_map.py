@@ -124,9 +124,6 @@ class KeyMap:
 
         Returns:
             The parameter, or `[n, ...]` for `n` of its experts.
-
-        Raises:
-            NotImplementedError: if the tensors hold another parameter too.
         """
         if set(parts) == {None}:
             return parts[None][0]

@@ -53,11 +53,7 @@ def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str
 
 
 def _replaced_by_modules_to_save(base: Base, adapter: AdapterFolder) -> dict[str, str]:
-    """The keys of the base's tensors that `modules_to_save` replaces, by the adapter's keys.
-
-    Raises:
-        ValueError: if the base does not store a tensor of that shape as it is.
-    """
+    """The keys of the base's tensors that `modules_to_save` replaces, by the adapter's keys."""
     replaced: dict[str, str] = {}
     for key in adapter.other_tensors():
         sources = base.keys.sources.get(key.removeprefix(KEY_PREFIX), [])

@@ -126,11 +126,7 @@ def _config(cfg: dict[str, Any], base: Base) -> ESFTConfig:
 
 
 def _keys_of_base(files: TensorFolder, base: Base) -> dict[str, str]:
-    """Finds the key of the base's checkpoint that each key of the files stands for. Returns `{base's: files'}`.
-
-    Raises:
-        ValueError: if a key is no weight of the base, or two keys are the same weight.
-    """
+    """The files' keys by the base's keys for the same weights. Refuses unknown keys, and two keys of one weight."""
     known = {(s.parameter, s.pattern, s.expert): s.key for sources in base.keys.sources.values() for s in sources}
     names: dict[str, str] = {}
     problems: list[str] = []
@@ -158,12 +154,7 @@ def _hint(key: str, base: Base) -> str:
 
 
 def _check(files: TensorFolder, names: Mapping[str, str], adapted: list[Rows], base: Base) -> None:
-    """Checks that the files hold all adapted rows and nothing else, in the right shapes.
-
-    Raises:
-        ValueError: naming the first few keys.
-        NotImplementedError: if the base's checkpoint keeps all experts in one tensor.
-    """
+    """Refuses files that do not hold all adapted rows in the right shapes, or that hold anything else."""
     wanted: set[str] = set()
     problems: list[str] = []
     for rows in adapted:
@@ -174,9 +165,8 @@ def _check(files: TensorFolder, names: Mapping[str, str], adapted: list[Rows], b
         for key, tensor in tensors.items():
             if key not in names:
                 problems.append(f"{key} is missing")
-            elif files.entries[names[key]].shape != tensor.shape:
-                shapes = list(files.entries[names[key]].shape), list(tensor.shape)
-                problems.append(f"{names[key]} has the shape {shapes[0]}, the base's is {shapes[1]}")
+            elif (shape := files.entries[names[key]].shape) != tensor.shape:
+                problems.append(f"{names[key]} has the shape {list(shape)}, the base's is {list(tensor.shape)}")
     problems += [f"{name} is not selected by {EXPERT_CONFIG_NAME}" for key, name in names.items() if key not in wanted]
     if problems:
         raise ValueError(f"the weights do not fit {EXPERT_CONFIG_NAME} and the base: {shortened(problems)}")
@@ -185,11 +175,7 @@ def _check(files: TensorFolder, names: Mapping[str, str], adapted: list[Rows], b
 def _adapter_tensors(
     base: Base, files: TensorFolder, names: Mapping[str, str], adapted: list[Rows], form: str
 ) -> tuple[str, dict[str, Tensor]]:
-    """The adapter's tensors in a form that gives all trained weights exactly, and that form.
-
-    Raises:
-        ValueError: if deltas are asked for and are not exact, or if a trained weight is not finite.
-    """
+    """A form that gives all trained weights exactly, and the adapter's tensors in it."""
     deltas: dict[str, Tensor] = {}
     effective: dict[str, Tensor] = {}
     wider: set[torch.dtype] = set()

@@ -65,11 +65,7 @@ class TensorFolder:
         return read_tensor(self.entries[key], key)
 
     def overwrite(self, key: str, folder: Path, tensor: Tensor, num_blocks: int = 1, block: int = 0) -> None:
-        """Writes a tensor over one of the equal blocks of another, in the copy of its file that is in `folder`.
-
-        Raises:
-            ValueError: if its dtype or shape is another.
-        """
+        """Writes a tensor over one of the equal blocks of another, in the copy of its file that is in `folder`."""
         entry = self.entries[key]
         file, shape = folder / entry.file.name, _block_shape(entry.shape, num_blocks)
         if tensor.dtype != entry.dtype or tuple(tensor.shape) != shape:
