@@ -1,15 +1,15 @@
-"""Smaller files of an adapter, for inference."""
+"""Writes an adapter in a smaller form, for inference."""
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..ops.encodings import FORMS, encode
 from ..tuner.adapter_file import DELTA_KEY
-from .adapter import AdapterFolder, Change, write_adapter
+from .adapter import AdapterFolder, write_adapter
 from .base import Base
 from .folders import new_folder
 
@@ -21,7 +21,7 @@ def compact(
     *,
     base: nn.Module | str | Path | None = None,
 ) -> Path:
-    """Writes an adapter in a smaller form. PEFT's and transformers' loaders read every form without being told.
+    """Writes an adapter in a smaller form. The loaders of PEFT and transformers recognise every form.
 
     | form | bytes for a weight | what it holds |
     |---|---|---|
@@ -34,18 +34,18 @@ def compact(
 
     Args:
         adapter_dir: an adapter with deltas of full rank.
-        out_dir: for the new one; must not exist, or be empty.
+        out_dir: folder for the new adapter; must not exist, or be empty.
         form: see above.
-        base: the base model, or its folder, which the adapter is checked against. "rows" needs it; None means the
-            folder that the adapter's config names. The others do without: then no more is checked than that each
-            container of the selection has weights, and that all are finite.
+        base: the base model, or its folder, which the adapter is checked against. Only "rows" needs it; None then
+            means the folder that the adapter's config names. For the other forms None means that only two things are
+            checked: each container of the selection has weights, and all weights are finite.
 
     Returns:
-        `out_dir`. What it holds cannot be trained further: keep the original.
+        `out_dir`. The new adapter cannot be trained further: keep the original.
 
     Raises:
-        ValueError: if the form is unknown, the adapter has a rank, is not stored as deltas, is not whole or does not
-            fit the base.
+        ValueError: if the form is unknown, or the adapter has a rank, is not stored as deltas, is not complete or does
+            not fit the base.
         FileExistsError: if `out_dir` holds something.
     """
     if form not in FORMS[1:]:
@@ -56,13 +56,17 @@ def compact(
         raise ValueError(f"{adapter_dir} is stored with {kind}; compact needs fp32 deltas of full rank")
     config = copy.deepcopy(adapter.config)
     config.storage = form
-    if form == "rows" or base is not None:
-        resolved = base if isinstance(base, Base) else Base(_base_of(adapter) if base is None else base)
-        changes = adapter.changes(resolved)
-    else:
+    if base is None and form == "rows":
+        base = config.base_model_name_or_path
+        if base is None or not Path(base).is_dir():
+            raise ValueError(f"form 'rows' needs the base's weights, and {base!r} is no folder: give base=...")
+    if base is None:
         adapter.check_alone()
+    else:
+        resolved = Base(base)
+        changes = adapter.changes(resolved)
     if form == "rows":
-        tensors = {f"{change.name}_rows": change.effective(_rows_of(resolved, change)) for change in changes}
+        tensors = {f"{change.key}_rows": change.effective(resolved) for change in changes}
     else:
         deltas = {key: adapter.files.read(key) for key in adapter.files.entries if DELTA_KEY in key}
         tensors = {f"{key}{suffix}": tensor for key, d in deltas.items() for suffix, tensor in encode(form, d).items()}
@@ -70,14 +74,3 @@ def compact(
     with new_folder(out_dir) as folder:
         write_adapter(folder, config, tensors)
     return Path(out_dir)
-
-
-def _rows_of(base: Base, change: Change) -> Tensor:
-    return base.rows(change.container, change.weight, change.expert_ids).cpu()
-
-
-def _base_of(adapter: AdapterFolder) -> str:
-    name = adapter.config.base_model_name_or_path
-    if name is None or not Path(name).is_dir():
-        raise ValueError(f"form 'rows' needs the base's weights, and {name!r} is no folder: give base=...")
-    return name

@@ -1,8 +1,9 @@
-"""Compares two adapter folders: settings, selections, and the deltas of experts that both train."""
+"""Compares two adapters: their settings, the experts that they train, and the deltas of these experts."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from .adapter import AdapterFolder
 
 
 def diff_adapters(first_dir: str | Path, second_dir: str | Path) -> dict[str, Any]:
-    """Compares the selections and, where both train an expert, its weights.
+    """Compares the selections of two adapters, and the weights of the experts that both train.
 
     Args:
         first_dir: folder of an adapter.
@@ -24,36 +25,31 @@ def diff_adapters(first_dir: str | Path, second_dir: str | Path) -> dict[str, An
     Returns:
         `settings`: the fields of the configs that differ, as pairs, those of `selection` one by one. `other_base`: the
         layers in which the two bases have other weights, as far as the adapters tell. `containers`: for each container
-        the experts that `first` alone trains, `second` alone, and `both`; and, over the latter's weights, `norms` of
-        the two deltas, the `distance` of one from the other as a share of the first, and their `cosine`; None where
-        one of the two stores something else than deltas. A module that is trained whole counts as one expert, 0.
-        `modules_to_save`: the tensors of these that `first` alone has, `second` alone, and that are `different`.
+        the experts that only `first` trains, only `second`, and `both`. For the last it has `weights`: the `norms` of
+        the two deltas, their `distance` as a share of the first norm, and their `cosine`; None if an adapter stores
+        something else than deltas. A module that is trained whole counts as one expert, 0. `modules_to_save`: the
+        tensors of these that only `first` has, only `second`, and that are `different`.
     """
     adapters = (AdapterFolder(first_dir), AdapterFolder(second_dir))
     fields = [_settings(adapter.config) for adapter in adapters]
-    names = sorted({*fields[0], *fields[1]})
-    pairs = {name: [fields[0].get(name), fields[1].get(name)] for name in names}
+    pairs = {name: [own.get(name) for own in fields] for name in sorted({*fields[0], *fields[1]})}
     changes = [_changes(adapter) for adapter in adapters]
     containers: dict[str, Any] = {}
     for path in dict.fromkeys([*changes[0], *changes[1]]):
         ids = [own.get(path, []) for own in changes]
-        both = [expert for expert in ids[0] if expert in ids[1]]
-        containers[path] = {
-            "first": [expert for expert in ids[0] if expert not in both],
-            "second": [expert for expert in ids[1] if expert not in both],
-            "both": both,
-            "weights": _compare(adapters, path, ids, both) if both else None,
-        }
+        containers[path] = {**_sides(*ids), "weights": _compare(adapters, path, ids)}
+    whole = _sides(*(adapter.other_tensors() for adapter in adapters))
+    different = [key for key in whole.pop("both") if not torch.equal(*(own.files.read(key) for own in adapters))]
     return {
         "settings": {name: pair for name, pair in pairs.items() if pair[0] != pair[1]},
-        "other_base": _other_base(adapters[0].config, adapters[1].config),
+        "other_base": _other_base(*(adapter.config for adapter in adapters)),
         "containers": containers,
-        "modules_to_save": _compare_whole(*adapters),
+        "modules_to_save": {**whole, "different": different},
     }
 
 
 def format_diff(record: dict[str, Any]) -> str:
-    """The same as text, a line for each container."""
+    """Formats the result of `diff_adapters` as text, with one line for each container."""
     lines = [f"{name}: {first!r} -> {second!r}" for name, (first, second) in record["settings"].items()]
     if record["other_base"]:
         lines.append(f"made over bases of other weights, in {len(record['other_base'])} layers")
@@ -102,6 +98,14 @@ def row_products(one: Tensor, other: Tensor) -> Tensor:
     return torch.einsum("n...,n...->n", one.double(), other.double()).cpu()
 
 
+def _sides(first: Sequence[Any], second: Sequence[Any]) -> dict[str, list[Any]]:
+    return {
+        "first": [item for item in first if item not in second],
+        "second": [item for item in second if item not in first],
+        "both": [item for item in first if item in second],
+    }
+
+
 def _settings(config: ESFTConfig) -> dict[str, Any]:
     """What a config says besides the experts and the base's weights."""
     fields = config.to_dict()
@@ -125,31 +129,20 @@ def _changes(adapter: AdapterFolder) -> dict[str, list[int]]:
     return selection | {path: [0] for path in adapter.weights() if path not in selection}
 
 
-def _compare_whole(first: AdapterFolder, second: AdapterFolder) -> dict[str, list[str]]:
-    keys = [adapter.other_tensors() for adapter in (first, second)]
-    both = [key for key in keys[0] if key in keys[1]]
-    return {
-        "first": [key for key in keys[0] if key not in both],
-        "second": [key for key in keys[1] if key not in both],
-        "different": [key for key in both if not torch.equal(first.files.read(key), second.files.read(key))],
-    }
-
-
-def _compare(
-    adapters: tuple[AdapterFolder, AdapterFolder], path: str, ids: list[list[int]], both: list[int]
-) -> dict[str, Any] | None:
+def _compare(adapters: tuple[AdapterFolder, AdapterFolder], path: str, ids: list[list[int]]) -> dict[str, Any] | None:
+    """Compares the deltas of the experts that both adapters change. None if there are none, or no deltas of them."""
+    both = [expert for expert in ids[0] if expert in ids[1]]
     names = [set(adapter.weights().get(path, [])) for adapter in adapters]
-    if names[0] != names[1] or not names[0]:
+    if not both or names[0] != names[1] or not names[0]:
         return None
     places = [[own.index(expert) for expert in both] for own in ids]
-    sums = torch.zeros(4, len(both), dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     for name in names[0]:
         first, second = (adapter.delta(path, name) for adapter in adapters)
         if first is None or second is None or first.shape[1:] != second.shape[1:]:
             return None
-        sums += compare_deltas(first[places[0]], second[places[1]])
-    squares, other_squares, product, distance = sums.sum(1).tolist()
-    norms = [math.sqrt(squares), math.sqrt(other_squares)]
+        sums += compare_deltas(first[places[0]], second[places[1]]).sum(1)
+    norms, product, distance = sums[:2].sqrt().tolist(), float(sums[2]), float(sums[3])
     return {
         "norms": norms,
         "distance": math.sqrt(distance) / norms[0] if norms[0] else math.inf if distance else 0.0,

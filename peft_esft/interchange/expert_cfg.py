@@ -1,4 +1,4 @@
-"""`expert_cfg.json`, the original code's selection of experts, to `target_experts` and back."""
+"""Converts `expert_cfg.json`, the original code's selection of experts, to `target_experts` and back."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def read_expert_cfg(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         source: the file, the folder that holds it, or its content.
 
     Returns:
-        `experts` (`{key: ids}`), `shared_experts` and `non_expert_modules`, the latter two False where missing.
+        `experts` (`{key: ids}`), `shared_experts` and `non_expert_modules`. The flags are False if they are missing.
 
     Raises:
         ValueError: if it is malformed.
         FileNotFoundError: if the folder has none.
     """
     content: Any = source
+    where = EXPERT_CONFIG_NAME
     if isinstance(source, str | Path):
-        file = Path(source) / EXPERT_CONFIG_NAME if Path(source).is_dir() else Path(source)
-        content = read_json(file)
-    where = f"{EXPERT_CONFIG_NAME} ({source})" if isinstance(source, str | Path) else EXPERT_CONFIG_NAME
+        content = read_json(Path(source) / EXPERT_CONFIG_NAME if Path(source).is_dir() else Path(source))
+        where = f"{EXPERT_CONFIG_NAME} ({source})"
     if not isinstance(content, Mapping) or not isinstance(content.get("experts"), Mapping):
         raise ValueError(f'{where} has no object "experts" of layer indices and lists of expert ids')
     flags = {name: content.get(name, False) for name in ("shared_experts", "non_expert_modules")}
@@ -49,7 +49,7 @@ def read_expert_cfg(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 def selection_from_expert_cfg(
     source: str | Path | Mapping[str, Any], containers: dict[str, ExpertsContainer]
 ) -> dict[str, list[int]]:
-    """The original code's selection as `target_experts` of a model.
+    """Converts the original code's selection to `target_experts` of a model.
 
     Args:
         source: see `read_expert_cfg`.
@@ -73,10 +73,10 @@ def expert_cfg_from_selection(
     shared_experts: bool = False,
     non_expert_modules: bool = False,
 ) -> dict[str, Any]:
-    """`target_experts` as the original code's `expert_cfg.json`, which counts decoder layers.
+    """Converts `target_experts` to the original code's `expert_cfg.json`, which counts decoder layers.
 
     Raises:
-        ValueError: if two containers belong to layers of the same number, or one to none.
+        ValueError: if two containers have the same layer number, or one has none.
     """
     experts: dict[str, list[int]] = {}
     for key, ids in target_experts.items():

@@ -1,45 +1,37 @@
-"""Folders of safetensors files: tensors read, written and replaced one by one.
-
-Reading is done by safetensors, which maps files into memory; no more than the tensors that are asked for are copied.
-"""
+"""Reads and overwrites single tensors in safetensors files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import parse_local_safetensors_file_metadata
-from safetensors import safe_open
 from torch import Tensor
 
 from ..tuner.adapter_file import Header, read_header, read_tensor
 
 
 INDEX_NAME = "model.safetensors.index.json"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
 class TensorFolder:
-    """The tensors of all safetensors files of a checkpoint.
-
-    Args:
-        files: the files.
+    """The tensors of some safetensors files.
 
     Attributes:
-        files: the same.
-        entries: all tensors, by key.
+        files: the files.
+        entries: dtype and shape of all tensors, by key.
 
     Raises:
-        ValueError: if a file is malformed, or two hold the same key.
+        ValueError: if a file is malformed, or two files hold the same key.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = list(files)
         self.entries: Header = {}
-        self._offsets: dict[Path, dict[str, int]] = {}
         for file in self.files:
             for key, entry in read_header(file).items():
                 if key in self.entries:
@@ -63,87 +55,40 @@ class TensorFolder:
             names = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is malformed: it has no object weight_map ({error})") from error
-        return cls([folder / plain_file_name(name, index) for name in sorted(names, key=str)])
+        for name in names:
+            if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in ("/", "\\", "\0")):
+                raise ValueError(f"{index} names the file {str(name)[:200]!r}, which is not a plain file name")
+        return cls([folder / name for name in sorted(names)])
 
     def read(self, key: str) -> Tensor:
-        """One tensor."""
+        """A tensor of a file that is mapped into memory. Only what is used of it is read from the disk."""
         return read_tensor(self.entries[key], key)
 
-    def read_blocks(self, key: str, num_blocks: int, blocks: Sequence[int]) -> Tensor:
-        """Some of the equal blocks that a tensor consists of, `[len(blocks), ...]`, reading nothing else."""
-        entry = self.entries[key]
-        if num_blocks == 1:
-            return torch.stack([self.read(key) for _ in blocks])
-        rows = entry.shape[0] // num_blocks
-        with safe_open(entry.file, "pt") as opened:
-            part = opened.get_slice(key)
-            read = [part[block * rows : (block + 1) * rows] for block in blocks]
-        return torch.stack([block.reshape(block_shape(entry.shape, num_blocks)) for block in read])
-
     def overwrite(self, key: str, folder: Path, tensor: Tensor, num_blocks: int = 1, block: int = 0) -> None:
-        """Writes a tensor over one of the equal blocks of another, in the copy of its file that is in `folder`.
-
-        Raises:
-            ValueError: if it does not fit.
-        """
+        """Writes a tensor over one of the equal blocks of another, in the copy of its file that is in `folder`."""
         entry = self.entries[key]
-        file, size = folder / entry.file.name, entry.num_bytes // num_blocks
-        shape = block_shape(entry.shape, num_blocks)
+        file, shape = folder / entry.file.name, _block_shape(entry.shape, num_blocks)
         if tensor.dtype != entry.dtype or tuple(tensor.shape) != shape:
             raise ValueError(f"{file}: {entry.dtype} {list(shape)} cannot hold {tensor.dtype} {list(tensor.shape)}")
         data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         with file.open("r+b") as stream:
-            stream.seek(self._offset(key) + block * size)
+            stream.seek(self._offsets[key] + block * data.nbytes)
             stream.write(memoryview(data))
 
-    def _offset(self, key: str) -> int:
-        """Where a tensor begins in its file."""
-        file = self.entries[key].file
-        if file not in self._offsets:
+    @cached_property
+    def _offsets(self) -> dict[str, int]:
+        """The position of the first byte of each tensor in its file."""
+        offsets = {}
+        for file in self.files:
             with file.open("rb") as stream:
-                start = 8 + int.from_bytes(stream.read(8), "little")  # offsets are counted from behind the header
-            tensors = parse_local_safetensors_file_metadata(file).tensors
-            self._offsets[file] = {name: start + info.data_offsets[0] for name, info in tensors.items()}
-        return self._offsets[file][key]
+                start = 8 + int.from_bytes(stream.read(8), "little")  # offsets are counted from the header's end
+            for key, tensor in parse_local_safetensors_file_metadata(file).tensors.items():
+                offsets[key] = start + tensor.data_offsets[0]
+        return offsets
 
 
-def block_shape(shape: Sequence[int], num_blocks: int) -> tuple[int, ...]:
-    """The shape of one of the equal blocks of a tensor.
-
-    `[E, ...]` has `E` blocks `[...]`, `[E * rows, ...]` has `E` blocks `[rows, ...]`. One block is the tensor itself.
-    """
+def _block_shape(shape: tuple[int, ...], num_blocks: int) -> tuple[int, ...]:
+    """The shape of a block: `[E, ...]` has `E` blocks `[...]`, `[E * rows, ...]` has `E` blocks `[rows, ...]`."""
     if num_blocks == 1:
-        return tuple(shape)
-    if shape[0] == num_blocks:
-        return tuple(shape[1:])
-    return (shape[0] // num_blocks, *shape[1:])
-
-
-def plain_file_name(name: Any, source: Path) -> str:
-    """Refuses file names that lead out of the folder in which they are named.
-
-    Raises:
-        ValueError: naming the file that holds the name.
-    """
-    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in ("/", "\\", "\0")):
-        raise ValueError(f"{source} names the file {str(name)[:200]!r}, which is not a plain file name")
-    return name
-
-
-def sorted_tensor_files(folder: Path) -> list[Path]:
-    """All safetensors files of a folder.
-
-    Raises:
-        FileNotFoundError: if there are none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file")
-    return files
-
-
-def iter_other_files(folder: Path) -> Iterator[Path]:
-    """The small files of a checkpoint: configuration, tokenizer, code; no weights."""
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-            yield file
+        return shape
+    return shape[1:] if shape[0] == num_blocks else (shape[0] // num_blocks, *shape[1:])

@@ -1,7 +1,7 @@
-"""How an adapter's weights are stored: as deltas, as the effective rows themselves, or as deltas of few bits.
+"""Converts an adapter's weights to and from the forms in which they are stored: deltas, effective rows, few bits.
 
-Tensors only. A form is a set of tensors beside each other, each with the suffix that its name has in a file; a weight
-`[n, ..., length]` of an adapter is stored, for `rows = n * ...`, as
+The functions take and return tensors. A form stores a weight `[n, ..., length]` of an adapter as one or two tensors.
+Each has a suffix, which its name in a file ends with. With `rows = n * ...`, the forms are
 
 - "delta": one tensor without a suffix, fp32;
 - "rows": `_rows`, the effective weights in the base's dtype: nothing is added, so they are exact;
@@ -11,10 +11,13 @@ Tensors only. A form is a set of tensors beside each other, each with the suffix
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from .deltas import add_deltas
 
 
 Form = Literal["delta", "rows", "int8", "int4", "int1"]
@@ -82,6 +85,73 @@ def decode(form: str, codes: Tensor, scales: Tensor, length: int) -> Tensor:
     else:
         values = _unpack(codes, 1, length).float() * 2 - 1
     return values * scales.float()
+
+
+def delta_from(
+    form: str,
+    stored: Mapping[str, Tensor],
+    factor: float = 1.0,
+    length: int | None = None,
+    base_rows: Tensor | None = None,
+) -> Tensor:
+    """The delta `[n, ...]` that the stored tensors of a weight stand for, in at least fp32.
+
+    Args:
+        form: one of `FORMS`.
+        stored: the tensors by suffix: those of `SUFFIXES[form]`, or `_A` and `_B` for a delta of low rank.
+        factor: what the delta is multiplied with.
+        length: the size of the last dimension. None means as many values as the codes can hold.
+        base_rows: the base's rows `[n, ...]`, which only "rows" needs.
+
+    Raises:
+        ValueError: if the form is "rows" and `base_rows` is None.
+    """
+    if form == "rows":
+        if base_rows is None:
+            raise ValueError("the adapter stores effective rows: their deltas need the base")
+        wide = torch.promote_types(base_rows.dtype, torch.float32)
+        delta = stored["_rows"].to(wide) - base_rows.to(wide)
+    elif form == "delta":
+        delta = stored["_B"] @ stored["_A"] if "_A" in stored else stored[""]
+    else:
+        codes = stored["_codes"]
+        most = codes.shape[-1] * 8 // BITS[form]
+        delta = decode(form, codes, stored["_scales"], most if length is None else length)
+    return delta if factor == 1 else factor * delta
+
+
+def exact_delta(rows: Tensor, trained: Tensor) -> tuple[Tensor, int]:
+    """A delta that `deltas.add_deltas` turns into `trained`, bit for bit.
+
+    The difference of two half-precision numbers may need more bits than fp32 has. Where the nearest fp32 number does
+    not give the trained weight, its two neighbours are tried.
+
+    Args:
+        rows: the base's, `[n, ...]`.
+        trained: `[n, ...]`, in the same dtype.
+
+    Returns:
+        The delta in at least fp32, and the number of weights that it does not give exactly.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    delta = (trained.double() - rows.double()).to(wide)
+    wrong = _differs(add_deltas(rows, [(None, delta)]), trained)
+    if not bool(wrong.any()):
+        return delta, 0
+    nearest = delta[wrong]
+    best, left = nearest.clone(), torch.ones_like(nearest, dtype=torch.bool)
+    for direction in (-torch.inf, torch.inf):
+        other = torch.nextafter(nearest, torch.full_like(nearest, direction))
+        right = ~_differs(add_deltas(rows[wrong], [(None, other)]), trained[wrong])
+        best, left = torch.where(right, other, best), left & ~right
+    delta[wrong] = best
+    return delta, int(left.sum())
+
+
+def _differs(left: Tensor, right: Tensor) -> Tensor:
+    """Where two tensors differ in their bits; zeros of either sign count as different."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.dtype.itemsize]
+    return left.contiguous().view(integers) != right.contiguous().view(integers)
 
 
 def _rounded(delta: Tensor, scales: Tensor, limit: int) -> Tensor:
