@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...moe.weights import StackedWeight
 from ...ops.deltas import add_deltas, rows_with_delta
-from ...ops.encodings import decode
+from ...ops.encodings import SUFFIXES, delta_from
 from .records import AdapterLayer
 
 
@@ -18,17 +17,14 @@ def delta_weight(layer: AdapterLayer, adapter_name: str, weight_name: str) -> Te
     adapter = layer.adapters[adapter_name]
     if adapter.storage == "delta":
         factors = layer.delta_parameters(weight_name, adapter_name)
-        if not factors:
-            return None
-        delta: Tensor = factors[0] if len(factors) == 1 else factors[1] @ factors[0]
-    elif adapter.storage == "rows":
-        rows = base_rows(layer, weight_name, [adapter_name])
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        delta = layer.stored(weight_name, "_rows")[adapter_name].to(wide) - rows.to(wide)
+        stored: dict[str, Tensor] = dict(zip(("_A", "_B") if len(factors) > 1 else ("",), factors, strict=False))
     else:
-        codes, scales = (layer.stored(weight_name, suffix)[adapter_name] for suffix in ("_codes", "_scales"))
-        delta = decode(adapter.storage, codes, scales, layer.weights[weight_name].shape(layer.get_base_layer())[-1])
-    return delta if adapter.factor == 1 else adapter.factor * delta
+        stored = {suffix: layer.stored(weight_name, suffix)[adapter_name] for suffix in SUFFIXES[adapter.storage]}
+    if not stored:
+        return None
+    length = layer.weights[weight_name].shape(layer.get_base_layer())[-1]
+    rows = base_rows(layer, weight_name, [adapter_name]) if adapter.storage == "rows" else None
+    return delta_from(adapter.storage, stored, adapter.factor, length, rows)
 
 
 def effective_rows(layer: AdapterLayer, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
