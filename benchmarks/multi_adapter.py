@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import OlmoeForCausalLM
 
 from peft_esft import ESFTConfig, ESFTLayer, find_experts
+from peft_esft.tuner.layers.held import mixed_rows
 
 from reporting import add_clock_arguments, set_clock, time_in_turns, versions, write_results
 from scoring import EXPERTS, build_model
@@ -38,13 +39,14 @@ class OneGroupedMatmul(nn.Module):
     def __init__(self, layer: ESFTLayer, adapters: list[str]) -> None:
         super().__init__()
         base = layer.get_base_layer()
-        plan = layer.plan_mixed(adapters)
+        mixed = mixed_rows(layer, adapters)
+        assert mixed is not None
         self.experts = copy.copy(base)
         self.experts._parameters = {}
         for name in layer.weight_names:
-            self.experts._parameters[name] = nn.Parameter(torch.cat([getattr(base, name), plan.bank[name]]))
+            self.experts._parameters[name] = nn.Parameter(torch.cat([getattr(base, name), mixed.rows[name]]))
         self.experts.num_experts = len(getattr(self.experts, layer.weight_names[0]))
-        self.slots = plan.slots
+        self.slots = mixed.slots
         self.adapter_of_sample = torch.arange(SAMPLES) % len(adapters)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

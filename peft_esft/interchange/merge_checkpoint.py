@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..tuner.adapter_file import KEY_PREFIX
+from ..tuner.adapter_file import KEY_PREFIX, TOKENS_KEY
 from .adapter import AdapterFolder
 from .base import Base
 from .folders import new_folder
@@ -55,8 +55,14 @@ def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str
 def _replaced_by_modules_to_save(base: Base, adapter: AdapterFolder) -> dict[str, str]:
     """The keys of the base's tensors that `modules_to_save` replaces, by the adapter's keys."""
     replaced: dict[str, str] = {}
+    tied = getattr(base.keys.model, "all_tied_weights_keys", None) or {}
     for key in adapter.other_tensors():
-        sources = base.keys.sources.get(key.removeprefix(KEY_PREFIX), [])
+        if key.endswith(TOKENS_KEY):
+            raise ValueError(f"{key} has the embeddings of some tokens (trainable_token_indices). {_IN_MEMORY}")
+        name = key.removeprefix(KEY_PREFIX)
+        if name in {*tied, *tied.values()}:
+            raise ValueError(f"{key} is tied in the base, and the adapter's copy of it is not. {_IN_MEMORY}")
+        sources = base.keys.sources.get(name, [])
         if len(sources) != 1 or sources[0].pattern is not None:
             raise ValueError(f"{key} is no weight that the base's checkpoint stores as it is, so it cannot be merged")
         replaced[key] = sources[0].key
@@ -64,6 +70,9 @@ def _replaced_by_modules_to_save(base: Base, adapter: AdapterFolder) -> dict[str
         if shape != base_shape:
             raise ValueError(f"{key} has the shape {list(shape)}, the base's {list(base_shape)}")
     return replaced
+
+
+_IN_MEMORY = "Load the adapter with PeftModel.from_pretrained and call merge_and_unload().save_pretrained(...)"
 
 
 def _copy(files: list[Path], source: Path, folder: Path) -> None:

@@ -130,6 +130,27 @@ def test_modules_to_save_replace_the_bases(tmp_path):
     check(tmp_path, tensors_of(tmp_path / "expected"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens.weight is tied in the base.*merge_and_unload"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head.weight is tied in the base.*merge_and_unload"),
+        ({"trainable_token_indices": [5]}, "has the embeddings of some tokens.*merge_and_unload"),
+    ],
+    ids=["embed_tokens", "lm_head", "tokens"],
+)
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*")
+def test_embeddings_that_the_base_ties_are_refused(settings, message, tmp_path):
+    base = tiny_model("olmoe")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "base")
+    get_peft_model(base, config_for(tiny_model("olmoe"), **settings)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=message):
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
 @pytest.mark.parametrize("form", ["rows", "int8", "int4", "int1"])
 def test_compact_adapters_are_merged(form, tmp_path):
     prepare(lambda: tiny_model("olmoe", torch.bfloat16), tmp_path)
