@@ -359,8 +359,8 @@ def check_same_experts(found: Mapping[str, Any], expected: Mapping[str, Any], wh
     for path in dict.fromkeys([*expected, *found]):
         if list(found.get(path, ())) != list(expected.get(path, ())):
             raise ValueError(
-                f"{what} are those of the experts {list(found.get(path, ()))} of {path}, and {whose} names "
-                f"{list(expected.get(path, ()))}"
+                f"the adapter's weights do not fit: {what} are those of the experts {list(found.get(path, ()))} of "
+                f"{path}, and {whose} names {list(expected.get(path, ()))}"
             )
 
 

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..moe.containers import ContainerKind
 from .adapter_file import DELTA_KEY
 from .config import ESFTConfig
+from .fingerprint import compare_base
 from .layers.expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, rows_to_file, shares_out_experts
 from .layers.fused import FusedExperts
 from .layers.held import holding, mixed_rows
@@ -35,7 +36,7 @@ from .mixed_batch import (
     refusing_adapter_names,
 )
 from .operations import AdapterOperations
-from .preparation import check_adapter_name, prepare_config
+from .preparation import ResolvedConfig, check_adapter_name, prepare_config
 from .restoring import restoring
 from .targets import match_options
 from .untrained import warn_of_shared_config, warn_of_unreached_experts
@@ -76,11 +77,12 @@ class ESFTModel(AdapterOperations):
     target_module_mapping: dict[str, list[str]] = {}
     _refusing: RemovableHandle | None = None
     _num_holds = 0
+    _resolved: ResolvedConfig | None = None
 
     def _prepare_adapter_config(self, peft_config: ESFTConfig, model_config: dict[str, Any]) -> ESFTConfig:
         """Resolves and checks the config against the model, see `preparation.prepare_config`."""
         prepared = prepare_config(peft_config, self.model)
-        self._containers = prepared.containers
+        self._resolved = prepared
         peft_config.target_experts = prepared.target_experts
         # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
         peft_config.adapted_paths = prepared.selection
@@ -107,7 +109,8 @@ class ESFTModel(AdapterOperations):
         if isinstance(target, ESFTLayer):
             target.update_layer(adapter_name, expert_ids, peft_config)
             return
-        container = self._containers[current_key]
+        assert self._resolved is not None
+        container = self._resolved.containers[current_key]
         layer_class = ExpertParallelExperts if shares_out_experts(container) else LAYER_CLASSES[container.kind]
         new_module = layer_class(target, adapter_name, container)
         if isinstance(new_module, ExpertParallelExperts):
@@ -268,6 +271,8 @@ class ESFTModel(AdapterOperations):
             header = header_of(own)
             if header is not None:
                 check_file(model, own, adapter_name, header)
+            if self._resolved is not None:
+                compare_base(own, model, self._resolved.experts, self._resolved.target_experts)
             if sharing:
                 warn_of_shared_config(self._layers(), [*sharing, adapter_name])
             if is_disabled:
@@ -276,7 +281,7 @@ class ESFTModel(AdapterOperations):
                     module.enable_adapters(False)
             update_tied_keys(self.model)
         self._refusing = self._refusing or refusing_adapter_names(model)
-        self._containers = {}
+        self._resolved = None
 
     def _clear_name(self, adapter_name: str) -> None:
         """Removes what the modules have under a name that is used again, also by an earlier tuner around the base."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
 
 from .adapter_file import DELTA_KEY, Header, find_header, is_hub_name
 
@@ -47,7 +46,7 @@ def write_card(
     header = find_header(folder, pickled=True)
     if header is None:
         return
-    file, size = folder / CARD_NAME, (folder / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    file, size = folder / CARD_NAME, sum(weights.stat().st_size for weights in {e.file for e in header.values()})
     card = ModelCard.load(file) if file.exists() else ModelCard("---\n{}\n---\n")
     _fill_metadata(card.data, fields)
     body = f"{BEGIN}\n{_body(fields, experts, header, size, name)}\n{END}"

@@ -11,7 +11,7 @@ from torch import nn
 from ..moe.containers import ExpertsContainer, find_experts
 from .adapter_file import check_rank
 from .config import ESFTConfig
-from .fingerprint import check_num_experts, compare_base
+from .fingerprint import check_num_experts
 from .layers.expert_parallel import check_expert_parallel, shares_out_experts
 from .layers.layer import PREFIX
 from .mixed_batch import BASE
@@ -68,7 +68,6 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
         else:
             check_trainable(container)
     check_rank(peft_config.rank, resolved.containers.values())
-    compare_base(peft_config, model, resolved.experts, resolved.target_experts)
     warn_of_slow_layouts(resolved.containers.values())
     return resolved
 

@@ -143,7 +143,7 @@ def test_weights_of_another_shape_are_refused_and_nothing_is_changed(tmp_path):
     ESFTConfig(target_experts={"model.layers.0.mlp.experts": [1]}).save_pretrained(tmp_path)
     model = get_peft_model(tiny_model("olmoe"), config_for(tiny_model("olmoe"), init_weights=False)).eval()
     expected = logits(model)
-    with pytest.raises(ValueError, match="the adapter's weights do not fit the model"):
+    with pytest.raises(ValueError, match=r"the adapter's weights do not fit: .* those of the experts"):
         hotswap_adapter(model, tmp_path)
     assert torch.equal(logits(model), expected)
     assert list(model.peft_config) == ["default"]
@@ -186,7 +186,7 @@ def test_weights_for_layers_that_an_adapter_lacks_are_not_loaded_in_its_name(tmp
     save(tmp_path / "intent", lambda: tiny_model("olmoe"), target_experts={0: [5, 6], 1: [3]})
     model = PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path / "law", adapter_name="law").eval()
     expected = logits(model)
-    with pytest.raises(ValueError, match=r"'law' has no weights in \['model.layers.1.mlp.experts'\].*hotswap_adapter"):
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.esft_\w+ is not selected.*hotswap_adapter"):
         model.load_adapter(str(tmp_path / "intent"), adapter_name="law")
     assert torch.equal(logits(model), expected)
     model.load_adapter(str(tmp_path / "law"), adapter_name="law")
@@ -214,10 +214,10 @@ def diverged(folder):
 MISFITS = {
     "other experts in one layer": (
         lambda folder: save(folder, lambda: tiny_model("olmoe"), target_experts={0: [5, 6], 1: [3, 4]}),
-        r"layers.1.mlp.experts.esft_\w+ is \[2, .*expected is \[1, .*hotswap_adapter",
+        r"layers.1.mlp.experts.esft_\w+ is torch.float32 \[2, .*expected is torch.float32 \[1, .*hotswap_adapter",
     ),
-    "another form": (compact_form, r"esft_\w+_(codes|scales) is none of its tensors.*hotswap_adapter"),
-    "another method": (lora_of_the_same_base, "no weights of an ESFT adapter for 'law'"),
+    "another form": (compact_form, r"esft_\w+ is missing.*hotswap_adapter"),
+    "another method": (lora_of_the_same_base, r"esft_\w+ is missing.*LoRA weights are saved"),
     "no numbers": (diverged, "weights are broken: .* holds a NaN"),
 }
 
