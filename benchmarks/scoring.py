@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
-from peft_esft import find_experts
-from peft_esft.scoring.measure import _Observer
+from peft_esft import find_experts, score_experts
+from peft_esft.scoring.measure import RoutingAccumulator
 
 from reporting import peak_of, versions, write_results
 
@@ -48,11 +48,9 @@ def build_model(**changes: Any) -> OlmoeForCausalLM:
 def measure(model: OlmoeForCausalLM, rows: int, length: int) -> dict[str, float]:
     """Interleaved rounds of one plain and one scored pass over the same batch."""
     inputs = {"input_ids": torch.randint(4096, (rows, length))}
-    observer = _Observer(model, find_experts(model), "sample", False, 10**9)
 
     def scored() -> None:
-        with observer.watching():
-            observer.run(inputs)
+        score_experts(model, [inputs], progress=False)
 
     seconds: dict[str, list[float]] = {"plain": [], "scored": []}
     for _ in range(3):
@@ -65,12 +63,8 @@ def measure(model: OlmoeForCausalLM, rows: int, length: int) -> dict[str, float]
             else:
                 scored()
             seconds[kind].append(time.perf_counter() - started)
-    held = sum(
-        tensor.numel() * tensor.element_size()
-        for accumulator in observer.accumulators.values()
-        for tensor in vars(accumulator).values()
-        if isinstance(tensor, torch.Tensor)
-    )
+    accumulators = [RoutingAccumulator(c.num_experts, c.parameters_per_expert) for c in find_experts(model).values()]
+    held = sum(value.nbytes for own in accumulators for value in vars(own).values() if isinstance(value, torch.Tensor))
     return {
         "tokens": rows * length,
         "median of ratios": statistics.median(s / p for s, p in zip(seconds["scored"], seconds["plain"], strict=True)),
