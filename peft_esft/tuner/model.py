@@ -263,8 +263,8 @@ class ESFTModel(AdapterOperations):
         with restoring(self):
             check_adapter_name(adapter_name, model)
             sharing = [name for name, other in self.peft_config.items() if other is config and name != adapter_name]
-            # Each adapter's config is its own: what is done to one adapter is noted in no other's.
-            self.peft_config[adapter_name] = copy.deepcopy(config)
+            # What is done to one adapter is noted in no other's config. One that is not shared stays the caller's.
+            self.peft_config[adapter_name] = copy.deepcopy(config) if sharing else config
             self._clear_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             own = cast(ESFTConfig, self.peft_config[adapter_name])
