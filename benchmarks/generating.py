@@ -33,7 +33,7 @@ def adapted(base: OlmoeForCausalLM, *names: str, frozen: bool = False) -> PeftMo
     model = None
     for place, name in enumerate(names):
         selection = {path: list(range(place, 64, 64 // TRAINED)) for path in find_experts(base)}
-        config = ESFTConfig(target_experts=selection, init_weights=False, inference_mode=frozen)
+        config = ESFTConfig(target_experts=selection, init_weights=False, inference_mode=frozen, task_type="CAUSAL_LM")
         if model is None:
             model = get_peft_model(copy.deepcopy(base), config, adapter_name=name)
         else:

@@ -6,7 +6,7 @@ The only file that touches PEFT's internals without a comment at each place.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
@@ -54,8 +54,22 @@ def register(config_cls: type, model_cls: type) -> None:
         )
 
 
-def source_of_weights() -> tuple[str, dict[str, Any]] | None:
-    """The folder or Hub name that is being loaded further up in the call, and the arguments of its download.
+class Source(NamedTuple):
+    """Where the weights come from that are being loaded.
+
+    Attributes:
+        name: a folder, or a name on the Hub.
+        download: the arguments of its download.
+        by_transformers: whether transformers loads them, and not PEFT.
+    """
+
+    name: str
+    download: dict[str, Any]
+    by_transformers: bool = False
+
+
+def source_of_weights() -> Source | None:
+    """What is being loaded further up in the call.
 
     PEFT and transformers hand a tuner an adapter's tensors alone, and `PeftModel.load_adapter` reads no config for a
     name that exists. Which experts the tensors belong to is only known in the folder that they come from.
@@ -67,14 +81,14 @@ def source_of_weights() -> tuple[str, dict[str, Any]] | None:
     while frame is not None:
         own, code = frame.f_locals, (frame.f_globals.get("__name__"), frame.f_code.co_qualname)
         if code == ("peft.peft_model", "PeftModel.load_adapter"):
-            return str(own["model_id"]), dict(own.get("hf_hub_download_kwargs", {}))
+            return Source(str(own["model_id"]), dict(own.get("hf_hub_download_kwargs", {})))
         if code == ("peft.peft_model", "PeftModel.from_pretrained"):
             known = {name: own.get("kwargs", {}).get(name) for name in ("subfolder", "revision", "cache_dir", "token")}
-            return str(own["model_id"]), {name: value for name, value in known.items() if value is not None}
+            return Source(str(own["model_id"]), {name: value for name, value in known.items() if value is not None})
         if code == ("transformers.integrations.peft", "PeftAdapterMixin.load_adapter"):
             load_config = own.get("load_config")
             if own.get("peft_model_id") is None or load_config is None or own.get("adapter_state_dict") is not None:
                 return None
-            return str(own["peft_model_id"]), dict(load_config.download_kwargs)
+            return Source(str(own["peft_model_id"]), dict(load_config.download_kwargs), by_transformers=True)
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -22,6 +22,7 @@ from .adapter_file import (
 )
 from .config import ESFTConfig
 from .layers.layer import ESFTLayer
+from .layers.offload import is_offloaded
 
 
 def expected_entries(model: nn.Module, config: ESFTConfig, adapter_name: str) -> Entries:
@@ -57,8 +58,26 @@ def header_of(config: ESFTConfig) -> Header | None:
     header = config.pop_header()
     if header is None and (source := source_of_weights()) is not None:
         # transformers reads the config with PEFT's own `PeftConfig.from_pretrained`.
-        header = _read_config(*source).pop_header()
+        header = _read_config(source.name, source.download).pop_header()
     return header
+
+
+def check_loader(model: nn.Module) -> None:
+    """Refuses transformers' `load_adapter` on an offloaded model: it would leave the deltas at zero without a word.
+
+    Raises:
+        NotImplementedError: naming the first module, with what works.
+    """
+    source = source_of_weights()
+    if source is None or not source.by_transformers:
+        return
+    for module in model.modules():
+        if isinstance(module, ESFTLayer) and is_offloaded(module.get_base_layer()):
+            raise NotImplementedError(
+                f"{module.path} is offloaded to the CPU or the disk, and transformers' load_adapter does not load "
+                "adapters of such modules. Use PEFT: get_peft_model(base, PeftConfig.from_pretrained(folder)), then "
+                "set_peft_model_state_dict(model, load_peft_weights(folder))"
+            )
 
 
 def check_file(model: nn.Module, config: ESFTConfig, adapter_name: str, header: Header) -> None:
@@ -114,7 +133,7 @@ def _check_source(model: nn.Module, adapter_name: str) -> None:
     if source is None:
         return
     # The weights have been read already, pickled or not.
-    config, layers = _read_config(*source, use_safetensors=False), {}
+    config, layers = _read_config(source.name, source.download, use_safetensors=False), {}
     for module in model.modules():
         if isinstance(module, ESFTLayer) and adapter_name in module.adapters and module.kind != "module":
             layers[module.path] = module.adapters[adapter_name]

@@ -26,7 +26,7 @@ from .layers.listed import ListedExperts
 from .layers.merging import check_finite
 from .layers.substituted import SubstitutedExperts
 from .layers.tied import TiedLayer, update_tied_keys
-from .loading import check_file, check_incoming, header_of
+from .loading import check_file, check_incoming, check_loader, header_of
 from .messages import shortened
 from .mixed_batch import (
     calling_with,
@@ -267,6 +267,7 @@ class ESFTModel(AdapterOperations):
             self.peft_config[adapter_name] = copy.deepcopy(config) if sharing else config
             self._clear_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            check_loader(model)
             own = cast(ESFTConfig, self.peft_config[adapter_name])
             header = header_of(own)
             if header is not None:

@@ -10,7 +10,7 @@ from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_s
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from peft_esft import score_experts
+from peft_esft import ESFTLayer, score_experts
 from peft_esft.checkpoints import save_adapter
 
 from families import tiny_model
@@ -138,3 +138,15 @@ def test_attaching_makes_nothing_as_large_as_a_fused_weight():
     with LargestTensor() as largest:
         task_loss(model(input_ids=TOKENS)[0]).backward()
     assert largest.numel < fused.numel()
+
+
+def test_transformers_loader_is_refused_where_it_would_load_nothing(tmp_path):
+    tiny_model("olmoe").save_pretrained(tmp_path / "base")
+    config = config_for(tiny_model("olmoe"), init_weights=False)
+    get_peft_model(tiny_model("olmoe"), config).save_pretrained(tmp_path / "a")
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", device_map={"": "disk"}, offload_folder=tmp_path / "offloaded"
+    )
+    with pytest.raises(NotImplementedError, match=r"experts is offloaded.*set_peft_model_state_dict"):
+        base.load_adapter(str(tmp_path / "a"))
+    assert not any(isinstance(module, ESFTLayer) for module in base.modules())
