@@ -16,14 +16,8 @@ from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 WEIGHT_NAMES = ("gate_up_proj", "down_proj")
-SUFFIXES = {
-    "rank": ("_A", "_B"),
-    "delta": ("",),
-    "rows": ("_rows",),
-    "int8": ("_codes", "_scales"),
-    "int4": ("_codes", "_scales"),
-    "int1": ("_codes", "_scales"),
-}
+SUFFIXES = {"rank": ("_A", "_B"), "delta": ("",), "rows": ("_rows",)}
+SUFFIXES |= dict.fromkeys(("int8", "int4", "int1"), ("_codes", "_scales"))
 """What follows the name of a weight in the keys of its tensors, for each form."""
 
 
@@ -105,7 +99,7 @@ def read_adapter(folder: Path) -> Iterator[tuple[str, ExpertChange]]:
             names = {stem + end for stem in used.values() for end in ends}
             if keys != names:
                 raise NotImplementedError(
-                    f"{folder}: the tensors differ from those of gated experts without biases: {', '.join(sorted(keys ^ names)[:3])}"
+                    f"{folder}: tensors are not those of gated experts without biases: {sorted(keys ^ names)[:3]}"
                 )
             for path, stem in used.items():
                 yield path, _change(folder, config, path, {end: file.get_tensor(stem + end) for end in ends})

@@ -1,10 +1,14 @@
 """All that the plugin uses of vLLM beyond its documented API, and the check that it is what the plugin was made for.
 
-vLLM's plugin system, `LoRARequest`, `worker_extension_cls` and `collective_rpc` are documented. The names imported here
-are not, nor are these members: of `RoutedExperts`: `layer_name`, `moe_config`, `quant_method`, `w13_weight`, `w2_weight`;
-of its `quant_method`: `unquantized_backend`, `is_monolithic`, `process_weights_after_loading`, `moe_kernel.fused_experts`;
-of CPU kernels: `_use_zentorch`, `_padded_intermediate_size`, `isa`. `manager.py` stands in for the LoRA manager of
-vLLM's model runners, whose methods `check` compares.
+vLLM's plugin system, `LoRARequest`, `worker_extension_cls` and `collective_rpc` are documented. The names imported
+here are not, nor are these members:
+
+- of `RoutedExperts`: `layer_name`, `global_num_experts`, `moe_config`, `quant_method`, `w13_weight`, `w2_weight`;
+- of its `moe_config`: `moe_parallel_config`, `moe_backend`, `is_lora_enabled`, and the two sizes in `plain_shapes`;
+- of its `quant_method`: `unquantized_backend`, `is_monolithic`, `process_weights_after_loading`,
+  `moe_kernel.fused_experts`, and of that for the CPU `_use_zentorch`, `_padded_intermediate_size` and `isa`.
+
+`manager.py` stands in for the LoRA manager of vLLM's model runners, whose methods `check` compares.
 """
 
 from __future__ import annotations

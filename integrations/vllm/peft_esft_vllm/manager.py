@@ -21,18 +21,14 @@ class ESFTManager:
     """Stands in for the LoRA manager of vLLM's model runners. Its public methods are that manager's.
 
     Attributes:
-        token_slots: `[max tokens of a step]`, int32: the slot of each token, 0 for the base. Its address never changes.
+        token_slots: `[max tokens of a step]`, int32, the slot of each token, 0 for the base. Its address is fixed.
     """
 
     is_enabled = True
 
     def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
-        lora = vllm_config.lora_config
-        self.settings, self.max_loras, self.max_cpu_loras = (
-            settings_of(vllm_config),
-            lora.max_loras,
-            lora.max_cpu_loras,
-        )
+        self.settings, lora = settings_of(vllm_config), vllm_config.lora_config
+        self.max_loras, self.max_cpu_loras = lora.max_loras, lora.max_cpu_loras
         self.layers = experts_of(model)
         if other := [module for module in self.layers.values() if not hasattr(module, "esft_table")]:
             raise NotImplementedError(f"ESFT adapters cannot change experts of class {type(other[0]).__name__}")
@@ -42,10 +38,8 @@ class ESFTManager:
         size = max(vllm_config.scheduler_config.max_num_batched_tokens, graph)
         self.token_slots = torch.zeros(size, dtype=torch.int32, device=device)
         for layer in self.layers.values():
-            layer.esft_token_slots = self.token_slots
-            layer.esft_table = torch.arange(layer.global_num_experts, dtype=torch.int32, device=device).repeat(
-                self.max_loras + 1, 1
-            )
+            identity = torch.arange(layer.global_num_experts, dtype=torch.int32, device=device)
+            layer.esft_table, layer.esft_token_slots = identity.repeat(self.max_loras + 1, 1), self.token_slots
         self._prefix_caching = vllm_config.cache_config.enable_prefix_caching
         self._loaded: OrderedDict[int, dict[str, KernelRows]] = OrderedDict()  # least recently used first, as slots
         self._slots: OrderedDict[int, int] = OrderedDict()  # from 1
@@ -166,9 +160,9 @@ class ESFTManager:
         keys = [request.lora_int_id] + [(request.lora_name, request.lora_path)] * bool(self._prefix_caching)
         if any(self._digests.get(key, content) != content for key in keys):
             raise ValueError(
-                f"{request.lora_name!r} was served with other weights before, and running requests and the prefix cache "
-                f"still hold what those computed. Save new weights to a new folder in place of {request.lora_path}, "
-                "unload the old adapter and load the new one"
+                f"{request.lora_name!r} was loaded with other weights before. Running requests and the prefix cache "
+                f"may still hold what those computed. Save the new weights to another folder than "
+                f"{request.lora_path}, unload the adapter, and load it from there"
             )
 
     def _make_room(self) -> None:

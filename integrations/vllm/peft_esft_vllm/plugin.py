@@ -1,7 +1,7 @@
 """The entry point: vLLM calls `register` in each of its processes.
 
-Behind the E experts of each layer lie `max_loras` slots of rows. An adapter in slot s has its effective rows there, and
-row s of the layer's table `[max_loras + 1, E]` says which rows stand for the base's experts; row 0 is the identity.
+Behind the E experts of each layer lie `max_loras` slots of rows. An adapter in slot s has its effective rows there.
+Row s of the layer's table `[max_loras + 1, E]` says which rows stand for the base's experts; row 0 is the identity.
 Between router and kernel each token's expert ids go through its adapter's row of the table. Names, scheduling, prefix
 caching and the HTTP endpoints are those of vLLM's LoRA adapters.
 """
@@ -68,9 +68,7 @@ class _ESFTExperts:
         self.esft_table = None
         if settings is not None:
             if self.quant_method.is_monolithic:
-                raise NotImplementedError(
-                    f"{layer_name}: its kernel routes tokens by itself. Use --moe-backend triton"
-                )
+                raise NotImplementedError(f"{layer_name}: its kernel routes tokens itself. Use --moe-backend triton")
             self._esft_extend(settings, vllm_config.lora_config.max_loras)
 
     def _esft_extend(self, settings: Settings, slots: int) -> None:
@@ -114,8 +112,8 @@ def _refuse_unsupported(vllm_config: Any, moe_config: Any, quant_config: Any) ->
         raise NotImplementedError(f"ESFT adapters cannot be served with {used[0]}. Use --tensor-parallel-size alone")
     if quant_config is not None:
         raise NotImplementedError(
-            "ESFT adapters cannot be served on a quantised base. Serve the base in bf16, or merge each adapter into the "
-            "base (`peft-esft merge`) and quantise the result"
+            "ESFT adapters cannot be served on a quantised base. Serve the base unquantised, or merge each adapter "
+            "into it (`peft-esft merge`) and quantise the result"
         )
 
 
@@ -135,17 +133,21 @@ def _replace_manager(mixin: type, manager: type) -> None:
 
 def _check_requests_early(processor: type, absolute: Any) -> None:
     """Has a request with a wrong adapter refused before it is scheduled: an error in a step would end the engine."""
-    original = processor._validate_lora
+    original, checked = processor._validate_lora, {}
 
     @functools.wraps(original)
     def validate_lora(self: Any, lora_request: Any) -> None:
         original(self, lora_request)
         settings = settings_of(self.vllm_config)
-        if settings is not None and lora_request is not None and lora_request.lora_path not in checked:
-            settings.check(Path(absolute(lora_request.lora_path)))
-            checked.add(lora_request.lora_path)
+        if settings is None or lora_request is None:
+            return
+        number, path = lora_request.lora_int_id, lora_request.lora_path
+        if number not in checked:
+            settings.check(Path(absolute(path)))
+            checked[number] = path
+        if checked[number] != path:
+            raise ValueError(f"adapter number {number} is {checked[number]}; give {path} a number of its own")
 
-    checked: set[str] = set()
     processor._validate_lora = validate_lora
 
 

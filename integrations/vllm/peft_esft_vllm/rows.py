@@ -90,7 +90,7 @@ def _kernel_rows(layer: RoutedExperts, change: ExpertChange, where: str) -> Kern
     expected, last = (hidden, inner * parallel.tp_size), layer.global_num_experts - 1
     if tuple(change.down.shape[1:]) != expected or not all(0 <= i <= last for i in change.expert_ids):
         raise ValueError(
-            f"{where} has experts {change.expert_ids} of shape {tuple(change.down.shape[1:])}; the model's have ids 0 to "
+            f"{where} has experts {change.expert_ids} of shape {tuple(change.down.shape[1:])}; the model has ids 0 to "
             f"{last} and shape {expected}. Is it an adapter of another base?"
         )
     key = (plain_shapes(layer), layer.w13_weight.dtype, *(getattr(layer, name).shape[1:] for name in WEIGHTS))

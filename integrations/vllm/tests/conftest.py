@@ -1,7 +1,7 @@
 """Engines of vLLM beside what the library answers.
 
-The library cannot be imported here: vLLM needs an older transformers. So `write_expected.py` runs once in the library's
-environment, whose Python is `PEFT_ESFT_PYTHON`.
+The library cannot be imported here: vLLM needs an older transformers. So `write_expected.py` runs once in the
+library's environment, whose Python is `PEFT_ESFT_PYTHON`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",  # the engines' processes find probe.py
+    "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",  # engines find probe.py there
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -29,7 +29,7 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
-import pytest
+import pytest  # noqa: E402
 
 
 PYTHON = os.environ.get("PEFT_ESFT_PYTHON", str(ROOT / ".venv" / "bin" / "python"))
