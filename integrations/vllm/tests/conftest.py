@@ -85,6 +85,12 @@ def engine(base: Path, **settings: Any) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
 
 
+def expected_answers(library: Library, base: str, names: list[str]) -> list[tuple[list[int], str, list[int]]]:
+    """The prompt, the adapter's name and the expected tokens of each request of a mixed batch."""
+    own = library.expected[base]
+    return [(prompt, name, own[name][k]) for k, prompt in enumerate(own["prompts"]) for name in names]
+
+
 def answer(llm: Any, prompts: list[list[int]], adapters: list[Any]) -> tuple[list[list[int]], int]:
     """Greedy tokens of all prompts in one call, each with its LoRARequest or None; and how many tokens were cached."""
     from vllm import SamplingParams

@@ -14,9 +14,17 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GptOssConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 
 from peft_esft import ESFTConfig
+from peft_esft.cli import main as command_line
 from peft_esft.interchange import compact
 
 
@@ -109,6 +117,15 @@ def answers(model: Any, prompts: list[list[int]]) -> list[list[int]]:
     ]  # fmt: skip
 
 
+def save_gpt_oss(folder: Path) -> None:
+    """A base whose experts vLLM keeps in a class of their own."""
+    config = GptOssConfig(
+        **SIZES, intermediate_size=64, num_local_experts=8, num_experts_per_tok=2, layer_types=["full_attention"] * 2
+    )
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(EMBEDDED / "model").save_pretrained(folder)
+
+
 def save_refused(base: Path, out: Path) -> None:
     """Adapters that a server of narrow slots must refuse, each for another reason."""
     lora = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", r=2)
@@ -133,6 +150,9 @@ def main(out: Path) -> None:
             folder = out / "adapters" / name / adapter
             save_adapter(base, folder, experts, fields, form)
             expected[name][adapter] = answers(PeftModel.from_pretrained(load(base), folder).eval(), prompts)
+    base, adapter = out / "bases" / "qwen3_moe", out / "adapters" / "qwen3_moe" / "b"
+    assert command_line(["merge", str(base), str(adapter), str(out / "merged")]) == 0
+    save_gpt_oss(out / "bases" / "gpt_oss")
     save_refused(out / "bases" / "olmoe", out / "refused")
     shutil.copytree(out / "adapters" / "olmoe" / "a", out / "refused" / "broken")
     (out / "refused" / "broken" / "adapter_model.safetensors").write_bytes(b"\x10")
