@@ -52,11 +52,12 @@ def build(folder: Path, hidden: int) -> None:
             selection[path] = sorted(torch.randperm(64)[:EXPERTS].tolist())
             for name, shape in (("gate_up_proj", (hidden, hidden)), ("down_proj", (hidden, hidden // 2))):
                 chosen[f"base_model.model.{path}.esft_{name}"] = 0.01 * torch.randn(EXPERTS, *shape)
-            for expert in selection[path]:
+            for expert in range(64):  # vLLM wants factors of all experts: those that are not chosen have zeros
                 for name in ("gate_proj", "up_proj", "down_proj"):
-                    wide, narrow = (hidden // 2, hidden) if name == "down_proj" else (hidden, hidden // 2)
+                    last, first = (hidden // 2, hidden) if name == "down_proj" else (hidden, hidden // 2)
                     key = f"base_model.model.{path}.{expert}.{name}.lora"
-                    lora |= {f"{key}_A.weight": torch.randn(8, wide), f"{key}_B.weight": torch.randn(narrow, 8)}
+                    scale = 0.01 * (expert in selection[path])
+                    lora |= {f"{key}_A.weight": torch.randn(8, last), f"{key}_B.weight": scale * torch.randn(first, 8)}
         write(folder / "esft" / str(adapter), chosen, {"peft_type": "ESFT", "target_experts": selection})
         config = {
             "peft_type": "LORA",
@@ -128,20 +129,24 @@ def start(folder: Path, name: str) -> subprocess.Popen[str] | None:
     for line in engine.stdout:
         if line.strip() == "ready":
             return engine
-    errors = [line for line in (folder / f"{name}.log").read_text().splitlines() if "Error" in line]
-    print(f"{name}: the engine does not start: {errors[-1][-200:] if errors else engine.wait()}")
+    print(f"{name}: the engine does not start: {last_error(folder / f'{name}.log')}")
     return None
 
 
-def measure(engine: subprocess.Popen[str], count: int) -> float:
-    engine.stdin.write(f"{count}\n")
-    engine.stdin.flush()
+def last_error(log: Path) -> str:
+    lines = log.read_text().splitlines()
+    return next((line[-200:] for line in reversed(lines) if "Error" in line), "no error in its log")
+
+
+def measure(engine: subprocess.Popen[str], count: int) -> float | None:
+    """Tokens per second of one batch; None if the engine ended."""
+    print(count, file=engine.stdin, flush=True)
     for line in engine.stdout:
         try:
             return float(line)
         except ValueError:
             continue
-    raise RuntimeError("an engine ended: its log is in the benchmark's folder")
+    return None
 
 
 def main(rounds: int, hidden: int) -> None:
@@ -149,17 +154,19 @@ def main(rounds: int, hidden: int) -> None:
         folder = Path(temporary)
         build(folder, hidden)
         engines = {name: start(folder, name) for name in ENGINES}
-        measured = [row for row in MEASURED if engines[row[1]]]
-        speeds: dict[str, list[float]] = {label: [] for label, _, _ in measured}
+        speeds: dict[str, list[float]] = {label: [] for label, name, _ in MEASURED if engines[name]}
         for turn in range(rounds + 1):
-            for label, engine, count in measured:
-                speed = measure(engines[engine], count)
-                if turn:  # the first round warms up and loads adapters
+            for label, name, count in MEASURED:
+                speed = measure(engines[name], count) if engines[name] else None
+                if speed is None and speeds.pop(label, None) is not None:
+                    print(f"{label}: the engine ended: {last_error(folder / f'{name}.log')}")
+                    engines[name] = None
+                elif speed and turn:  # the first round warms up and loads adapters
                     speeds[label].append(speed)
         for engine in filter(None, engines.values()):
             engine.stdin.close()
             engine.wait()
-    reference = [1 / speed for speed in speeds[measured[0][0]]]
+    reference = [1 / speed for speed in speeds[MEASURED[0][0]]]
     print(f"{'':32} tokens/s: median  best   time per token, relative to the base (median of rounds)")
     for label, own in speeds.items():
         ratio = statistics.median(1 / speed / base for speed, base in zip(own, reference, strict=True))
