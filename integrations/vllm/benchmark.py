@@ -3,7 +3,8 @@
 usage: benchmark.py [--rounds 7] [--hidden 512]      (in vLLM's environment)
 
 A random OLMoE is built, and adapters of 8 of 64 experts in each layer. Every engine has a process of its own and waits
-while another one is measured. Each round measures all of them once, so that load from elsewhere hits all alike.
+while another one is measured. Each round measures all of them once, so that load from elsewhere hits all alike. CPU time
+hardly depends on that load if OMP_NUM_THREADS is 1; with more threads their waiting counts too.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def write(folder: Path, tensors: dict[str, Any], config: dict[str, Any]) -> None
 
 
 def serve(folder: Path, name: str) -> None:
-    """One engine. Reads a number of adapters from each line, and answers with the tokens per second of a batch."""
+    """One engine. Reads a number of adapters from each line, and answers with the times of a batch."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
@@ -106,11 +107,12 @@ def serve(folder: Path, name: str) -> None:
         count = int(line)
         adapters = [LoRARequest(str(k % count), 1 + k % count, str(folder / kind / str(k % count))) if count else None
                     for k in range(REQUESTS)]  # fmt: skip
-        begin = time.perf_counter()
+        begin, begin_cpu = time.perf_counter(), time.process_time()
         llm.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in prompts], params, use_tqdm=False, lora_request=adapters
         )
-        print(REQUESTS * NEW_TOKENS / (time.perf_counter() - begin), flush=True)
+        seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - begin_cpu
+        print("measured", REQUESTS * NEW_TOKENS / seconds, 1e3 * cpu_seconds / (REQUESTS * NEW_TOKENS), flush=True)
 
 
 def start(folder: Path, name: str) -> subprocess.Popen[str] | None:
@@ -138,14 +140,12 @@ def last_error(log: Path) -> str:
     return next((line[-200:] for line in reversed(lines) if "Error" in line), "no error in its log")
 
 
-def measure(engine: subprocess.Popen[str], count: int) -> float | None:
-    """Tokens per second of one batch; None if the engine ended."""
+def measure(engine: subprocess.Popen[str], count: int) -> tuple[float, float] | None:
+    """Tokens per second, and milliseconds of CPU time per token, of one batch; None if the engine ended."""
     print(count, file=engine.stdin, flush=True)
     for line in engine.stdout:
-        try:
-            return float(line)
-        except ValueError:
-            continue
+        if line.startswith("measured"):
+            return float(line.split()[1]), float(line.split()[2])
     return None
 
 
@@ -154,7 +154,7 @@ def main(rounds: int, hidden: int) -> None:
         folder = Path(temporary)
         build(folder, hidden)
         engines = {name: start(folder, name) for name in ENGINES}
-        speeds: dict[str, list[float]] = {label: [] for label, name, _ in MEASURED if engines[name]}
+        speeds: dict[str, list[tuple[float, float]]] = {label: [] for label, name, _ in MEASURED if engines[name]}
         for turn in range(rounds + 1):
             for label, name, count in MEASURED:
                 speed = measure(engines[name], count) if engines[name] else None
@@ -166,11 +166,15 @@ def main(rounds: int, hidden: int) -> None:
         for engine in filter(None, engines.values()):
             engine.stdin.close()
             engine.wait()
-    reference = [1 / speed for speed in speeds[MEASURED[0][0]]]
-    print(f"{'':32} tokens/s: median  best   time per token, relative to the base (median of rounds)")
+    print(f"{'':32}   tokens/s      CPU ms per token")
+    print(f"{'':32}   median  best  median  least  relative to the base (least)")
+    base = min(cpu for _, cpu in speeds[MEASURED[0][0]])
     for label, own in speeds.items():
-        ratio = statistics.median(1 / speed / base for speed, base in zip(own, reference, strict=True))
-        print(f"{label:32} {statistics.median(own):16.1f} {max(own):6.1f} {ratio:6.2f}")
+        (median, best), (middle, least) = (
+            (statistics.median(values), pick(values))
+            for values, pick in zip(zip(*own, strict=True), (max, min), strict=True)
+        )
+        print(f"{label:32} {median:8.1f} {best:5.0f} {middle:7.2f} {least:6.2f}  {least / base:.2f}")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG} is not the config of an adapter: {error!r}") from error
     if kind != "ESFT":
         raise ValueError(
-            f"{folder} is an adapter of type {kind}. This server serves ESFT adapters only (its additional_config has "
-            "'esft'). Serve other adapters from a server without that setting"
+            f"{folder} is an adapter of type {kind}. A server with 'esft' in additional_config serves ESFT's alone"
         )
     names = ("modules_to_save", "train_shared_experts", "train_non_expert_modules")
     if whole := [name for name in names if config.get(name)]:
@@ -85,8 +84,6 @@ def read_adapter(folder: Path) -> Iterator[tuple[str, ExpertChange]]:
         NotImplementedError: if the adapter holds tensors that are not of routed experts.
     """
     config = read_config(folder)
-    if not (folder / WEIGHTS).is_file():
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS}")
     restricted = any(config.get(name) for name in ("exclude_modules", "layers_to_transform", "layers_pattern"))
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:

@@ -93,10 +93,8 @@ def to_kernel(layer: RoutedExperts, w13: Tensor, w2: Tensor) -> tuple[Tensor, Te
     if backend not in ("TRITON", "CPU"):
         kind = f"kept for the kernels of {backend}: start vLLM with --moe-backend triton" if backend else "quantised"
         raise NotImplementedError(f"ESFT adapters cannot change {layer.layer_name}: its weights are {kind}")
-    if backend == "TRITON":
-        return w13, w2
     kernel = layer.quant_method.moe_kernel.fused_experts
-    if kernel._use_zentorch:
+    if backend == "TRITON" or kernel._use_zentorch:
         return w13, w2
     missing = kernel._padded_intermediate_size(layer.moe_config) - w2.shape[2]
     halves = [nn.functional.pad(half, (0, 0, 0, missing)) for half in w13.chunk(2, 1)]

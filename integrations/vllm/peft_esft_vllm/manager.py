@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ class ESFTManager:
     """
 
     is_enabled = True
+    dummy_lora_cache = staticmethod(nullcontext)  # adapters for warm-up have no rows, so there is nothing to keep
 
     def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
         self.settings, lora = settings_of(vllm_config), vllm_config.lora_config
@@ -46,7 +46,6 @@ class ESFTManager:
         self._requests: dict[int, Any] = {}
         self._digests: dict[object, str] = {}
         self._pinned: set[int] = set()
-        self._last: object = None
 
     def set_active_adapters(self, requests: set[Any], mapping: Any) -> None:
         """Prepares a step: the adapters of its tokens get slots, and each token its adapter's slot."""
@@ -57,12 +56,9 @@ class ESFTManager:
             raise RuntimeError(f"a step has tokens of {len(wanted)} adapters, but max_loras is {self.max_loras}")
         for number in wanted:
             self._activate(number, wanted)
-        key = mapping.index_mapping, tuple(self._slots.items())
-        if key != self._last:
-            slots = torch.tensor([self._slots[number] if number else 0 for number in mapping.index_mapping])
-            self.token_slots[: len(slots)].copy_(slots, non_blocking=True)
-            self.token_slots[len(slots) :].zero_()  # a CUDA graph's padding
-            self._last = key
+        slots = torch.tensor([self._slots[number] if number else 0 for number in mapping.index_mapping])
+        self.token_slots[: len(slots)].copy_(slots, non_blocking=True)
+        self.token_slots[len(slots) :].zero_()  # a CUDA graph's padding
 
     def add_adapter(self, request: Any) -> bool:
         """Loads an adapter into host memory.
@@ -110,11 +106,6 @@ class ESFTManager:
     def list_adapters(self) -> set[int]:
         """The numbers of the adapters in host memory."""
         return set(self._loaded)
-
-    @contextmanager
-    def dummy_lora_cache(self) -> Iterator[None]:
-        """Nothing to keep: adapters without rows cost nothing."""
-        yield
 
     def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
         """ESFT's adapters for warm-up have no rank."""

@@ -8,7 +8,6 @@ caching and the HTTP endpoints are those of vLLM's LoRA adapters.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +101,13 @@ def _refuse_unsupported(vllm_config: Any, moe_config: Any, quant_config: Any) ->
     if vllm_config.lora_config is None:
         raise ValueError("additional_config has 'esft', but adapters are off. Start vLLM with --enable-lora")
     parallel = moe_config.moe_parallel_config
-    ways = {
-        "expert parallelism": parallel.use_ep,
-        "data parallelism": parallel.dp_size > 1,
-        "sequence parallelism": parallel.is_sequence_parallel,
-        "pipeline parallelism": vllm_config.parallel_config.pipeline_parallel_size > 1,
-    }
-    if used := [name for name, on in ways.items() if on]:
-        raise NotImplementedError(f"ESFT adapters cannot be served with {used[0]}. Use --tensor-parallel-size alone")
+    ways = {"expert": parallel.use_ep, "data": parallel.dp_size > 1, "sequence": parallel.is_sequence_parallel}
+    ways["pipeline"] = vllm_config.parallel_config.pipeline_parallel_size > 1
+    if way := next((name for name, used in ways.items() if used), None):
+        raise NotImplementedError(f"ESFT cannot be served with {way} parallelism; --tensor-parallel-size may be set")
     if quant_config is not None:
         raise NotImplementedError(
-            "ESFT adapters cannot be served on a quantised base. Serve the base unquantised, or merge each adapter "
-            "into it (`peft-esft merge`) and quantise the result"
+            "ESFT cannot be served on a quantised base. Leave it unquantised, or merge (peft-esft merge) and quantise"
         )
 
 
@@ -121,7 +115,6 @@ def _replace_manager(mixin: type, manager: type) -> None:
     """Has model runners manage adapters with ESFT's manager in place of vLLM's."""
     original = mixin.load_lora_model
 
-    @functools.wraps(original)
     def load_lora_model(self: Any, model: Any, vllm_config: Any, device: torch.device) -> Any:
         if settings_of(vllm_config) is None:
             return original(self, model, vllm_config, device)
@@ -135,7 +128,6 @@ def _check_requests_early(processor: type, absolute: Any) -> None:
     """Has a request with a wrong adapter refused before it is scheduled: an error in a step would end the engine."""
     original, checked = processor._validate_lora, {}
 
-    @functools.wraps(original)
     def validate_lora(self: Any, lora_request: Any) -> None:
         original(self, lora_request)
         settings = settings_of(self.vllm_config)
@@ -155,8 +147,7 @@ def _look_up_base_experts(fused_moe: Any) -> None:
     """Has tuned Triton configurations looked up by the base's number of experts: none exist for that with slots."""
     original = fused_moe.get_moe_configs
 
-    @functools.wraps(original)
-    def get_moe_configs(E: int, *args: Any, **kwargs: Any) -> Any:
-        return original(_extended.get(E, E), *args, **kwargs)
+    def get_moe_configs(E: int, N: int, dtype: str | None, *args: Any) -> Any:
+        return original(_extended.get(E, E), N, dtype, *args)
 
     fused_moe.get_moe_configs = get_moe_configs

@@ -52,10 +52,7 @@ class Layout:
     def read(self, layer: RoutedExperts, expert_ids: Tensor) -> list[Tensor]:
         """Plain rows of some experts: `[n, 2I, H]` (gate before up) and `[n, H, I]`, this rank's part."""
         kept = [getattr(layer, name).data[expert_ids].flatten(1).cpu() for name in WEIGHTS]
-        return [
-            rows[:, place].reshape(-1, *shape)
-            for rows, place, shape in zip(kept, self._places, self.shapes, strict=True)
-        ]
+        return [kept[k][:, place].reshape(-1, *self.shapes[k]) for k, place in enumerate(self._places)]
 
 
 _layouts: dict[object, Layout] = {}
@@ -99,10 +96,7 @@ def _kernel_rows(layer: RoutedExperts, change: ExpertChange, where: str) -> Kern
     ids = torch.tensor(change.expert_ids)
     begin = parallel.tp_rank * inner
     gate_up = torch.cat([half.narrow(1, begin, inner) for half in change.gate_up.chunk(2, 1)], 1)
-    changes = gate_up, change.down.narrow(2, begin, inner)
-    base = _layouts[key].read(layer, ids)
-    rows = [
-        (new if change.is_effective else old.float() + new.float()).to(old.dtype)
-        for old, new in zip(base, changes, strict=True)
-    ]
-    return KernelRows(ids, to_kernel(layer, *rows))
+    changes, base = [gate_up, change.down.narrow(2, begin, inner)], _layouts[key].read(layer, ids)
+    if not change.is_effective:
+        changes = [old.float() + new.float() for old, new in zip(base, changes, strict=True)]
+    return KernelRows(ids, to_kernel(layer, *(rows.to(layer.w13_weight.dtype) for rows in changes)))

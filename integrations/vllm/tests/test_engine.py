@@ -13,7 +13,7 @@ from vllm.lora.request import LoRARequest
 
 BASES = ("olmoe", "qwen3_moe", "deepseek_v2", "mixtral")
 REFUSED = {
-    "lora": "adapter of type LORA.*serves ESFT adapters only",
+    "lora": "adapter of type LORA.*serves ESFT's alone",
     "wide": "trains 9 experts of .*room for 8",
     "whole": "train_non_expert_modules.*peft-esft merge",
     "broken": "not a whole safetensors file",
@@ -139,7 +139,11 @@ def test_a_merged_model_needs_no_plugin(library, monkeypatch):
     ("base", "settings", "words"),
     [
         ("gpt_oss", {"dtype": "bfloat16"}, "cannot change experts of class GptOssRoutedExperts"),
-        ("olmoe", {"tensor_parallel_size": 2, "enable_expert_parallel": True}, "cannot be served with expert parall"),
+        (
+            "olmoe",
+            {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+            "cannot be served with expert parallelism",
+        ),
     ],
 )
 def test_engines_that_cannot_serve_adapters_do_not_start(library, capfd, base, settings, words):

@@ -45,7 +45,7 @@ def rewrite(adapter: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"peft_type": "LORA"}, ValueError, "adapter of type LORA.*serves ESFT adapters only"),
+        ({"peft_type": "LORA"}, ValueError, "adapter of type LORA.*serves ESFT's alone"),
         ({"train_shared_experts": True}, NotImplementedError, "train_shared_experts.*peft-esft merge"),
         ({"train_non_expert_modules": True}, NotImplementedError, "train_non_expert_modules.*peft-esft merge"),
         ({"modules_to_save": ["lm_head"]}, NotImplementedError, "modules_to_save.*peft-esft merge"),
@@ -83,7 +83,7 @@ def test_broken_files_are_refused(adapter):
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         list(read_adapter(adapter))
     (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no adapter_model\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors"):
         list(read_adapter(adapter))
     (adapter / "adapter_config.json").write_text("[")
     with pytest.raises(ValueError, match="not the config of an adapter"):

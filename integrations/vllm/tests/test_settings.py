@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import vllm
 from peft_esft_vllm import internals, plugin
 from peft_esft_vllm.manager import ESFTManager
@@ -87,3 +88,24 @@ def test_tuned_triton_configs_are_those_of_the_base(monkeypatch):
     assert find(96, 1280, None) is None
     monkeypatch.setitem(plugin._extended, 97, 64)
     assert find(97, 1280, None) == find(64, 1280, None) is not None
+
+
+def test_a_layout_finds_every_weight_wherever_a_kernel_keeps_it(monkeypatch):
+    from peft_esft_vllm import rows
+
+    torch.manual_seed(0)
+    shapes, padding = ((6, 5), (5, 3)), 4
+    orders = [torch.randperm(columns * lines + padding) for columns, lines in shapes]
+
+    def to_kernel(layer: object, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        padded = [torch.nn.functional.pad(weight.flatten(1), (0, padding)) for weight in weights]
+        return tuple(weight[:, order] for weight, order in zip(padded, orders, strict=True))
+
+    monkeypatch.setattr(rows, "to_kernel", to_kernel)
+    monkeypatch.setattr(rows, "plain_shapes", lambda layer: shapes)
+    plain = [torch.randn(7, *shape).bfloat16() for shape in shapes]
+    w13, w2 = (torch.nn.Parameter(weight, requires_grad=False) for weight in to_kernel(None, *plain))
+    layer = SimpleNamespace(w13_weight=w13, w2_weight=w2)
+    ids = torch.tensor([4, 0, 6])
+    for found, weight in zip(rows.Layout(layer).read(layer, ids), plain, strict=True):
+        torch.testing.assert_close(found, weight[ids], rtol=0, atol=0)
