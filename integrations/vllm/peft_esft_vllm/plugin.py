@@ -126,7 +126,7 @@ def _replace_manager(mixin: type, manager: type) -> None:
 
 def _check_requests_early(processor: type, absolute: Any) -> None:
     """Has a request with a wrong adapter refused before it is scheduled: an error in a step would end the engine."""
-    original, checked = processor._validate_lora, {}
+    original = processor._validate_lora
 
     def validate_lora(self: Any, lora_request: Any) -> None:
         original(self, lora_request)
@@ -134,6 +134,7 @@ def _check_requests_early(processor: type, absolute: Any) -> None:
         if settings is None or lora_request is None:
             return
         number, path = lora_request.lora_int_id, lora_request.lora_path
+        checked = vars(self).setdefault("_esft_checked", {})
         if number not in checked:
             settings.check(Path(absolute(path)))
             checked[number] = path

@@ -70,7 +70,7 @@ def test_another_vllm_is_refused_at_start(monkeypatch):
 
 def test_changed_internals_are_named(monkeypatch):
     monkeypatch.setattr(internals, "_SIGNATURES", {internals.InputProcessor._validate_lora: "self adapter"})
-    with pytest.raises(RuntimeError, match=r"_validate_lora takes \(self lora_request\) in place of \(self adapter\)"):
+    with pytest.raises(RuntimeError, match=r"validate_lora takes \(self lora_request\) in place of \(self adapter\)"):
         plugin.register()
     monkeypatch.undo()
     monkeypatch.setattr(internals.LRUCacheWorkerLoRAManager, "evict_adapter", None, raising=False)
