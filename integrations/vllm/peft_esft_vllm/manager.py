@@ -27,8 +27,7 @@ class ESFTManager:
     dummy_lora_cache = staticmethod(nullcontext)  # adapters for warm-up have no rows, so there is nothing to keep
 
     def __init__(self, model: nn.Module, vllm_config: Any, device: torch.device) -> None:
-        self.settings, lora = settings_of(vllm_config), vllm_config.lora_config
-        self.max_loras, self.max_cpu_loras = lora.max_loras, lora.max_cpu_loras
+        self.settings, self.lora = settings_of(vllm_config), vllm_config.lora_config
         self.layers = experts_of(model)
         if other := [module for module in self.layers.values() if not hasattr(module, "esft_table")]:
             raise NotImplementedError(f"ESFT adapters cannot change experts of class {type(other[0]).__name__}")
@@ -39,7 +38,7 @@ class ESFTManager:
         self.token_slots = torch.zeros(size, dtype=torch.int32, device=device)
         for layer in self.layers.values():
             identity = torch.arange(layer.global_num_experts, dtype=torch.int32, device=device)
-            layer.esft_table, layer.esft_token_slots = identity.repeat(self.max_loras + 1, 1), self.token_slots
+            layer.esft_table, layer.esft_token_slots = identity.repeat(self.lora.max_loras + 1, 1), self.token_slots
         self._prefix_caching = vllm_config.cache_config.enable_prefix_caching
         self._loaded: OrderedDict[int, dict[str, KernelRows]] = OrderedDict()  # least recently used first, as slots
         self._slots: OrderedDict[int, int] = OrderedDict()  # from 1
@@ -52,8 +51,8 @@ class ESFTManager:
         # vLLM's set holds one request per name: one that is unloaded and still runs may be missing.
         self._requests |= {request.lora_int_id: request for request in requests if request}
         wanted = set(mapping.index_mapping) - {0}
-        if len(wanted) > self.max_loras:
-            raise RuntimeError(f"a step has tokens of {len(wanted)} adapters, but max_loras is {self.max_loras}")
+        if len(wanted) > self.lora.max_loras:
+            raise RuntimeError(f"a step has tokens of {len(wanted)} adapters, but max_loras is {self.lora.max_loras}")
         for number in wanted:
             self._activate(number, wanted)
         slots = torch.tensor([self._slots[number] if number else 0 for number in mapping.index_mapping])
@@ -127,7 +126,7 @@ class ESFTManager:
             self.add_dummy_lora(request, 0) if request.lora_path == WARMUP_PATH else self.add_adapter(request)
         self._loaded.move_to_end(number)
         if number not in self._slots:
-            free = set(range(1, self.max_loras + 1)) - set(self._slots.values())
+            free = set(range(1, self.lora.max_loras + 1)) - set(self._slots.values())
             if not free:
                 free = {self._slots.pop(next(n for n in self._slots if n not in wanted | self._pinned))}
             self._slots[number] = min(free)
@@ -158,6 +157,6 @@ class ESFTManager:
 
     def _make_room(self) -> None:
         """Drops adapters from host memory: first those that are in no slot, the least recently used one first."""
-        while len(self._loaded) >= self.max_cpu_loras:
+        while len(self._loaded) >= self.lora.max_cpu_loras:
             candidates = [number for number in self._loaded if number not in self._pinned]
             self.remove_adapter(next((n for n in candidates if n not in self._slots), candidates[0]))

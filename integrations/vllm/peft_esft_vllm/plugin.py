@@ -87,8 +87,7 @@ class _ESFTExperts:
 
     def forward_modular(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.esft_table is not None:  # fixed addresses, and no shape depends on values: CUDA graphs can hold it
-            slots = self.esft_token_slots[: topk_ids.shape[0], None]
-            topk_ids = self.esft_table[slots, topk_ids].to(topk_ids.dtype)
+            topk_ids = self.esft_table[self.esft_token_slots[: len(topk_ids), None], topk_ids].to(topk_ids.dtype)
         return super().forward_modular(x, topk_weights, topk_ids, *args, **kwargs)
 
 

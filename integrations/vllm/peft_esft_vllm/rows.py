@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +58,7 @@ _layouts: dict[object, Layout] = {}
 """By what the weights look like: the layers of a model share one."""
 
 
-def kernel_rows(layers: Mapping[str, RoutedExperts], folder: Path) -> dict[str, KernelRows]:
+def kernel_rows(layers: dict[str, RoutedExperts], folder: Path) -> dict[str, KernelRows]:
     """Reads an adapter and gives its effective rows by layer name.
 
     Args:

@@ -36,7 +36,7 @@ class Settings:
         for path, ids in read_config(folder)["target_experts"].items():
             if len(ids) > self.width(path):
                 raise ValueError(
-                    f"{folder} trains {len(ids)} experts of {path}; 'esft' has room for {self.width(path)}"
+                    f"{folder} trains {len(ids)} experts of {path}: 'esft' has room for {self.width(path)}"
                 )
         if not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{folder} has no {WEIGHTS}")

@@ -57,11 +57,8 @@ def values(folder: Path) -> dict[str, Tensor]:
     adapter = AdapterFolder(folder)
     found = {}
     for change in adapter.changes(Base(base())):
-        rows = getattr(change.container.module, change.weight.name).detach()[change.expert_ids]
-        is_effective = adapter.config.storage == "rows"
-        found[f"{folder.name}/{change.container.path}/{change.weight.name}"] = (
-            change.effective(rows) if is_effective else change.delta()
-        )
+        rows = adapter.files.read(change.keys["_rows"]) if "_rows" in change.keys else change.delta()
+        found[f"{folder.name}/{change.container.path}/{change.weight.name}"] = rows
     return found
 
 
