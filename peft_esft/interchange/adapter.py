@@ -20,6 +20,7 @@ from ..tuner.adapter_file import (
     check_finite_header,
     compare_entries,
     delta_entries,
+    module_entries,
     read_json,
     write_file,
 )
@@ -96,13 +97,13 @@ class AdapterFolder:
                 is not finite; or if the base has other weights, and another name on the Hub.
         """
         ids = base.adapted_experts(self.config)
-        expected: Entries = {}
+        expected: Entries = module_entries(base.model, self.config.modules_to_save or (), self.files.entries)
         for path, own in ids.items():
             container = base.modules[path]
             expected |= delta_entries(
                 path, container.weights, container.module, len(own), self.config.rank, self.config.storage
             )
-        compare_entries({key: entry for key, entry in self.files.entries.items() if DELTA_KEY in key}, expected)
+        compare_entries(self.files.entries, expected)
         check_finite_header(self.files.entries)
         if self.config.base_fingerprint is not None:
             current = base.record({path: own for path, own in ids.items() if path in base.experts})

@@ -241,6 +241,24 @@ def delta_entries(
     return entries
 
 
+def module_entries(model: nn.Module, modules_to_save: Iterable[str], keys: Iterable[str]) -> Entries:
+    """The tensors that an adapter has besides the experts' changes, for a model that it is not attached to.
+
+    Args:
+        model: a model without adapters.
+        modules_to_save: the config's.
+        keys: of the file. Those of trained tokens are taken as they are: how many there are is not compared.
+    """
+    names = tuple(modules_to_save)
+    entries: Entries = {}
+    for path, module in model.named_modules():
+        if any(path.endswith(name) for name in names):  # as PEFT compares them
+            entries |= {
+                f"{path}.{name}": (tensor.dtype, tuple(tensor.shape)) for name, tensor in module.state_dict().items()
+            }
+    return entries | {key.removeprefix(KEY_PREFIX): (torch.float32, None) for key in keys if key.endswith(TOKENS_KEY)}
+
+
 def compare_entries(found: Mapping[str, Any], expected: Entries) -> None:
     """Compares an adapter's tensors with those that its config calls for: none missing, none too many, none misshapen.
 

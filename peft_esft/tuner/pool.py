@@ -17,8 +17,9 @@ from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
-from .adapter_file import check_finite_header
+from .adapter_file import check_finite_header, compare_entries
 from .config import ESFTConfig
+from .loading import expected_entries
 from .mixed_batch import BASE
 from .model import ESFTModel, adapters_lock
 from .preparation import check_adapter_name
@@ -259,10 +260,8 @@ class AdapterPool:
         self.model.add_adapter(name, copy.deepcopy(own.config), low_cpu_mem_usage=True)
         # Copies: the first rows of a layer become its bank, in which others lie later.
         weights = {key: tensor.clone() for key, tensor in own.weights.items()}
-        found: Any = set_peft_model_state_dict(self.model, weights, adapter_name=name, low_cpu_mem_usage=True)
-        missing = [key for key in found.missing_keys if ".esft_" in key and key.split(".")[-1] == name]
-        if missing:
-            raise ValueError(f"the file of adapter {name!r} lacks {len(missing)} weights, {missing[0]} among them")
+        compare_entries(weights, expected_entries(self.model, own.config, name))
+        set_peft_model_state_dict(self.model, weights, adapter_name=name, low_cpu_mem_usage=True)
         for layer in self._tuner._layers():
             if name in layer.adapters:
                 layer._move_adapter_to_device_of_base_layer(name)

@@ -36,8 +36,11 @@ class LocalWeight(StackedWeight):
 
     def parameters(self, module: nn.Module) -> list[Any]:
         """The part of the parameter that this process holds, sharing its memory."""
-        parameter: Any = super().parameters(module)[0]
-        return [parameter._local_tensor]
+        return [parameter._local_tensor for _, parameter in self.named_parameters(module)]
+
+    def named_parameters(self, module: nn.Module) -> list[tuple[str, Any]]:
+        """The parameter of all processes, with its path below the module."""
+        return [(self.parameter, super().parameters(module)[0])]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -76,6 +75,7 @@ def _with_hooks(module: nn.Module, forward: Callable[..., Tensor], *args: Any, *
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if not any(hooks):
         return forward(*args, **kwargs)
-    twin = copy.copy(module)  # with the same parameters and hooks
+    twin = object.__new__(type(module))  # what FSDP2 makes of a class cannot be made anew by `copy.copy`
+    twin.__dict__.update(module.__dict__)  # with the same parameters and hooks
     twin.forward = forward
     return twin(*args, **kwargs)
