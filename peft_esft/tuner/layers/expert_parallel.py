@@ -6,7 +6,7 @@ The container's parameters are then distributed tensors, of which a process hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -228,6 +228,10 @@ class ExpertParallelExperts(FusedExperts):
         hidden_states, top_k_weights = _to_local(hidden_states), _to_local(top_k_weights)
         output: Tensor = exchange(hidden_states, top_k_index, top_k_weights)
         return output.to(hidden_states.dtype)
+
+    def _call(self, base_layer: Any, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        # Without the module's hooks: FSDP2's wait for other processes, some of which have nothing to train here.
+        return forward(*args, **kwargs)
 
     def _averaged(self, delta: Tensor) -> Tensor:
         """The gradient is the sum over the batches of all processes: divided by their number it is the mean's."""

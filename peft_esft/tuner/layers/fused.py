@@ -25,12 +25,15 @@ class FusedExperts(ESFTLayer):
     def _adapted_forward(self, base_layer: Any, active: ActiveAdapters, *args: Any, **kwargs: Any) -> Tensor:
         weights, are_deltas = self.selected_weights(active)
         split = partial(self._split, base_layer, weights, active.slots[0], active.index if are_deltas else None, None)
-        return _with_hooks(base_layer, split, *args, **kwargs)
+        return self._call(base_layer, split, *args, **kwargs)
 
     def _mixed_forward(self, base_layer: Any, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Tensor:
         mixed = batch.rows[self]
         split = partial(self._split, base_layer, mixed.rows, mixed.slots, None, batch)
-        return _with_hooks(base_layer, split, *args, **kwargs)
+        return self._call(base_layer, split, *args, **kwargs)
+
+    def _call(self, base_layer: Any, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        return _with_hooks(base_layer, forward, *args, **kwargs)
 
     def _split(
         self,
