@@ -13,18 +13,9 @@ from torch import Tensor
 
 from ..ops.deltas import add_deltas
 from ..ops.encodings import BITS, FROZEN_SUFFIXES, SUFFIXES, delta_from
-from ..tuner.adapter_file import (
-    DELTA_KEY,
-    KEY_PREFIX,
-    Entries,
-    check_finite_header,
-    compare_entries,
-    delta_entries,
-    module_entries,
-    read_json,
-    write_file,
-)
+from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX, read_json, write_file
 from ..tuner.config import ESFTConfig
+from ..tuner.file_contents import Entries, check_finite_header, compare_entries, delta_entries, module_entries
 from ..tuner.fingerprint import compare_bases
 from ..tuner.messages import shortened
 from .base import Base, Rows

@@ -22,17 +22,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from ..ops.encodings import FORMS
 from ..scoring.scores import ExpertScores, Metric
 from ..scoring.selection import DEFAULT_TOP_P, select_experts
-from .adapter_file import (
-    KEY_PREFIX,
-    Header,
-    check_experts,
-    check_foreign,
-    find_header,
-    find_hub_header,
-    finish_file,
-    foreign_keys,
-    read_header,
-)
+from .adapter_file import KEY_PREFIX, Header, find_header, find_hub_header, finish_file, read_header
+from .file_contents import check_experts, check_foreign, foreign_keys
 from .model_card import write_card
 from .targets import ModuleOptions, adapted_selection
 

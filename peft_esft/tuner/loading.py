@@ -10,17 +10,16 @@ from torch import Tensor, nn
 
 from ..moe.weights import whole_shape
 from ..registration import source_of_weights
-from .adapter_file import (
-    KEY_PREFIX,
+from .adapter_file import KEY_PREFIX, Header
+from .config import ESFTConfig
+from .file_contents import (
     Entries,
-    Header,
     check_finite,
     check_finite_header,
     check_same_experts,
     compare_entries,
     delta_entries,
 )
-from .config import ESFTConfig
 from .layers.layer import ESFTLayer
 from .layers.offload import is_offloaded
 

@@ -17,8 +17,8 @@ from peft import PeftModel
 from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
-from .adapter_file import check_finite_header, compare_entries
 from .config import ESFTConfig
+from .file_contents import check_finite_header, compare_entries
 from .loading import expected_entries
 from .mixed_batch import BASE
 from .model import ESFTModel, adapters_lock

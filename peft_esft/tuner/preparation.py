@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..moe.containers import ExpertsContainer, find_experts
-from .adapter_file import check_rank
 from .config import ESFTConfig
+from .file_contents import check_rank
 from .fingerprint import check_num_experts
 from .layers.expert_parallel import check_expert_parallel, shares_out_experts
 from .layers.layer import PREFIX
