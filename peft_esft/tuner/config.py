@@ -132,6 +132,8 @@ class ESFTConfig(PeftConfig):
         self.peft_type = PeftType.ESFT
         # What is adapted in the model at hand, by module path, once the adapter is attached. Not a field of the file.
         self.adapted_paths: dict[str, list[int]] = {}
+        # Whether `base_fingerprint` was recorded when this config was attached, and not read from a file.
+        self.has_own_fingerprint = False
         self._find_header: Callable[[], Header | None] | None = None
         for name in ("modules_to_save", "exclude_modules"):
             if isinstance(getattr(self, name), set | tuple):

@@ -96,7 +96,9 @@ def check_num_experts(
 def compare_base(
     config: ESFTConfig, model: nn.Module, containers: dict[str, ExpertsContainer], target_experts: dict[str, list[int]]
 ) -> None:
-    """Records the base's rows in the config of a new adapter; compares them with the record of an old one.
+    """Records the base's rows in the config of a new adapter; compares them with the record that a file came with.
+
+    A config that is used for another new adapter gets the record of that one's base.
 
     Raises:
         ValueError: if the rows differ and the config names another base.
@@ -104,11 +106,11 @@ def compare_base(
     # transformers leaves the commit that it loaded in this field of the model's config.
     commit = getattr(getattr(model, "config", None), "_commit_hash", None)
     current = record_base(containers, target_experts, commit)
-    if config.base_fingerprint is not None:
+    if config.base_fingerprint is not None and not config.has_own_fingerprint:
         names = (config.base_model_name_or_path, model.__dict__.get("name_or_path") or None)
         compare_bases(config.base_fingerprint, current or {}, names)
     elif not config.inference_mode:
-        config.base_fingerprint = current
+        config.base_fingerprint, config.has_own_fingerprint = current, True
 
 
 def compare_bases(
