@@ -1,32 +1,50 @@
 """Expert-Specialized Fine-Tuning (ESFT) for PEFT: train only the experts that a task uses.
 
-Importing the package registers the tuner type `ESFT` with PEFT.
+Importing the package registers the tuner type `ESFT` with PEFT: at once if PEFT is loaded, otherwise as soon as it is.
+The import itself loads neither PEFT nor torch; a name below loads what it needs when it is used first.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from .versions import check_versions
 
 
 check_versions()  # before anything of PEFT or transformers is imported
 
-from .registration import extend_peft_type, register  # noqa: E402
+from .registration import after_import_of_peft, extend_peft_type, register  # noqa: E402
 
 
-extend_peft_type()  # before the config, which names the new member
+if TYPE_CHECKING:
+    from .moe.containers import ExpertsContainer, find_experts
+    from .scoring.batches import text_batches
+    from .scoring.measure import score_experts
+    from .scoring.scores import ExpertScores
+    from .scoring.selection import random_experts, select_experts
+    from .tuner.config import ESFTConfig
+    from .tuner.hotswap import hotswap_adapter
+    from .tuner.hub import push_to_hub
+    from .tuner.layers.layer import ESFTLayer
+    from .tuner.model import ESFTModel
+    from .tuner.pool import AdapterPool, PoolStatistics
 
-from .moe.containers import ExpertsContainer, find_experts  # noqa: E402
-from .scoring.batches import text_batches  # noqa: E402
-from .scoring.measure import score_experts  # noqa: E402
-from .scoring.scores import ExpertScores  # noqa: E402
-from .scoring.selection import random_experts, select_experts  # noqa: E402
-from .tuner.config import ESFTConfig  # noqa: E402
-from .tuner.hotswap import hotswap_adapter  # noqa: E402
-from .tuner.hub import push_to_hub  # noqa: E402
-from .tuner.layers.layer import ESFTLayer  # noqa: E402
-from .tuner.model import ESFTModel  # noqa: E402
-from .tuner.pool import AdapterPool, PoolStatistics  # noqa: E402
-
-
-register(ESFTConfig, ESFTModel)
+_HOMES = {
+    "AdapterPool": "tuner.pool",
+    "ESFTConfig": "tuner.config",
+    "ESFTLayer": "tuner.layers.layer",
+    "ESFTModel": "tuner.model",
+    "ExpertScores": "scoring.scores",
+    "ExpertsContainer": "moe.containers",
+    "PoolStatistics": "tuner.pool",
+    "find_experts": "moe.containers",
+    "hotswap_adapter": "tuner.hotswap",
+    "push_to_hub": "tuner.hub",
+    "random_experts": "scoring.selection",
+    "score_experts": "scoring.measure",
+    "select_experts": "scoring.selection",
+    "text_batches": "scoring.batches",
+}
+"""The modules of the public names."""
 
 __version__ = "0.1.0.dev0"
 
@@ -46,3 +64,26 @@ __all__ = [
     "select_experts",
     "text_batches",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register() -> None:
+    extend_peft_type()  # before the config, which names the new member
+    from .tuner.config import ESFTConfig
+    from .tuner.model import ESFTModel
+
+    register(ESFTConfig, ESFTModel)
+
+
+after_import_of_peft(_register)

@@ -6,13 +6,55 @@ The only file that touches PEFT's internals without a comment at each place.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, NamedTuple
-
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.utils import PeftType, register_peft_method
 
 
 NAME = "ESFT"
+
+
+def after_import_of_peft(call: Callable[[], None]) -> None:
+    """Calls a function: now if PEFT is loaded, otherwise at the end of PEFT's import.
+
+    This file imports PEFT in functions only, so that a program which never uses it waits neither for it nor for torch.
+    """
+    if "peft" in sys.modules:
+        call()
+    else:
+        sys.meta_path.insert(0, _PeftFinder(call))
+
+
+class _PeftFinder(MetaPathFinder):
+    """Finds PEFT where Python would, and calls a function after PEFT's own code has run."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._is_searching = False
+
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        if fullname != "peft" or self._is_searching:
+            return None
+        self._is_searching = True  # which asks this finder again
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._is_searching = False
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            sys.meta_path.remove(self)  # only now: programs also search PEFT to see whether it is installed
+            self._call()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def extend_peft_type() -> None:
@@ -22,6 +64,8 @@ def extend_peft_type() -> None:
     entry point for tuners from outside. A plain string in its place fails wherever PEFT or transformers reads
     `peft_type.value`. To be removed when PEFT registers outside types or ships ESFT itself.
     """
+    from peft.utils import PeftType
+
     if NAME in PeftType.__members__:
         return
     member = str.__new__(PeftType, NAME)
@@ -42,6 +86,9 @@ def register(config_cls: type, model_cls: type) -> None:
     Raises:
         RuntimeError: if another ESFT is registered, for example PEFT's own or that of a second copy of this package.
     """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.utils import PeftType, register_peft_method
+
     known = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType.ESFT)
     if known is None:
         register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)

@@ -112,7 +112,7 @@ def import_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'peft-esft[plot]'") from error
+        raise ImportError("figures need matplotlib: pip install matplotlib") from error
     return matplotlib
 
 

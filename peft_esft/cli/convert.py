@@ -6,25 +6,27 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import interchange
-from ..interchange.adapter import AdapterFolder, read_config
-from ..interchange.base import Base, task_type_of
-from ..interchange.compact import compact
-from ..interchange.folders import new_folder
-from ..ops.encodings import FORMS
-from ..tuner.config import ESFTConfig
-from ..tuner.targets import adapted_selection, resolve_target_experts
+from .kinds import Kind
 
 
+if TYPE_CHECKING:
+    from ..tuner.config import ESFTConfig
+
+Run = Callable[[argparse.Namespace], tuple[Any, str]]
+FORMS = ("rows", "int8", "int4", "int1")
+"""The forms of `ops.encodings` for inference; named here too, so that `--help` need not load torch."""
 ADAPTER, BASE = "folder of the adapter", "folder of the base model"
+_ADAPTER: tuple[Kind, ...] = ("adapter",)
+_MODEL: tuple[Kind, ...] = ("model",)
 SELECTION_ONLY = "the selection without the weights"
 
 
 def add_parser(commands: Any) -> None:
     """Adds the five commands."""
-    add = _adder(commands, "import", _import, "make an adapter of the original code's files")
+    text = "make an adapter of the original code's files"
+    add = _adder(commands, "import", _import, text, source=("original", "model", "nothing"), base=_MODEL)
     add("source", type=Path, help="folder of *.safetensors and expert_cfg.json")
     add("--base", type=Path, required=True, help=BASE)
     add("--expert-cfg", type=Path, help="the selection, if the folder has none")
@@ -32,35 +34,42 @@ def add_parser(commands: Any) -> None:
     add("--form", choices=forms, default="auto", help="how to store the weights (default: auto)")
     add("--selection-only", action="store_true", help=SELECTION_ONLY)
     add("--out", type=Path, required=True, help="new folder")
-    add = _adder(commands, "export", _export, "write an adapter as the original code's files")
+    text = "write an adapter as the original code's files"
+    add = _adder(commands, "export", _export, text, adapter=_ADAPTER, base=_MODEL)
     add("adapter", type=Path, help=ADAPTER)
     add("--base", type=Path, required=True, help=BASE)
     add("--selection-only", action="store_true", help=SELECTION_ONLY)
     add("--out", type=Path, required=True, help="new folder")
-    add = _adder(
-        commands, "merge", _merge, "write base and adapter as an ordinary checkpoint, without loading the model"
-    )
+    text = "write base and adapter as an ordinary checkpoint, without loading the model"
+    add = _adder(commands, "merge", _merge, text, base=_MODEL, adapter=_ADAPTER)
     add("base", type=Path, help=BASE)
     add("adapter", type=Path, help=ADAPTER)
     add("out", type=Path, help="folder for the checkpoint")
-    add = _adder(commands, "compact", _compact, "make a smaller file of an adapter, for inference")
+    text = "make a smaller file of an adapter, for inference"
+    add = _adder(commands, "compact", _compact, text, adapter=_ADAPTER, base=_MODEL)
     add("adapter", type=Path, help=ADAPTER)
-    add("--form", choices=FORMS[1:], default="rows", help="(default: %(default)s)")
+    add("--form", choices=FORMS, default="rows", help="(default: %(default)s)")
     add("--base", type=Path, help=f"{BASE}, for rows")
     add("--out", type=Path, required=True, help="new folder")
-    add = _adder(commands, "diff", _diff, "compare two adapters")
+    add = _adder(commands, "diff", _diff, "compare two adapters", first=_ADAPTER, second=_ADAPTER)
     add("first", type=Path, help="folder of an adapter")
     add("second", type=Path, help="folder of another")
 
 
-def _adder(commands: Any, name: str, run: Callable[[argparse.Namespace], tuple[Any, str]], text: str) -> Any:
-    """Adds one command; returns the method that adds an argument to it."""
+def _adder(commands: Any, name: str, run: Run, text: str, **kinds: tuple[Kind, ...]) -> Any:
+    """Adds one command, and the kinds of its paths; returns the method that adds an argument to it."""
     parser = commands.add_parser(name, help=text)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kinds=kinds)
     return parser.add_argument
 
 
 def _import(options: argparse.Namespace) -> tuple[Any, str]:
+    from .. import interchange
+    from ..interchange.adapter import read_config
+    from ..interchange.base import Base, task_type_of
+    from ..interchange.folders import new_folder
+    from ..tuner.config import ESFTConfig
+
     if options.selection_only:
         base = Base(options.base)
         cfg = options.source if options.expert_cfg is None else options.expert_cfg
@@ -80,6 +89,12 @@ def _import(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _export(options: argparse.Namespace) -> tuple[Any, str]:
+    from .. import interchange
+    from ..interchange.adapter import read_config
+    from ..interchange.base import Base
+    from ..interchange.folders import new_folder
+    from ..tuner.targets import adapted_selection, resolve_target_experts
+
     config = read_config(options.adapter)
     if options.selection_only:
         experts = Base(options.base).experts
@@ -97,11 +112,16 @@ def _export(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _merge(options: argparse.Namespace) -> tuple[Any, str]:
+    from .. import interchange
+
     interchange.merge_checkpoint(options.base, options.adapter, options.out)
     return {"out": str(options.out)}, f"merged checkpoint written to {options.out}"
 
 
 def _compact(options: argparse.Namespace) -> tuple[Any, str]:
+    from ..interchange.adapter import AdapterFolder
+    from ..interchange.compact import compact
+
     compact(options.adapter, options.out, form=options.form, base=options.base)
     before, after = (AdapterFolder(folder).num_bytes for folder in (options.adapter, options.out))
     record = {"out": str(options.out), "form": options.form, "bytes": after, "bytes_before": before}
@@ -109,6 +129,8 @@ def _compact(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _diff(options: argparse.Namespace) -> tuple[Any, str]:
+    from .. import interchange
+
     record = interchange.diff_adapters(options.first, options.second)
     return record, interchange.format_diff(record)
 

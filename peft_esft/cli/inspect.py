@@ -6,13 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
-
-from ..interchange.adapter import AdapterFolder, read_config
-from ..interchange.base import empty_model
-from ..moe.containers import find_experts
-from ..tuner.model_card import describe_choice, describe_storage, num_experts_of, revision_of
+from .kinds import ADAPTER_CONFIG
 from .select import bars
 
 
@@ -22,17 +16,18 @@ SHOWN = 16  # ids in a line
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("inspect", help="show the experts of a model, or what an adapter holds")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kinds={"path": ("model", "adapter")})
     parser.add_argument("path", help="folder or Hub name of a model, or folder of an adapter")
 
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Describes a model or an adapter."""
+    from ..interchange.base import empty_model
+    from ..moe.containers import find_experts
+
     folder = Path(options.path)
-    if (folder / CONFIG_NAME).exists():
+    if (folder / ADAPTER_CONFIG).exists():
         return _inspect_adapter(folder)
-    if (folder / "expert_cfg.json").exists() and not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds files of the original code; make an adapter of them: peft-esft import")
     containers = find_experts(empty_model(options.path))
     if not containers:
         raise ValueError(f"{options.path} has no experts container of a known kind")
@@ -48,6 +43,11 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _inspect_adapter(folder: Path) -> tuple[Any, str]:
+    from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME
+
+    from ..interchange.adapter import AdapterFolder, read_config
+    from ..tuner.model_card import describe_choice, describe_storage, num_experts_of, revision_of
+
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     config = read_config(folder)
     fields, selection = config.to_dict(), config.adapted_experts

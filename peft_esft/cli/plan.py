@@ -6,14 +6,11 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from ..interchange.base import empty_model
-from ..scoring.memory_estimate import ModelSizes, Setup, format_plan, plan, recommended
-
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("plan", help="memory and communication of training a model on some GPUs")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kinds={"model": ("model", "config")})
     add, shown = parser.add_argument, "(default: %(default)s)"
     add("model", help="folder or Hub name of a model, or a config.json; no weights are read")
     add("--gpus", required=True, help="NUMBERxMEMORY, for example 8x80GB")
@@ -24,6 +21,9 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Estimates all methods on all engines, and recommends an engine."""
+    from ..interchange.base import empty_model
+    from ..scoring.memory_estimate import ModelSizes, Setup, format_plan, plan, recommended
+
     setup = Setup.parse(options.gpus, tokens=options.tokens, share=options.share, rank=options.rank)
     sizes = ModelSizes.of(empty_model(options.model))
     estimates = plan(sizes, setup)

@@ -10,7 +10,7 @@ from typing import Any
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("report", help="a page on what tasks use, or on what adapters train")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kinds={"paths": ("scores", "adapter")})
     add = parser.add_argument
     add("paths", nargs="+", type=Path, help="files of scores of one model, folders of adapters")
     add("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, get_args
-
-from ..scoring.batches import text_batches
-from ..scoring.measure import score_experts
-from ..scoring.scores import Averaging
-from .sample_files import SampleFile
+from typing import Any
 
 
+AVERAGING = ("sample", "token")
+"""The values of `scoring.scores.Averaging`; named here too, so that `--help` need not load torch."""
 DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
 DATA_HELP = ".jsonl with text or messages in each line, or a text file, a sample a line"
 
@@ -20,7 +17,7 @@ DATA_HELP = ".jsonl with text or messages in each line, or a text file, a sample
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("score", help="measure which experts a task uses (forward passes only)")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kinds={"model": ("model",)})
     add, shown = parser.add_argument, "(default: %(default)s)"
     add("model", help="folder or Hub name of the model")
     add("--data", type=Path, required=True, help=DATA_HELP)
@@ -28,7 +25,7 @@ def add_parser(commands: Any) -> None:
     add("--max-tokens", type=_at_least_1, default=131_072, help=f"stop after so many tokens {shown}")
     add("--max-length", type=_at_least_1, default=4096, help=f"cut samples to so many tokens {shown}")
     add("--batch-size", type=_at_least_1, default=8, help=f"samples in a batch {shown}")
-    add("--averaging", choices=get_args(Averaging), default="sample", help="mean over samples, or over tokens")
+    add("--averaging", choices=AVERAGING, default="sample", help="mean over samples, or over tokens")
     add("--dtype", choices=DTYPES, default="auto", help="dtype to load the model in; score in the one you train in")
     add("--device-map", help="passed to transformers, for example auto")
 
@@ -36,6 +33,10 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Scores a model and writes the scores to a file."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..scoring.batches import text_batches
+    from ..scoring.measure import score_experts
+    from .sample_files import SampleFile
 
     if options.out.is_dir() or not options.out.parent.is_dir():
         raise ValueError(f"--out is {options.out}; it is a file for the scores, in a folder that exists")

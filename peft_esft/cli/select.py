@@ -5,27 +5,23 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from peft.utils import CONFIG_NAME
-from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-
-from ..scoring.preview import format_previews, preview_selections
-from ..scoring.scores import ExpertScores, Metric
-from ..scoring.selection import select_experts
-from ..tuner.config import ESFTConfig
+from .kinds import ADAPTER_CONFIG
 
 
+METRICS = ("token", "gate", "gate_share")
+"""The values of `scoring.scores.Metric`; named here too, so that `--help` need not load torch."""
 BAR_WIDTH = 32
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("select", help="choose experts from scores")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, kinds={"scores": ("scores",)})
     add = parser.add_argument
     add("scores", type=Path, help="file written by `peft-esft score`")
-    add("--metric", choices=get_args(Metric), default="token", help="which score (default: %(default)s)")
+    add("--metric", choices=METRICS, default="token", help="which score (default: %(default)s)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--top-p", type=float, help="share to cover in each layer (default: 0.2, for gate 0.1)")
     how.add_argument("--top-k", type=int, help="the same number of experts in every layer")
@@ -38,6 +34,11 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Chooses experts; shows them, or writes a config with them."""
+    from ..scoring.preview import format_previews, preview_selections
+    from ..scoring.scores import ExpertScores
+    from ..scoring.selection import select_experts
+    from ..tuner.config import ESFTConfig
+
     scores, out = ExpertScores.load(options.scores), options.out
     if options.preview:
         if out is not None or options.min_experts != 1 or options.max_experts is not None:
@@ -54,13 +55,15 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     text = bars({path: (len(ids), scores.containers[path].num_experts) for path, ids in selection.items()})
     if out is not None:
         ESFTConfig.from_scores(scores, **settings).save_pretrained(str(out))
-        text += f"\nwritten to {out}/{CONFIG_NAME}; load it with ESFTConfig.from_pretrained"
+        text += f"\nwritten to {out}/{ADAPTER_CONFIG}; load it with ESFTConfig.from_pretrained"
     return selection, text
 
 
 def _check_config_folder(folder: Path) -> None:
+    from peft.utils.constants import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out is {folder}, a file; it is the folder for an {CONFIG_NAME}")
+        raise ValueError(f"--out is {folder}, a file; it is the folder for an {ADAPTER_CONFIG}")
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         if (folder / name).exists():
             raise ValueError(

@@ -4,3 +4,5 @@ May import `scoring`, `moe` and `ops`.
 
 Begin with `model.py`, which PEFT calls; `config.py` has the options, `layers/layer.py` what happens in a forward pass.
 """
+
+import peft  # noqa: F401 -- the tuner is registered at the end of this import, before a module of this wing is asked for

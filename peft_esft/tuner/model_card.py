@@ -146,7 +146,9 @@ def num_experts_of(fields: Fields) -> dict[str, int]:
 
 
 def _usage(task_type: str | None, name: str) -> str:
-    lines = ["import peft_esft  # pip install peft-esft; registers the adapter type with PEFT"]
+    lines = [
+        "import peft_esft  # registers the adapter type with PEFT; install: pip install . in a clone of peft_esft"
+    ]
     if task_type == "CAUSAL_LM":
         lines += [
             "from peft import AutoPeftModelForCausalLM",
@@ -155,7 +157,8 @@ def _usage(task_type: str | None, name: str) -> str:
     else:
         lines += ["from peft import PeftModel", f'model = PeftModel.from_pretrained(base, "{name}")']
     note = (
-        "Without the import PEFT stops with `KeyError: 'ESFT'`. Engines that do not know this type of adapter read an "
+        "Without the import PEFT stops with `KeyError: 'ESFT'`. Programs that you do not write (`lm_eval`, `trl`) "
+        "know the type if they are started by `peft-esft run -- PROGRAM ARGS`. Engines that do not know it read an "
         "ordinary checkpoint, which `peft-esft merge BASE ADAPTER OUT` writes."
     )
     return "\n".join(["```python", *lines, "```", "", note])

@@ -40,6 +40,40 @@ def test_importing_loads_nothing_that_peft_has_not_loaded_but_the_core():
     }
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import peft_esft; from peft import PeftType",
+        "import peft; import peft_esft; from peft import PeftType",
+        "import peft_esft.tuner.config; from peft import PeftType",
+        "import peft_esft.registration, importlib.util; importlib.util.find_spec('peft'); from peft import PeftType",
+    ],
+)
+def test_the_tuner_is_registered_in_whatever_order_things_are_imported(code):
+    lines = "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as known; print(known[PeftType.ESFT].__name__)"
+    assert _printed_by(f"{code}; {lines}") == {"ESFTModel"}
+
+
+def test_the_import_alone_loads_neither_torch_nor_peft():
+    assert _printed_by("import sys, peft_esft; print({'torch', 'peft'} & set(sys.modules))") == {"set()"}
+
+
+def test_every_public_name_is_there():
+    for name in peft_esft.__all__:
+        assert getattr(peft_esft, name).__name__ == name
+    assert set(peft_esft.__all__) == set(peft_esft._HOMES) <= set(dir(peft_esft))
+    with pytest.raises(AttributeError, match="no attribute 'ESFTConfg'"):
+        peft_esft.ESFTConfg  # noqa: B018
+
+
+def test_install_lines_name_a_path_since_nobody_owns_the_package_s_name_on_the_index_yet():
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "peft_esft").rglob("*.py")]
+    files += [*(ROOT / "examples").rglob("*.py"), *(ROOT / "examples").rglob("*.ipynb")]
+    for file in files:
+        found = re.findall(r"pip install (?!\. )[^`#\n]*peft[-_]esft", file.read_text(encoding="utf-8"))
+        assert not found, file
+
+
 def test_operators_are_registered_without_a_search_for_their_source():
     """`torch.library.custom_op` and `register_fake` look through every imported module, half of the import's time."""
     called = {
