@@ -11,7 +11,7 @@ from typing import Any
 AVERAGING = ("sample", "token")
 """The values of `scoring.scores.Averaging`; named here too, so that `--help` need not load torch."""
 DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
-DATA_HELP = ".jsonl with text or messages in each line, or a text file, a sample a line"
+DATA_HELP = ".jsonl with text, messages, or prompt and completion in each line, or a text file, a sample a line"
 
 
 def add_parser(commands: Any) -> None:
@@ -25,6 +25,7 @@ def add_parser(commands: Any) -> None:
     add("--max-tokens", type=_at_least_1, default=131_072, help=f"stop after so many tokens {shown}")
     add("--max-length", type=_at_least_1, default=4096, help=f"cut samples to so many tokens {shown}")
     add("--batch-size", type=_at_least_1, default=8, help=f"samples in a batch {shown}")
+    add("--answers-only", action="store_true", help="count only tokens that predict completions or marked answers")
     add("--averaging", choices=AVERAGING, default="sample", help="mean over samples, or over tokens")
     add("--dtype", choices=DTYPES, default="auto", help="dtype to load the model in; score in the one you train in")
     add("--device-map", help="passed to transformers, for example auto")
@@ -45,12 +46,14 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, device_map=options.device_map)
-    batches = text_batches(samples, tokenizer, batch_size=options.batch_size, max_length=options.max_length)
+    settings = {name: getattr(options, name) for name in ("batch_size", "max_length", "answers_only")}
+    batches = text_batches(samples, tokenizer, **settings)
     scores = score_experts(
         model,
         samples.located(batches),
         max_tokens=options.max_tokens,
         averaging=options.averaging,
+        answers_only=options.answers_only,
         progress=sys.stderr.isatty(),
     )
     scores.save(options.out)

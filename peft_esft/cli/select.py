@@ -54,9 +54,21 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     selection = select_experts(scores, **settings)
     text = bars({path: (len(ids), scores.containers[path].num_experts) for path, ids in selection.items()})
     if out is not None:
-        ESFTConfig.from_scores(scores, **settings).save_pretrained(str(out))
+        ESFTConfig.from_scores(
+            scores, base_model_name_or_path=scores.model, task_type=_task_type(scores.model), **settings
+        ).save_pretrained(str(out))
         text += f"\nwritten to {out}/{ADAPTER_CONFIG}; load it with ESFTConfig.from_pretrained"
     return selection, text
+
+
+def _task_type(model: str | None) -> str | None:
+    """PEFT's task type for the model that was scored, if it can still be found."""
+    from ..interchange.base import empty_model, task_type_of
+
+    try:
+        return None if model is None else task_type_of(empty_model(model))
+    except (OSError, ValueError):
+        return None
 
 
 def _check_config_folder(folder: Path) -> None:

@@ -132,11 +132,12 @@ def score_experts(
         model: a transformers model, with or without adapters.
         batches: dicts of tensors as the model's forward takes them; a row is a sample. `attention_mask` says which
             tokens count. In packed rows, samples begin where `position_ids` are 0. `labels` are not passed on. With
-            `tokenizer`: strings, or rows with a `text` or `messages` entry, see `text_batches`.
+            `tokenizer`: strings, or rows as TRL takes them, see `text_batches`.
         tokenizer: makes batches of text.
         max_tokens: stop after exactly this many counted tokens; the paper's sample is 131,072.
         averaging: see `ExpertScores`.
-        answers_only: count only tokens whose `labels` entry is not -100.
+        answers_only: count only tokens whose output enters the loss, which predict a token whose `labels` entry is not
+            -100. With `tokenizer`, answers are completions, or what the chat template marks with `{% generation %}`.
         progress: show a progress bar.
 
     Returns:
@@ -160,7 +161,7 @@ def score_experts(
     if not containers:
         raise ValueError(f"{type(model).__name__} has no experts container of a known kind; nothing can be scored")
     if tokenizer is not None:
-        batches = text_batches(batches, tokenizer)
+        batches = text_batches(batches, tokenizer, answers_only=answers_only)
 
     share = ProcessShare.of(model)
     max_tokens = share.of_tokens(max_tokens)
@@ -173,6 +174,8 @@ def score_experts(
             before = counter.num_tokens
             counter.run(inputs, is_counted, share.in_step)
             bar.update(counter.num_tokens - before)
+        bar.total = counter.num_tokens  # the data may end before `max_tokens`
+        bar.refresh()
     config = getattr(model, "config", None)
     scores = ExpertScores(
         containers={path: accumulator.result() for path, accumulator in counter.accumulators.items()},

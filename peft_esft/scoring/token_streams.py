@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 IGNORED_LABEL = -100  # what the losses of transformers leave out
@@ -69,8 +70,9 @@ def streams_of_batch(
 ) -> dict[str, TokenStream]:
     """Makes the streams of a batch: "text", and "decoder" if the batch has tokens for the decoder.
 
-    `remaining` says for each stream how many tokens may still be counted. With `answers_only`, a token counts if its
-    `labels` entry is not -100; in an encoder-decoder model the labels are those of the decoder's tokens.
+    `remaining` says for each stream how many tokens may still be counted. With `answers_only`, a token counts if
+    its output enters the loss: if the `labels` entry of the next token is not -100. In an encoder-decoder model the
+    labels are those of the decoder's outputs, so each stands at its own token.
 
     Raises:
         ValueError: if a mask has another shape than the tokens, or `answers_only` finds no labels.
@@ -87,7 +89,8 @@ def streams_of_batch(
             labels = _on_cpu(inputs, "labels", tokens.shape[:2])
             if labels is None:
                 raise ValueError(f"answers_only needs labels in every batch; this one has {sorted(inputs)}")
-            counts = mask & (labels != IGNORED_LABEL)
+            enters = labels != IGNORED_LABEL
+            counts = mask & (enters if name == "decoder" else functional.pad(enters[:, 1:], (0, 1)))
         starts = _sample_starts(inputs, mask) if name == "text" else None
         streams[name] = TokenStream.from_mask(counts, starts, remaining[name], first_sample)
     return streams

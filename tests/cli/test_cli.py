@@ -12,6 +12,7 @@ from peft_esft import ESFTConfig, ExpertScores, select_experts
 from peft_esft.cli.main import main
 from peft_esft.scoring.preview import format_previews, preview_selections
 
+import tasks
 from families import tiny_model
 from oracle import config_for
 from repository import ROOT
@@ -53,6 +54,21 @@ def test_select_prints_what_the_library_selects(scored, capsys, tmp_path):
     config = ESFTConfig.from_pretrained(str(tmp_path))
     assert config.target_experts == select_experts(ExpertScores.load(scored))
     assert config.selection["num_tokens"] == 2000
+    assert (config.base_model_name_or_path, config.task_type) == (MODEL, "CAUSAL_LM")
+
+
+def test_answers_alone_are_scored(capsys, tmp_path):
+    rows = [{"prompt": p, "completion": c} for p, c in tasks.load_task("verses", "train")[:6]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for more, out in ((["--answers-only"], "answers"), ([], "all")):
+        command = ["score", MODEL, "--data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / f"{out}.json")]
+        assert main([*command, *more]) == 0
+    answers, everything = (ExpertScores.load(tmp_path / f"{name}.json") for name in ("answers", "all"))
+    assert answers.answers_only and 12 <= answers.num_tokens < everything.num_tokens / 4
+    (tmp_path / "text.jsonl").write_text('{"text": "x"}')
+    command[3] = str(tmp_path / "text.jsonl")
+    assert main([*command, "--answers-only"]) == 1
+    assert "line 1 of" in capsys.readouterr().err
 
 
 def test_preview_counts_what_would_be_trained(scored, capsys):
@@ -90,9 +106,11 @@ def test_a_selection_is_not_written_over_a_trained_adapter(scored, capsys, tmp_p
 
 
 def test_where_scores_go_is_checked_before_the_model_is_loaded(capsys, tmp_path):
+    (tmp_path / "model").mkdir()
+    shutil.copy(f"{MODEL}/config.json", tmp_path / "model")  # and no weights
     (tmp_path / "data.txt").write_text("some text\n")
     for out in (tmp_path / "nowhere" / "s.json", tmp_path):
-        assert main(["score", "no/such/model", "--data", str(tmp_path / "data.txt"), "--out", str(out)]) == 1
+        assert main(["score", str(tmp_path / "model"), "--data", str(tmp_path / "data.txt"), "--out", str(out)]) == 1
         assert f"--out is {out}; it is a file for the scores, in a folder that exists" in capsys.readouterr().err
 
 
@@ -127,7 +145,7 @@ def test_refusals_exit_with_1_and_say_why(arguments, message, capsys, tmp_path, 
     [
         ("a.jsonl", '{"text": "x"}\nnonsense', "line 2 of"),
         ("a.jsonl", "[1]", "line 1 of"),
-        ("a.jsonl", '{"prompt": "x"}', "neither a string nor has a text or messages entry"),
+        ("a.jsonl", '{"prompt": "x"}', "line 1 of"),
         ("a.jsonl", '\n \n{"text": "x"}\n{bad\n', "line 4 of"),
         ("a.JSONL", '{"text": "x"}\n\n{"messages": ["hi"]}', "line 3 of"),
         ("a.jsonl", '{"messages": ["hi"]}', "message 1 is a str; expected a dict of role and content"),

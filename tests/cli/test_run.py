@@ -151,4 +151,4 @@ def test_lm_eval_measures_base_and_adapter(tmp_path):
     with adapted.disable_adapter():
         assert found["base"] == pytest.approx(accuracy(adapted, tokenizer, rows, choices))
     assert found["adapter"] == pytest.approx(expected)
-    assert found["adapter"] > found["base"] + 0.3
+    assert found["adapter"] > found["base"] + 0.1

@@ -204,11 +204,11 @@ def test_diff_of_bases_selections_and_whole_modules(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["merge", "{base}", "missing", "{out}"], "missing"),
-        (["merge", "missing", "{a}", "{out}"], "is not the folder of a model"),
+        (["merge", "missing", "{a}", "{out}"], "there is no folder 'missing'"),
         (["merge", "{base}", "{a}", "{a}"], "exists already"),
-        (["import", "{a}", "--base", "{base}", "--out", "{out}"], "expert_cfg.json"),
+        (["import", "{a}", "--base", "{base}", "--out", "{out}"], "is an ESFT adapter already"),
         (["export", "missing", "--base", "{base}", "--out", "{out}"], "missing"),
-        (["diff", "{a}", "{base}"], "adapter_config.json"),
+        (["diff", "{a}", "{base}"], "is a model, not an ESFT adapter"),
     ],
 )
 def test_refusals_exit_with_1_and_say_why(arguments, message, folders, tmp_path, capsys):

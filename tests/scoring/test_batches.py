@@ -39,6 +39,66 @@ def test_messages_go_through_the_chat_template(tokenizer):
     assert tokenizer.decode(batch["input_ids"][0]) == "<user>Who?"
 
 
+def _answers(batch, tokenizer):
+    return [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # TRL's own default
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_are_the_completions_as_trl_trains_on_them(tokenizer, side):
+    """The labels are those of TRL's own trainer on the same rows."""
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer.padding_side = side
+    rows = [{"prompt": p, "completion": c} for p, c in tasks.load_task("verses", "train")[:3]]
+    (batch,) = text_batches(rows, tokenizer, answers_only=True)
+    answers = _answers(batch, tokenizer)
+    assert [answer.strip() for answer in answers] == [row["completion"] + tokenizer.eos_token for row in rows]
+    settings = SFTConfig(output_dir="unused", report_to=[], use_cpu=True, bf16=False, completion_only_loss=True)
+    trainer = SFTTrainer(
+        tasks.load_base()[0], settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    for number, trained in enumerate(trainer.train_dataset):
+        mask = batch["attention_mask"][number].bool()
+        assert batch["input_ids"][number][mask].tolist() == trained["input_ids"]
+        assert batch["labels"][number][mask].tolist() == trained["labels"]
+
+
+def test_labels_of_conversations_are_what_the_template_marks(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}<{{ m.content }}>{% endif %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "Who made it?"}, {"role": "assistant", "content": "God created it."}]
+    rows = [{"messages": messages}, {"prompt": messages[:1], "completion": messages[1:]}]
+    (batch,) = text_batches(rows, tokenizer, answers_only=True)
+    assert _answers(batch, tokenizer) == ["God created it."] * 2
+    assert torch.equal(*batch["input_ids"])
+    (cut,) = text_batches(rows, tokenizer, answers_only=True, max_length=2)
+    assert (cut["labels"] == -100).all()
+
+
+def test_rows_without_answers_are_refused_where_only_answers_count(tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    for row, message in (
+        ("text", "a text has no answer"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "no token of its messages is marked as an answer"),
+        ({"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}, "are str and list; both are texts"),
+        ({"prompt": "x"}, "it has prompt; needed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(text_batches([row], tokenizer, answers_only=True))
+
+
+def test_answers_of_rows_are_scored_as_those_of_batches(tokenizer):
+    model = tasks.load_base()[0]
+    rows = [{"prompt": p, "completion": c} for p, c in tasks.load_task("verses", "train")[:4]]
+    scores = score_experts(model, rows, tokenizer=tokenizer, answers_only=True, progress=False)
+    (batch,) = text_batches(rows, tokenizer, answers_only=True)
+    assert scores.num_tokens == int((batch["labels"] != -100).sum())
+    assert scores == score_experts(model, [batch], answers_only=True, progress=False)
+
+
 def test_samples_are_cut_and_batches_are_lazy(tokenizer):
     def endless():
         while True:
@@ -56,9 +116,9 @@ def test_scores_of_texts_do_not_depend_on_the_batch_size(tokenizer):
 
 
 def test_bad_rows_are_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"neither a string nor has a text or messages entry: \['prompt'\]"):
+    with pytest.raises(ValueError, match="it has prompt; needed: text, messages, or prompt and completion"):
         list(text_batches([{"prompt": "x"}], tokenizer))
-    with pytest.raises(ValueError, match="messages entry: int"):
+    with pytest.raises(ValueError, match="it is a int; needed"):
         list(text_batches([3], tokenizer))
     with pytest.raises(ValueError, match=r"the chat template does not take its messages: .*chat_template"):
         list(text_batches([{"messages": [{"role": "user", "content": "Who?"}]}], tokenizer))

@@ -187,7 +187,7 @@ def test_answers_only_counts_the_trained_tokens():
     tokens = random_tokens(2, 8)
     labels = tokens.clone()
     labels[0, :5] = labels[1, :] = -100
-    mask = (labels != -100).long()
+    mask = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0], [0] * 8])  # each predicts a token that counts
     recorded = RecordedRouting(model)
     scores = score_experts(model, [{"input_ids": tokens, "labels": labels}], answers_only=True, progress=False)
     assert (scores.num_tokens, scores.num_samples) == (3, 1)
@@ -344,7 +344,7 @@ def test_answers_of_packed_samples_are_those_of_samples_in_rows():
     remaining = {"text": 100, "decoder": 100}
     stream = streams_of_batch(packed, remaining, 0, answers_only=True)["text"]
     # The collator puts -100 at the first token of each sample: the third has no answer, so it is no sample.
-    assert stream.sample_of_token.tolist() == [-1, -1, 0, 0, -1, 1, -1]
+    assert stream.sample_of_token.tolist() == [-1, 0, 0, -1, 1, -1, -1]
     assert (stream.num_samples, stream.lengths.tolist()) == (2, [2, 1, 0])
     scores = score_experts(tiny_model("olmoe"), [packed], answers_only=True, progress=False)
     assert (scores.num_tokens, scores.num_samples) == (3, 2)
