@@ -15,10 +15,10 @@ demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
 	$(RUN) examples/demo.py
 
 test: $(VENV)/.installed ## the default test suite
-	$(RUN) -m pytest -q -m "not slow" --cov --cov-report=term --cov-fail-under=95
+	$(RUN) -m pytest -q -m "not slow" --numprocesses 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
 
 test-slow: $(VENV)/.installed ## the tests that take long: engines, trainers, long sequences
-	$(RUN) -m pytest -q -m slow
+	$(RUN) -m pytest -q -m slow --numprocesses 2 --dist worksteal
 
 test-oldest: ## the core of the suite on the oldest supported torch, transformers and PEFT
 	$(PYTHON) -m venv --clear $(VENV)-oldest
