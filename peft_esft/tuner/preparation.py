@@ -98,7 +98,7 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
-    """Refuses names under which torch cannot keep parameters, or PEFT cannot save them.
+    """Refuses names under which torch cannot keep parameters, or PEFT cannot save them: a name is also a folder's.
 
     Args:
         adapter_name: the name.
@@ -107,11 +107,11 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     Raises:
         ValueError: with a name that works.
     """
-    is_name = isinstance(adapter_name, str) and adapter_name and not {".", "\n"} & set(adapter_name)
+    is_name = isinstance(adapter_name, str) and adapter_name and not set(".\n\0/\\") & set(adapter_name)
     if not is_name or adapter_name == BASE or any(hasattr(kind(), adapter_name) for kind in _CONTAINERS_BY_NAME):
         raise ValueError(
-            f"{adapter_name!r} cannot be an adapter's name: a name is a text without dots and line breaks, not "
-            f"{BASE!r}, and not one that torch uses itself, such as 'train' or 'keys'. 'law-v1_0' is one"
+            f"{adapter_name!r} cannot be an adapter's name: a name is a text without dots, slashes and line "
+            f"breaks, not {BASE!r}, and not one that torch uses itself, such as 'train' or 'keys'. 'law-v1_0' is one"
         )
     if adapter_name.startswith(PREFIX) or adapter_name in _reserved_names(model):
         raise ValueError(

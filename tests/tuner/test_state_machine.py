@@ -576,6 +576,12 @@ def test_some_sequences_of_operations(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ten_thousand_operations(family):
+def test_twenty_thousand_operations(family):
     # Fewer operations apply to lists of experts, so its sequences are shorter.
-    assert run(family, examples=80 if family == "listed" else 75, steps=50) >= 2500
+    assert run(family, examples=125 if family == "listed" else 108, steps=50) >= 5000
+
+
+@pytest.mark.slow
+def test_compiled_calls_among_the_operations():
+    torch._dynamo.reset()
+    assert run("olmoe", examples=8, steps=30, is_compilable=True) >= 240

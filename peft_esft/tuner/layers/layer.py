@@ -86,7 +86,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            # A module may have a `__deepcopy__` of its own, as parametrized ones do: it would copy that module alone.
+            if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
 
