@@ -37,7 +37,8 @@ def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str
         FileExistsError: if `out_dir` holds something.
         NotImplementedError: if the base is quantised.
     """
-    base, adapter = Base(Path(base_dir)), AdapterFolder(adapter_dir)
+    base = Base(Path(base_dir))
+    adapter = AdapterFolder(adapter_dir).fitted_to(base)
     changes = adapter.changes(base)
     replaced = _replaced_by_modules_to_save(base, adapter)
     with new_folder(out_dir) as folder:

@@ -92,7 +92,7 @@ def export_official(adapter_dir: str | Path, base: nn.Module | str | Path, out_d
         FileExistsError: if `out_dir` holds something.
     """
     resolved = Base(base)
-    adapter = AdapterFolder(adapter_dir)
+    adapter = AdapterFolder(adapter_dir).fitted_to(resolved)
     if adapter.other_tensors():
         raise ValueError(f"the original code's files have no place for modules_to_save: {adapter.other_tensors()[:4]}")
     changes = adapter.changes(resolved)

@@ -62,7 +62,7 @@ class TensorFolder:
 
     def read(self, key: str) -> Tensor:
         """A tensor of a file that is mapped into memory. Only what is used of it is read from the disk."""
-        return read_tensor(self.entries[key], key)
+        return read_tensor(self.entries[key])
 
     def overwrite(self, key: str, folder: Path, tensor: Tensor, num_blocks: int = 1, block: int = 0) -> None:
         """Writes a tensor over one of the equal blocks of another, in the copy of its file that is in `folder`."""

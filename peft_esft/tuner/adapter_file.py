@@ -41,11 +41,13 @@ class TensorEntry:
 
     Attributes:
         file: the file.
+        key: its key in the file.
         dtype: its dtype.
         shape: its shape.
     """
 
     file: Path
+    key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -72,7 +74,7 @@ def read_header(file: Path) -> Header:
                 part = opened.get_slice(key)
                 shape = tuple(part.get_shape())
                 dtype = (part[:0] if shape else opened.get_tensor(key)).dtype
-                header[key] = TensorEntry(file, dtype, shape)
+                header[key] = TensorEntry(file, key, dtype, shape)
     except (SafetensorError, OSError, ValueError, OverflowError, IndexError) as error:
         if not file.is_file():
             raise
@@ -92,16 +94,19 @@ def read_pickled_header(file: Path) -> Header:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{file} holds something else than tensors by name")
-    return {str(key): TensorEntry(file, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    return {
+        key: TensorEntry(file, key, tensor.dtype, tuple(tensor.shape))
+        for key, tensor in ((str(key), tensor) for key, tensor in tensors.items())
+    }
 
 
-def read_tensor(entry: TensorEntry, key: str) -> Tensor:
+def read_tensor(entry: TensorEntry) -> Tensor:
     """The values of a tensor, mapped into memory and not copied; those of a pickled file are read."""
     if entry.file.suffix != ".safetensors":
-        pickled: Tensor = torch.load(entry.file, map_location="cpu", weights_only=True)[key]
+        pickled: Tensor = torch.load(entry.file, map_location="cpu", weights_only=True)[entry.key]
         return pickled
     with safe_open(entry.file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(key)
+        tensor: Tensor = opened.get_tensor(entry.key)
     return tensor
 
 

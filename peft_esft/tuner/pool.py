@@ -22,6 +22,7 @@ from .file_contents import check_finite_header, compare_entries
 from .loading import expected_entries
 from .mixed_batch import BASE
 from .model import ESFTModel, adapters_lock
+from .other_classes import moved_keys
 from .preparation import check_adapter_name
 
 
@@ -257,9 +258,11 @@ class AdapterPool:
             self._resident[name] = None
 
     def _attach(self, name: str, own: _HostCopy) -> None:
-        self.model.add_adapter(name, copy.deepcopy(own.config), low_cpu_mem_usage=True)
+        config = copy.deepcopy(own.config)
+        self.model.add_adapter(name, config, low_cpu_mem_usage=True)
         # Copies: the first rows of a layer become its bank, in which others lie later.
         weights = {key: tensor.clone() for key, tensor in own.weights.items()}
+        weights = moved_keys(weights, config.prefixes)
         compare_entries(weights, expected_entries(self.model, own.config, name))
         set_peft_model_state_dict(self.model, weights, adapter_name=name, low_cpu_mem_usage=True)
         for layer in self._tuner._layers():
