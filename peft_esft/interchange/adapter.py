@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..ops.deltas import add_deltas
@@ -22,6 +21,7 @@ from ..tuner.fingerprint import compare_bases
 from ..tuner.messages import shortened
 from ..tuner.other_classes import find_prefixes, moved_keys
 from .base import Base, Rows
+from .repositories import local_folder
 from .tensor_files import TensorFolder
 
 
@@ -48,7 +48,7 @@ class AdapterFolder:
     """An adapter on disk. Its config and the header of its weights are read at once, single tensors on demand.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`; or a name on the Hub.
 
     Attributes:
         config: its config.
@@ -56,11 +56,11 @@ class AdapterFolder:
 
     Raises:
         ValueError: if a file is malformed or too large, or the adapter is not of ESFT.
-        FileNotFoundError: if a file is missing. Pickled weights (`.bin`) are never read.
+        OSError: if there is no such adapter, or a file is missing. Pickled weights (`.bin`) are never read.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = local_folder(folder)
         self.config = read_config(self.folder)
         if not (self.folder / SAFETENSORS_WEIGHTS_NAME).exists():
             message = f"{self.folder} has no {SAFETENSORS_WEIGHTS_NAME}"
@@ -196,8 +196,3 @@ def write_adapter(folder: Path, config: ESFTConfig, tensors: dict[str, Tensor]) 
     config.inference_mode = True
     write_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, config.adapted_experts)
     config.save_pretrained(str(folder))
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file as PEFT and transformers do."""
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata={"format": "pt"})

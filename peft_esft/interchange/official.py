@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ..ops.encodings import exact_delta
 from ..tuner.config import ESFTConfig
 from ..tuner.messages import shortened
-from .adapter import AdapterFolder, write_adapter, write_tensors
+from .adapter import AdapterFolder, write_adapter
 from .base import Base, Rows, task_type_of
 from .expert_cfg import EXPERT_CONFIG_NAME, expert_cfg_from_selection, read_expert_cfg, selection_from_expert_cfg
 from .folders import new_folder
-from .tensor_files import TensorFolder
+from .tensor_files import TensorFolder, write_tensors
 
 
 def import_official(
