@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..moe.architectures import READABLE_DTYPES
-from ..moe.containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts
+from ..moe.containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts, no_experts
 from ..moe.weights import ExpertWeight, ListedWeight, StackedWeight
 from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX
 from ..tuner.config import ESFTConfig
@@ -121,7 +121,7 @@ class Base:
             self.model = empty_model(self.folder, head)
         self.experts = find_experts(self.model)
         if not self.experts:
-            raise ValueError(f"{type(self.model).__name__} has no experts container of a known kind")
+            raise ValueError(no_experts(self.model))
         self.shared = find_shared_experts(self.model)
         self.others = find_other_modules(self.model)[0]
         self.modules = self.experts | self.shared | self.others

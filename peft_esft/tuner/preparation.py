@@ -9,7 +9,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..moe.containers import ExpertsContainer, find_experts
+from ..moe.containers import ExpertsContainer, find_experts, no_experts
 from .config import ESFTConfig
 from .file_contents import check_rank
 from .fingerprint import check_num_experts
@@ -85,8 +85,8 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     experts = find_experts(model)
     if not experts:
         raise ValueError(
-            f"{type(model).__name__} has no experts container of a known kind. ESFT needs a "
-            "mixture-of-experts model whose experts are fused parameters or a list of modules beside a router."
+            f"{no_experts(model)}. ESFT needs a mixture-of-experts model whose experts are fused parameters or a list "
+            "of modules beside a router."
         )
     whole = full_modules(model, peft_config.train_shared_experts, peft_config.train_non_expert_modules)
     if not peft_config.target_experts and not whole:
