@@ -208,7 +208,7 @@ def find_other_modules(model: nn.Module) -> tuple[dict[str, ExpertsContainer], l
         if location.path in taken:
             return []
         own = [name for name, _ in location.module.named_parameters(recurse=False)]
-        if own and not any(path.startswith(f"{location.path}.") for path in taken):
+        if own and not any(path.startswith(location.path_of("")) for path in taken):
             return [_describe_whole(location)]
         left_out.extend(map(location.path_of, own))
         return None
