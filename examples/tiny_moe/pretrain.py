@@ -136,6 +136,9 @@ def build_deepseek() -> DeepseekV2ForCausalLM:
             qk_nope_head_dim=16,
             qk_rope_head_dim=16,
             v_head_dim=32,
+            # One group of experts is none; vLLM does not know None, which means the same.
+            n_group=1,
+            topk_group=1,
             **SETTINGS,
         )
     )

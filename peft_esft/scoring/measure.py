@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..moe.containers import ExpertsContainer, find_experts
+from ..moe.containers import ExpertsContainer, find_experts, no_experts
 from ..moe.routing import Routing
 from .batches import batch_size_of, check_batch, is_encoder_decoder, text_batches, to_device, with_decoder_inputs
 from .processes import ProcessShare, batches_in_step
@@ -158,7 +158,7 @@ def score_experts(
         raise ValueError(f"max_tokens is {max_tokens}; it is at least 1")
     containers = find_experts(model)
     if not containers:
-        raise ValueError(f"{type(model).__name__} has no experts container of a known kind; nothing can be scored")
+        raise ValueError(f"nothing can be scored: {no_experts(model)}")
     if tokenizer is not None:
         batches = text_batches(batches, tokenizer)
 

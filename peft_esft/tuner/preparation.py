@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..moe.containers import ExpertsContainer, find_experts
+from ..moe.containers import ExpertsContainer, find_experts, no_experts
 from .config import ESFTConfig
 from .file_contents import check_rank
 from .fingerprint import check_num_experts
 from .layers.expert_parallel import check_expert_parallel, shares_out_experts
 from .layers.layer import PREFIX
 from .mixed_batch import BASE
+from .other_classes import Prefixes, find_prefixes
 from .targets import full_modules, not_excluded, resolve_target_experts
 from .trainable import check_trainable, warn_of_slow_layouts
 
@@ -32,12 +34,14 @@ class ResolvedConfig:
         selection: the same, and modules that are trained whole, each as its only expert.
         containers: those of the selection that no option of the config excludes.
         experts: all experts containers of the model.
+        prefixes: how the config's paths change, if it was made over another class of the same checkpoint.
     """
 
     target_experts: dict[str, list[int]]
     selection: dict[str, list[int]]
     containers: dict[str, ExpertsContainer]
     experts: dict[str, ExpertsContainer]
+    prefixes: Prefixes
 
     @property
     def nbytes(self) -> int:
@@ -81,8 +85,8 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     experts = find_experts(model)
     if not experts:
         raise ValueError(
-            f"{type(model).__name__} has no experts container of a known kind. ESFT needs a "
-            "mixture-of-experts model whose experts are fused parameters or a list of modules beside a router."
+            f"{no_experts(model)}. ESFT needs a mixture-of-experts model whose experts are fused parameters or a list "
+            "of modules beside a router."
         )
     whole = full_modules(model, peft_config.train_shared_experts, peft_config.train_non_expert_modules)
     if not peft_config.target_experts and not whole:
@@ -91,10 +95,13 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
             "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
         )
     target_experts = resolve_target_experts(peft_config.target_experts or {}, experts)
+    prefixes = find_prefixes(peft_config.target_experts or {}, experts)
+    peft_config = copy.copy(peft_config)
+    peft_config.move(prefixes)
     check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, experts)
     selection = {**target_experts, **{path: [0] for path in whole}}
     containers = {path: (experts | whole)[path] for path in not_excluded(peft_config.module_options, selection)}
-    return ResolvedConfig(target_experts, selection, containers, experts)
+    return ResolvedConfig(target_experts, selection, containers, experts, prefixes)
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
