@@ -111,6 +111,9 @@ class DeviceTensor(Tensor):
     def __repr__(self, **_: Any) -> str:
         return f"DeviceTensor({self.inner})"
 
+    def __format__(self, spec: str) -> str:
+        return self.item().__format__(spec) if self.dim() == 0 else super().__format__(spec)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
@@ -396,6 +399,8 @@ class SimulatedDevice(TorchDispatchMode):
             groups = kwargs.get("offs", args[2] if len(args) > 2 else None)
             shape = (left.shape[0], right.shape[-1])
             return left.new_empty(shape if right.dim() == 3 else (len(groups), *shape))
+        if name == "_conj":  # a view whose mark a wrapper does not carry
+            return torch.conj_physical(args[0])
         if name in ("_softmax", "_log_softmax") and args[2]:  # from half to float, which the CPU does not have
             return func(args[0].float(), args[1], False)
         if name in ("_softmax_backward_data", "_log_softmax_backward_data") and args[3] == torch.float16:

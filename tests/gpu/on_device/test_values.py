@@ -55,8 +55,7 @@ def test_a_step_on_the_device_is_the_hosts(family, dtype, size, card):
 def test_a_step_of_all_families(family, size):
     expected = step(family, torch.float32, size, "cpu")
     with SimulatedDevice(AMPERE):
-        # deepseek_v2 turns its queries with complex numbers, which the simulation rounds otherwise.
-        check(step(family, torch.float32, size, DEVICE), expected, 1e-2 if family == "deepseek_v2" else 1e-4)
+        check(step(family, torch.float32, size, DEVICE), expected, TOLERANCES[torch.float32])
 
 
 @pytest.mark.slow
@@ -72,7 +71,8 @@ def test_all_architectures_run_and_train(model_type):
         model = get_peft_model(base, config)
         output = output_of(model.get_base_model()(**inputs))
         output.float().square().mean().backward()
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        # Experts of images have none in a batch of text.
+        gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
         return [on_host(tensor.detach()).float() for tensor in (output, *gradients)]
 
     expected = outputs("cpu")
@@ -80,7 +80,7 @@ def test_all_architectures_run_and_train(model_type):
         found = outputs(DEVICE)
     assert len(found) == len(expected)
     for own, other in zip(found, expected, strict=True):
-        assert (own - other).norm() <= 1e-2 * other.norm().clamp(min=1e-6)
+        assert (own - other).norm() <= 1e-3 * other.norm().clamp(min=1e-6)
 
 
 def _moved(value, device):
