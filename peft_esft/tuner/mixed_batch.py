@@ -75,7 +75,7 @@ class AdapterBatch:
             places = torch.tensor([self.adapters.index(name) for name in self.names])
             rows = places.new_zeros(key[0]) if repeats is None else places.repeat_interleave(repeats)
             with torch.inference_mode(False):
-                self._indices[key] = rows.to(tensor.device)
+                self._indices[key] = rows.to(tensor.device, non_blocking=True)
         return self._indices[key]
 
     def names_of_rows(self, tensor: Tensor, module: nn.Module, known: Container[str], path: str) -> list[str]:

@@ -54,7 +54,7 @@ class PoolStatistics:
 
 @dataclass(frozen=True)
 class _HostCopy:
-    """An adapter in host memory: its config, and its tensors as the file has them."""
+    """An adapter's config, and its tensors as the file has them, in host memory; for a moment on the device."""
 
     config: ESFTConfig
     weights: dict[str, Tensor]
@@ -205,8 +205,9 @@ class AdapterPool:
             copies = {name: self._read(name).result() for name in names if name not in self._resident}
             for name, own in copies.items():
                 self._sizes[name] = self._nbytes(own.config)
+            self._check_size(names)
+            copies = {name: self._on_device(own) for name, own in copies.items()}
             with self._condition:
-                self._check_size(names)
                 self._condition.wait_for(lambda: self._makes_room(names))
                 missing = [name for name in names if name not in self._resident]
                 # Unless one was dropped that was still there when the files were read.
@@ -281,14 +282,27 @@ class AdapterPool:
     def _attach(self, name: str, own: _HostCopy) -> None:
         config = copy.deepcopy(own.config)
         self.model.add_adapter(name, config, low_cpu_mem_usage=True)
-        # Copies: the first rows of a layer become its bank, in which others lie later.
-        weights = {key: tensor.clone() for key, tensor in own.weights.items()}
-        weights = moved_keys(weights, config.prefixes)
+        # No copies: what lives on are the rows, which `freeze_layers` computes, or loading itself has copied.
+        weights = moved_keys(own.weights, config.prefixes)
         compare_entries(weights, expected_entries(self.model, own.config, name))
-        set_peft_model_state_dict(self.model, weights, adapter_name=name, low_cpu_mem_usage=True)
+        set_peft_model_state_dict(self.model, dict(weights), adapter_name=name, low_cpu_mem_usage=True)
         for layer in self._tuner._layers():
             if name in layer.adapters:
                 layer._move_adapter_to_device_of_base_layer(name)
+
+    def _on_device(self, own: _HostCopy) -> _HostCopy:
+        """The same on the device. It is copied on a stream of its own, beside what requests compute."""
+        device = self._tuner._layers()[0].compute_device
+        if device.type != "cuda":
+            return own
+        stream = torch.Stream(device)
+        with stream:
+            weights = {key: tensor.to(device, non_blocking=True) for key, tensor in own.weights.items()}
+        stream.synchronize()
+        for tensor in weights.values():
+            # Used on another stream than it was made on: its memory is not given away while that one may read it.
+            tensor.record_stream(torch.accelerator.current_stream(device))
+        return _HostCopy(own.config, weights)
 
     def _delete(self, name: str) -> None:
         with adapters_lock:

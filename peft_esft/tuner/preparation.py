@@ -18,7 +18,7 @@ from .layers.layer import PREFIX
 from .mixed_batch import BASE
 from .other_classes import Prefixes, find_prefixes
 from .targets import full_modules, not_excluded, resolve_target_experts
-from .trainable import check_trainable, warn_of_slow_layouts
+from .trainable import check_trainable, warn_of_replaced_kernels, warn_of_slow_layouts
 
 
 _CONTAINERS_BY_NAME = (nn.ParameterDict, BufferDict)
@@ -73,6 +73,7 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
             check_trainable(container)
     check_rank(peft_config.rank, resolved.containers.values())
     warn_of_slow_layouts(resolved.containers.values())
+    warn_of_replaced_kernels(resolved.containers.values())
     return resolved
 
 
