@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -71,10 +73,26 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
             check_expert_parallel(container)
         else:
             check_trainable(container)
+    if not peft_config.inference_mode:
+        _warn_of_balancing(model)
     check_rank(peft_config.rank, resolved.containers.values())
     warn_of_slow_layouts(resolved.containers.values())
     warn_of_replaced_kernels(resolved.containers.values())
     return resolved
+
+
+def _warn_of_balancing(model: nn.Module) -> None:
+    """Says what the router's balancing loss costs if the model adds it to its loss."""
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    coefficient = getattr(text_config, "router_aux_loss_coef", 0)
+    if getattr(text_config, "output_router_logits", False) and coefficient:
+        warnings.warn(
+            f"output_router_logits is on, so {coefficient:g} times the router's balancing loss is added to the loss. "
+            "The routers are frozen, and that loss pulls the task away from its experts. Turn it off: "
+            "model.config.output_router_logits = False, or with TRL SFTConfig(router_aux_loss_coef=0.0)",
+            stacklevel=2,
+        )
 
 
 def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
