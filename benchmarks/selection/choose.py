@@ -59,7 +59,7 @@ def carry_out(bases: Iterable[str], folder: Path = FOLDER, limit: int | None = N
         if trial.base not in benches:
             benches[trial.base] = Workbench(trial.base)
         started = time.monotonic()
-        record = benches[trial.base].execute(trial)
+        record = benches[trial.base].execute(trial, store.records)
         store.append(record)
         done += 1
         print(f"{time.monotonic() - started:4.0f} s  {_describe(record)}", flush=True)

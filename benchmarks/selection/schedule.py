@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cells import ANSWERS, BASES, CELLS, FRESH, PLAIN, SEEN, Cell
@@ -45,25 +45,24 @@ def schedule(store: Store) -> Iterator[Trial]:
     seen = tuple(cell for cell in CELLS if cell in SEEN)
     plain = [cell for cell in (*FRESH, *seen) if cell.task in PLAIN]
     answers = [cell for cell in (*FRESH, *seen) if cell.task in ANSWERS]
-    main = ("token", "gradnorm", "sink")
     small = ("token", "gradnorm")
+    main = (*small, "sink", "contrast")
     for cells in (FRESH, seen):
         for cell in cells:
             yield Trial(*cell, "base", 0.0, 0.0)
-            yield from _trials([cell], main)
-            if cell.task in PLAIN:
-                yield from _trials([cell], ("gradnorm_rest", "sink_last"))
+            yield from _trials([cell], ("token", "gradnorm", "sink" if cell.task in PLAIN else "answers", "contrast"))
             yield from _trials([cell], small, top_p=SMALL)
-    yield from _trials(CELLS, ("contrast",))
-    yield from _trials(answers, ("answers",))
+    yield from _trials(plain, ("gradnorm_rest",))
     for seed in LATER_SEEDS:
         for cells in (FRESH, seen):
-            yield from _trials(cells, ("token", "gradnorm", "contrast"), seed=seed)
             yield from _trials(cells, small, top_p=SMALL, seed=seed)
+            yield from _trials(cells, ("token", "gradnorm", "contrast"), seed=seed)
+    yield from _trials(plain, ("sink_last",))
+    yield from _trials(answers, ("sink",))
     yield from _trials(CELLS, ("random",))
     yield from _trials(CELLS, ("all",), top_p=0.0, lr=ALL_LRS[0])
     for lr in OTHER_LRS:
-        yield from _trials(CELLS, (*main, "contrast"), lr=lr)
+        yield from _trials(CELLS, main, lr=lr)
     for seed in LATER_SEEDS:
         yield from _trials(answers, ("answers",), seed=seed)
         yield from _trials(CELLS, ("sink", "random"), seed=seed)
@@ -74,7 +73,7 @@ def schedule(store: Store) -> Iterator[Trial]:
     yield from _trials(CELLS, ("contrast", "random"), top_p=SMALL)
     yield from _trials(CELLS, ("all",), top_p=0.0, lr=ALL_LRS[1])
     for cell in CELLS:
-        for criterion in (*main, "contrast"):
+        for criterion in main:
             yield from _trials([cell], (criterion,), LATER_SEEDS, lr=chosen_lr(store, cell, criterion))
     yield from _trials(CELLS, small, LATER_SEEDS, where="global")
     yield from _trials(CELLS, ("gate", "saliency"), LATER_SEEDS)
@@ -92,8 +91,8 @@ def without_repeats(trials: Iterable[Trial], bases: Iterable[str] = BASES) -> It
 def chosen_lr(store: Store, cell: Cell, criterion: str) -> float:
     """The learning rate of the least validation loss of seed 0; `SAME_LR` as long as there is no other trial."""
     found = store.select(base=cell.base, task=cell.task, criterion=criterion, top_p=USUAL, seed=0, where="layer")
-    by_loss: Callable[[dict[str, float]], float] = lambda record: record["validation"]  # noqa: E731
-    return min(found, key=by_loss)["lr"] if found else SAME_LR
+    losses = {record["lr"]: record["validation"] for record in found}
+    return min(losses, key=lambda lr: losses[lr]) if losses else SAME_LR
 
 
 def _trials(

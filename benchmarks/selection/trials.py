@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -48,18 +49,30 @@ class Workbench:
         """The examples of a task."""
         return load(task, split)[: self.rows]
 
-    def execute(self, trial: Trial) -> Record:
-        """Trains and measures; the record has the trial's fields and what came of it."""
+    def execute(self, trial: Trial, earlier: Iterable[Record] = ()) -> Record:
+        """Trains and measures.
+
+        Args:
+            trial: what to do.
+            earlier: results of this base; one of the same experts, learning rate and seed is taken over.
+
+        Returns:
+            The trial's fields and what came of it.
+        """
         selection, cost = self._select(trial)
+        experts = None if selection is None else [sorted(selection.get(path, ())) for path in self.paths]
+        same = {"task": trial.task, "lr": trial.lr, "seed": trial.seed, "experts": experts}
+        for record in earlier:
+            if experts is not None and all(record[name] == value for name, value in same.items()):
+                return {**record, **asdict(trial), **cost}
         torch.manual_seed(trial.seed)
         model = self._prepare(trial, selection)
         seconds = self._train(model, trial)
-        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         return {
             **asdict(trial),
             **self._measure(model, trial.task),
-            "experts": None if selection is None else [sorted(selection.get(path, ())) for path in self.paths],
-            "trained_parameters": trained,
+            "experts": experts,
+            "trained_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
             "cpu_seconds": round(seconds, 1),
             **cost,
         }
