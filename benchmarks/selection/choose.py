@@ -4,7 +4,7 @@
 
 Runs the trials that have no result yet; each result is one line, written when its trial ends, so the command can be
 stopped at any time and started again. Two processes may run at once, one for each base. At the end the page is written
-anew, which `pages.py` does at any time.
+anew, which `choosing_page.py` does at any time.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "paper"), str(HERE.parent), str(ROOT / "examples" / "tiny_moe")]
 
-import pages  # noqa: E402
+import choosing_page  # noqa: E402
 from cells import BASES  # noqa: E402
 from reporting import RESULTS  # noqa: E402
 from schedule import Trial, schedule, without_repeats  # noqa: E402
@@ -49,8 +49,12 @@ def carry_out(bases: Iterable[str], folder: Path = FOLDER, limit: int | None = N
     """
     stores = {base: Store(folder / f"{base}.jsonl") for base in BASES}
     benches: dict[str, Workbench] = {}
+
+    def find(*, base: str, **wanted: object) -> list[Record]:
+        return stores[base].select(**wanted)
+
     done = 0
-    for trial in without_repeats(schedule(_Both(stores)), bases):
+    for trial in without_repeats(schedule(find), bases):
         store = stores[trial.base]
         if store.select(**asdict(trial)):
             continue
@@ -64,16 +68,6 @@ def carry_out(bases: Iterable[str], folder: Path = FOLDER, limit: int | None = N
         done += 1
         print(f"{time.monotonic() - started:4.0f} s  {_describe(record)}", flush=True)
     return done
-
-
-class _Both:
-    """The records of both bases."""
-
-    def __init__(self, stores: dict[str, Store]) -> None:
-        self.stores = stores
-
-    def select(self, **wanted: object) -> list[Record]:
-        return self.stores[str(wanted["base"])].select(**wanted)
 
 
 def _describe(record: Record) -> str:
@@ -92,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(1)
     carry_out([arguments.base] if arguments.base else BASES, limit=arguments.limit)
     if not arguments.base:
-        pages.main()
+        choosing_page.main()
 
 
 if __name__ == "__main__":

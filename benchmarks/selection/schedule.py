@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from cells import ANSWERS, BASES, CELLS, FRESH, PLAIN, SEEN, Cell
-from store import Store
+from store import Record
 
 
 SAME_LR = 3e-3
@@ -15,6 +15,7 @@ SEEDS = (0, 1, 2)
 LATER_SEEDS = SEEDS[1:]
 SMALL, USUAL, LARGE = 0.1, 0.2, 0.4  # p of the token share; it sets how many experts every criterion gets
 ALL_LRS = (3e-4, 1e-3)  # of training all experts, the reference
+Find = Callable[..., list[Record]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,13 @@ class Trial:
     where: str = "layer"
 
 
-def schedule(store: Store) -> Iterator[Trial]:
-    """The trials in order. Learning rates that earlier trials decide are looked up when they are reached."""
+def schedule(find: Find) -> Iterator[Trial]:
+    """The trials in order.
+
+    Args:
+        find: gives the records whose fields have given values. Learning rates that earlier trials decide are looked
+            up when they are reached.
+    """
     seen = tuple(cell for cell in CELLS if cell in SEEN)
     plain = [cell for cell in (*FRESH, *seen) if cell.task in PLAIN]
     answers = [cell for cell in (*FRESH, *seen) if cell.task in ANSWERS]
@@ -74,7 +80,7 @@ def schedule(store: Store) -> Iterator[Trial]:
     yield from _trials(CELLS, ("all",), top_p=0.0, lr=ALL_LRS[1])
     for cell in CELLS:
         for criterion in main:
-            yield from _trials([cell], (criterion,), LATER_SEEDS, lr=chosen_lr(store, cell, criterion))
+            yield from _trials([cell], (criterion,), LATER_SEEDS, lr=chosen_lr(find, cell, criterion))
     yield from _trials(CELLS, small, LATER_SEEDS, where="global")
     yield from _trials(CELLS, ("gate", "saliency"), LATER_SEEDS)
 
@@ -88,9 +94,9 @@ def without_repeats(trials: Iterable[Trial], bases: Iterable[str] = BASES) -> It
             yield trial
 
 
-def chosen_lr(store: Store, cell: Cell, criterion: str) -> float:
+def chosen_lr(find: Find, cell: Cell, criterion: str) -> float:
     """The learning rate of the least validation loss of seed 0; `SAME_LR` as long as there is no other trial."""
-    found = store.select(base=cell.base, task=cell.task, criterion=criterion, top_p=USUAL, seed=0, where="layer")
+    found = find(base=cell.base, task=cell.task, criterion=criterion, top_p=USUAL, seed=0, where="layer")
     losses = {record["lr"]: record["validation"] for record in found}
     return min(losses, key=lambda lr: losses[lr]) if losses else SAME_LR
 
