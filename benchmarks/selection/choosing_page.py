@@ -21,6 +21,7 @@ from peft_esft.analysis.drawing import PRINT, Plot, Style, render  # noqa: E402
 
 from cells import ANSWERS, BASES, CELLS, FRESH, PLAIN, Cell  # noqa: E402
 from evidence import (  # noqa: E402
+    MEASURES,
     REFERENCE,
     Changes,
     Evidence,
@@ -31,10 +32,11 @@ from evidence import (  # noqa: E402
     spread,
     task_change,
     task_loss,
+    unseen_change,
     whole_change,
 )
 from reporting import RESULTS, fill_tables  # noqa: E402
-from schedule import LARGE, SAME_LR, SEEDS, SMALL, USUAL, schedule, without_repeats  # noqa: E402
+from schedule import ALL_LRS, LARGE, SAME_LR, SEEDS, SMALL, USUAL, schedule, without_repeats  # noqa: E402
 from store import Record, Store  # noqa: E402
 
 
@@ -61,8 +63,13 @@ ROWS = (
     *(Setting(name, LARGE) for name in ("gradnorm", "contrast")),
     *(Setting(name, lr=None) for name in ("gradnorm", "sink", "contrast")),
     *(Setting("token", top_p, reference_p=USUAL) for top_p in (SMALL, LARGE)),
+    *(Setting("all", 0.0, lr=lr, reference_p=USUAL, reference_lr=SAME_LR) for lr in ALL_LRS),
 )
-DRAWN = ("token", "gradnorm", "contrast", "random")
+DRAWN = {
+    **{name: [Setting(name, p, reference_p=USUAL) for p in (SMALL, USUAL, LARGE)]
+       for name in ("token", "gradnorm", "contrast", "random")},
+    "all": [Setting("all", 0.0, lr=ALL_LRS[0], reference_p=USUAL, reference_lr=SAME_LR)],
+}  # fmt: skip
 
 
 def load(folder: Path = FOLDER) -> list[Record]:
@@ -75,6 +82,7 @@ def tables(evidence: Evidence) -> dict[str, str]:
     return {
         "comparison": comparison(evidence),
         "tests": tests(evidence),
+        "unseen": unseen(evidence),
         "by_task": by_task(evidence),
         "cost": cost(evidence),
         "before": before(evidence),
@@ -85,7 +93,8 @@ def tables(evidence: Evidence) -> dict[str, str]:
 def comparison(evidence: Evidence) -> str:
     """Changes against the token share, a row for each setting that has results."""
     header = ("criterion", "experts", "lr", "task loss, %", "better in", "all cells, %", "with the first token, %",
-              "forgetting, nats", "all cells, nats", "pairs")  # fmt: skip
+              "forgetting, nats", "all cells, nats", "corrected p", "pairs")  # fmt: skip
+    corrected = {(test.setting, test.measure): p for test, _, _, p in evidence.tests()}
     rows = []
     for setting in ROWS:
         task = evidence.changes(setting, task_change)
@@ -93,10 +102,11 @@ def comparison(evidence: Evidence) -> str:
             continue
         whole, forgotten = (evidence.changes(setting, measure) for measure in (whole_change, forgetting_change))
         fresh = task.of(FRESH)
-        budget = f"p {setting.top_p:g}" if setting.reference_p else f"as p {setting.top_p:g}"
+        found = [f"{name.partition(',')[0]}: {corrected[setting, name]:.2f}" for name in MEASURES
+                 if (setting, name) in corrected]  # fmt: skip
         rows.append((
             NAMES[setting.criterion] + (", all layers together" if setting.where == "global" else ""),
-            budget,
+            _budget(setting),
             "own best" if setting.lr is None else f"{setting.lr:g}",
             _mean(fresh, 1),
             f"{sum(change < 0 for change in fresh)} of {len(fresh)}",
@@ -104,9 +114,18 @@ def comparison(evidence: Evidence) -> str:
             _mean(whole.of(FRESH), 1),
             _mean(forgotten.of(FRESH), 3),
             _mean(forgotten.of(CELLS), 3),
+            "; ".join(found),
             str(task.trials),
         ))  # fmt: skip
     return _markdown(header, rows)
+
+
+def _budget(setting: Setting) -> str:
+    if setting.criterion == "all":
+        return "all"
+    return (
+        f"p {setting.top_p:g}" if setting.criterion == REFERENCE and setting.reference_p else f"as p {setting.top_p:g}"
+    )
 
 
 def tests(evidence: Evidence) -> str:
@@ -131,6 +150,16 @@ def tests(evidence: Evidence) -> str:
     return _markdown(header, rows)
 
 
+def unseen(evidence: Evidence) -> str:
+    """Forgetting by contrast: on all domains, and on those whose text it does not see."""
+    header = ("cells", "all domains, nats", "domains that contrast does not see, nats", "pairs")
+    rows = []
+    for name, cells in (("fresh", FRESH), ("all", CELLS)):
+        found = [evidence.changes(Setting("contrast"), one, cells) for one in (forgetting_change, unseen_change)]
+        rows.append((name, *(_mean(changes.of(cells), 3) for changes in found), str(found[0].trials)))
+    return _markdown(header, rows)
+
+
 def by_task(evidence: Evidence) -> str:
     """What came out in each cell at the common learning rate: mean and standard deviation over the seeds."""
     header = ("base", "task", "criterion", "experts", "task loss", "first token", "with the first token", "exact, %",
@@ -144,7 +173,7 @@ def by_task(evidence: Evidence) -> str:
                 found = evidence.seeds(cell, name, top_p, where, SAME_LR)
                 label = f"p {top_p:g}" + (", all layers together" if where == "global" else "")
                 rows += [_result(cell, NAMES[name], label, found)] if found else []
-        for lr in (3e-4, 1e-3):
+        for lr in ALL_LRS:
             found = evidence.seeds(cell, "all", 0.0, "layer", lr)
             rows += [_result(cell, NAMES["all"], f"lr {lr:g}", found)] if found else []
     return _markdown(header, rows)
@@ -224,20 +253,20 @@ def progress(evidence: Evidence) -> str:
 def plot(evidence: Evidence) -> Plot:
     """Task loss and forgetting against trained bytes, relative to the token share at p = 0.2."""
     curves: dict[str, list[tuple[float, float, float, int]]] = {}
-    for name in DRAWN:
-        points = []
-        for top_p in (SMALL, USUAL, LARGE):
-            setting = Setting(name, top_p, reference_p=USUAL)
-            changes = evidence.changes(setting, task_change)
-            if len(changes.by_cell) == len(CELLS):
-                points.append((_share(evidence, setting), *_centre(changes), changes.trials))
+    for name, settings in DRAWN.items():
+        found = [(setting, evidence.changes(setting, task_change)) for setting in settings]
+        points = [
+            (_share(evidence, setting), *_centre(changes), changes.trials)
+            for setting, changes in found
+            if len(changes.by_cell) == len(CELLS)
+        ]
         if points:
             curves[NAMES[name]] = points
     return Plot(
         name="criteria",
         title="What is learned with the experts that a criterion chooses",
-        caption="Task loss over that of the token share at p = 0.2 in the same cell, mean and its standard error over "
-        "all fourteen cells. Lower is better.",
+        caption="Change of the task loss against the token share at p = 0.2, mean and standard error over the "
+        "fourteen cells. Lower is better.",
         header=("criterion", "trained_share", "change_of_task_loss", "standard_error", "pairs"),
         rows=[(name, *point) for name, points in curves.items() for point in points],
         draw=partial(_draw, curves=curves),
@@ -246,12 +275,18 @@ def plot(evidence: Evidence) -> Plot:
 
 def _share(evidence: Evidence, setting: Setting) -> float:
     """Per cent of all experts that are trained, mean over the cells."""
-    found = [
-        fmean(sum(map(len, record["experts"])) / (64 * len(record["experts"])) for record in records.values())
-        for cell in CELLS
-        if (records := evidence.seeds(cell, setting.criterion, setting.top_p, setting.where, SAME_LR))
-    ]
+    found = []
+    for cell in CELLS:
+        lr = SAME_LR if setting.lr is None else setting.lr
+        records = evidence.seeds(cell, setting.criterion, setting.top_p, setting.where, lr)
+        found += [_trained_share(record) for record in records.values()]
     return 100 * fmean(found)
+
+
+def _trained_share(record: Record) -> float:
+    """Both bases have 64 experts a layer."""
+    experts = record["experts"]
+    return 1.0 if experts is None else fmean(len(ids) / 64 for ids in experts)
 
 
 def _centre(changes: Changes) -> tuple[float, float]:
@@ -262,11 +297,19 @@ def _centre(changes: Changes) -> tuple[float, float]:
 def _draw(axes: Any, style: Style, curves: dict[str, list[tuple[float, float, float, int]]]) -> None:
     for place, (name, points) in enumerate(curves.items()):
         x, y, error, _ = zip(*points, strict=True)
-        shifted = [value + 0.06 * (place - 1) for value in x]
-        axes.errorbar(shifted, y, yerr=error, capsize=2, linewidth=1.4, label=name, **style.look(place))
+        apart = [value * 1.02 ** (place - 1) for value in x]
+        axes.errorbar(apart, y, yerr=error, capsize=2, linewidth=1.4, label=name, **style.look(place))
     axes.axhline(0, color=style.muted, linewidth=1, linestyle="--")
-    axes.set(xlabel="trained experts, % of all", ylabel="task loss over\ntoken share at p 0.2, %")
-    axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    axes.set(
+        xscale="log",
+        xlim=(2.4, 120),
+        xlabel="trained experts, % of all",
+        ylabel="task loss over\ntoken share at p 0.2, %",
+    )
+    axes.set_xticks((3, 5, 10, 30, 100), ("3", "5", "10", "30", "100"))
+    axes.set_xticks((), minor=True)
+    if curves:
+        axes.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
 
 
 def _mean(values: Sequence[float], digits: int) -> str:

@@ -66,6 +66,7 @@ class Setting:
         where: of the criterion; the token share has it by layer.
         lr: of both; None means each one's own best.
         reference_p: budget of the token share, if it is another one.
+        reference_lr: learning rate of the token share, if it is another one.
     """
 
     criterion: str
@@ -73,6 +74,7 @@ class Setting:
     where: str = "layer"
     lr: float | None = SAME_LR
     reference_p: float | None = None
+    reference_lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,9 @@ class Evidence:
             if cell not in cells:
                 continue
             own = self._at(cell, setting.criterion, setting.top_p, setting.where, setting.lr)
-            others = self._at(cell, REFERENCE, setting.reference_p or setting.top_p, "layer", setting.lr)
+            others = self._at(
+                cell, REFERENCE, setting.reference_p or setting.top_p, "layer", setting.reference_lr or setting.lr
+            )
             pairs = [measure(record, others[seed]) for seed, record in own.items() if seed in others]
             if pairs:
                 by_cell[cell] = fmean(pairs)

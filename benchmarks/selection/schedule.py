@@ -59,14 +59,13 @@ def schedule(find: Find) -> Iterator[Trial]:
             yield from _trials([cell], ("token", "gradnorm", "sink" if cell.task in PLAIN else "answers", "contrast"))
             yield from _trials([cell], small, top_p=SMALL)
     yield from _trials(plain, ("gradnorm_rest",))
-    for seed in LATER_SEEDS:
-        for cells in (FRESH, seen):
-            yield from _trials(cells, small, top_p=SMALL, seed=seed)
-            yield from _trials(cells, ("token", "gradnorm", "contrast"), seed=seed)
-    yield from _trials(plain, ("sink_last",))
-    yield from _trials(answers, ("sink",))
+    yield from _again(FRESH, seed=1)
     yield from _trials(CELLS, ("random",))
     yield from _trials(CELLS, ("all",), top_p=0.0, lr=ALL_LRS[0])
+    yield from _again(seen, seed=1)
+    yield from _again((*FRESH, *seen), seed=2)
+    yield from _trials(plain, ("sink_last",))
+    yield from _trials(answers, ("sink",))
     for lr in OTHER_LRS:
         yield from _trials(CELLS, main, lr=lr)
     for seed in LATER_SEEDS:
@@ -99,6 +98,12 @@ def chosen_lr(find: Find, cell: Cell, criterion: str) -> float:
     found = find(base=cell.base, task=cell.task, criterion=criterion, top_p=USUAL, seed=0, where="layer")
     losses = {record["lr"]: record["validation"] for record in found}
     return min(losses, key=lambda lr: losses[lr]) if losses else SAME_LR
+
+
+def _again(cells: Iterable[Cell], seed: int) -> Iterator[Trial]:
+    """What the hypotheses without the first position are about, with another seed."""
+    yield from _trials(cells, ("token", "gradnorm"), top_p=SMALL, seed=seed)
+    yield from _trials(cells, ("token", "gradnorm", "contrast"), seed=seed)
 
 
 def _trials(

@@ -204,6 +204,21 @@ def test_paired_tests():
     assert rank_correlation([1, 1, 2], [5, 5, 9]) == pytest.approx(1.0)
 
 
+def test_tables_say_what_was_measured():
+    records = []
+    for cell in CELLS:
+        records += [record(cell, "token", 2.0), record(cell, "gradnorm", 1.0 if cell in FRESH else 4.0, general=3.5)]
+    found = choosing_page.tables(Evidence(records))
+    (row,) = [line.strip("| ").split(" | ") for line in found["comparison"].splitlines()[2:]]
+    assert row[:6] == ["gradient norm", "as p 0.2", "0.003", "-69.3 ± 0.0", "9 of 9", "-19.8 ± 68.9"]
+    assert row[7:] == ["+0.500 ± 0.000", "+0.500 ± 0.000", "task loss: 0.02", "14"]  # 5 tests, each with p of 2 / 512
+    assert (
+        "| gradient norm | as p 0.2 | task loss, % | -69.3 ± 0.0 | -69.3 | -69.3 | 9 of 9 | 0.004 | 0.020 | 9 |"
+        in found["tests"]
+    )
+    assert "| in all |" in found["progress"] and found["cost"].count("\n") == 3
+
+
 def test_the_page_shows_the_committed_results():
     found = choosing_page.tables(Evidence(choosing_page.load()))
     page = (ROOT / "docs" / "criteria.md").read_text()
