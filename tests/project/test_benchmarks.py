@@ -20,11 +20,12 @@ for file in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/paper", "tools"])
+@pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/paper", "benchmarks/selection", "tools"])
 def test_every_script_can_be_imported(folder):
     files = sorted(str(file) for file in (ROOT / folder).glob("*.py"))
     assert files
-    paths = [ROOT / "benchmarks" / "paper", ROOT / "benchmarks", ROOT / "examples" / "tiny_moe", ROOT]
+    folders = ("benchmarks/selection", "benchmarks/paper", "benchmarks", "examples/tiny_moe", "")
+    paths = [ROOT / name for name in folders]
     start = "".join(f"import sys; sys.path.insert(0, {str(path)!r})\n" for path in paths)
     run = subprocess.run(
         [sys.executable, "-c", start + IMPORT_ALL, *files], capture_output=True, text=True, check=False
