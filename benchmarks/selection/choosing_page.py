@@ -297,7 +297,7 @@ def _centre(changes: Changes) -> tuple[float, float]:
 def _draw(axes: Any, style: Style, curves: dict[str, list[tuple[float, float, float, int]]]) -> None:
     for place, (name, points) in enumerate(curves.items()):
         x, y, error, _ = zip(*points, strict=True)
-        apart = [value * 1.02 ** (place - 1) for value in x]
+        apart = [min(100.0, value * 1.02 ** (place - 1)) for value in x]
         axes.errorbar(apart, y, yerr=error, capsize=2, linewidth=1.4, label=name, **style.look(place))
     axes.axhline(0, color=style.muted, linewidth=1, linestyle="--")
     axes.set(
