@@ -16,6 +16,7 @@ from .registration import after_import_of_peft, extend_peft_type, register  # no
 
 
 if TYPE_CHECKING:
+    from .moe.architectures import register_experts
     from .moe.containers import ExpertsContainer, find_experts
     from .scoring.batches import text_batches
     from .scoring.measure import score_experts
@@ -40,6 +41,7 @@ _HOMES = {
     "hotswap_adapter": "tuner.hotswap",
     "push_to_hub": "tuner.hub",
     "random_experts": "scoring.selection",
+    "register_experts": "moe.architectures",
     "score_experts": "scoring.measure",
     "select_experts": "scoring.selection",
     "text_batches": "scoring.batches",
@@ -60,6 +62,7 @@ __all__ = [
     "hotswap_adapter",
     "push_to_hub",
     "random_experts",
+    "register_experts",
     "score_experts",
     "select_experts",
     "text_batches",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Run = Callable[[argparse.Namespace], tuple[Any, str]]
 FORMS = ("rows", "int8", "int4", "int1")
 """The forms of `ops.encodings` for inference; named here too, so that `--help` need not load torch."""
-ADAPTER, BASE = "folder of the adapter", "folder of the base model"
+ADAPTER, BASE = "folder or Hub name of the adapter", "folder or Hub name of the base model"
 _ADAPTER: tuple[Kind, ...] = ("adapter",)
 _MODEL: tuple[Kind, ...] = ("model",)
 SELECTION_ONLY = "the selection without the weights"
@@ -45,6 +45,9 @@ def add_parser(commands: Any) -> None:
     add("base", type=Path, help=BASE)
     add("adapter", type=Path, help=ADAPTER)
     add("out", type=Path, help="folder for the checkpoint")
+    add("--revision", help="of a base on the Hub")
+    add("--variant", help="of the base's weights, for example fp16")
+    add("--untie", action="store_true", help="write a head of its own if the base's is its embeddings")
     text = "make a smaller file of an adapter, for inference"
     add = _adder(commands, "compact", _compact, text, adapter=_ADAPTER, base=_MODEL)
     add("adapter", type=Path, help=ADAPTER)
@@ -93,9 +96,10 @@ def _export(options: argparse.Namespace) -> tuple[Any, str]:
     from ..interchange.adapter import read_config
     from ..interchange.base import Base
     from ..interchange.folders import new_folder
+    from ..interchange.repositories import local_folder
     from ..tuner.targets import adapted_selection, resolve_target_experts
 
-    config = read_config(options.adapter)
+    config = read_config(local_folder(options.adapter))
     if options.selection_only:
         experts = Base(options.base).experts
         cfg = interchange.expert_cfg_from_selection(
@@ -114,7 +118,8 @@ def _export(options: argparse.Namespace) -> tuple[Any, str]:
 def _merge(options: argparse.Namespace) -> tuple[Any, str]:
     from .. import interchange
 
-    interchange.merge_checkpoint(options.base, options.adapter, options.out)
+    place = {"revision": options.revision, "variant": options.variant}
+    interchange.merge_checkpoint(options.base, options.adapter, options.out, **place, untie=options.untie)
     return {"out": str(options.out)}, f"merged checkpoint written to {options.out}"
 
 

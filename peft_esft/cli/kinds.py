@@ -42,11 +42,12 @@ def check_kinds(options: argparse.Namespace) -> None:
 
 
 def check_kind(name: str, wanted: Sequence[Kind]) -> None:
-    """Checks one path or Hub name.
+    """Checks one path or Hub name, or the one in `NAME=PATH`.
 
     Raises:
         ValueError: if it is of another kind or missing.
     """
+    name = name if Path(name).exists() else name.rpartition("=")[2]
     path = Path(name)
     if not path.exists():
         _check_hub_name(name, wanted)

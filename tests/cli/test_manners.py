@@ -102,6 +102,7 @@ def test_what_is_like_an_unknown_word_is_named(arguments, hint, capsys):
         ("score {}/law --data x --out y", f"{{}}/law is an ESFT adapter, not a model; give its base: {MODEL}"),
         ("score {}/empty --data x --out y", "{}/empty is a folder without config.json and adapter_config.json, not a"),
         (f"diff {MODEL} {{}}/law", f"{MODEL} is a model, not an ESFT adapter"),
+        (f"chat {MODEL} x={{}}/lora", "{}/lora is a PEFT adapter of type LORA, not an ESFT adapter"),
         ("merge {}/law {}/law {}/out", "{}/law is an ESFT adapter, not a model; give its base: "),
         (f"report {MODEL}", f"{MODEL} is a model, not a file of scores or an ESFT adapter"),
         (f"import {{}}/law --base {MODEL} --out x", "{}/law is an ESFT adapter already"),

@@ -204,6 +204,7 @@ def test_commands(clone, capsys):
         program, *arguments = shlex.split(line, comments=True)
         assert program == "peft-esft"
         assert main([names.get(argument, argument) for argument in arguments]) == 0, capsys.readouterr().err
+    model.name_or_path = names["MODEL"]
     namespace = _run("cli.md", {"model": model})
     assert namespace["config"].target_experts
 
