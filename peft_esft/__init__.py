@@ -24,6 +24,7 @@ from .tuner.hub import push_to_hub  # noqa: E402
 from .tuner.layers.layer import ESFTLayer  # noqa: E402
 from .tuner.model import ESFTModel  # noqa: E402
 from .tuner.pool import AdapterPool, PoolStatistics  # noqa: E402
+from .tuner.quantization import ESFTQuantizationConfig, quantize_experts  # noqa: E402
 
 
 register(ESFTConfig, ESFTModel)
@@ -35,12 +36,14 @@ __all__ = [
     "ESFTConfig",
     "ESFTLayer",
     "ESFTModel",
+    "ESFTQuantizationConfig",
     "ExpertScores",
     "ExpertsContainer",
     "PoolStatistics",
     "find_experts",
     "hotswap_adapter",
     "push_to_hub",
+    "quantize_experts",
     "random_experts",
     "score_experts",
     "select_experts",

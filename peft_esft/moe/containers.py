@@ -24,7 +24,8 @@ from .architectures import (
     KnownContainer,
 )
 from .routing import RoutingSource, read_router_result
-from .weights import ExpertWeight, ListedWeight, StackedWeight, whole_shape
+from .stored_experts import StoredExperts
+from .weights import ExpertWeight, ListedWeight, StackedWeight, fused_weights, whole_shape
 
 
 ContainerKind = Literal["fused", "listed", "stacked", "module"]
@@ -236,13 +237,10 @@ def _describe(location: ModuleLocation) -> list[ExpertsContainer] | None:
 
 
 def _describe_fused(location: ModuleLocation, layout: ExpertsLayout) -> ExpertsContainer:
-    up_proj = "gate_up_proj" if layout.has_gate else "up_proj"
-    names = [up_proj, "down_proj"]
-    if layout.has_bias:
-        names += [f"{up_proj}_bias", "down_proj_bias"]
-    num_experts = whole_shape(location.module.down_proj)[0]
-    weights = tuple(StackedWeight(name, name, num_experts) for name in names)
-    return ExpertsContainer((location,), "fused", num_experts, weights, layout=layout, routing=STANDARD_CALL)
+    weights = fused_weights(location.module, layout.has_gate, layout.has_bias)
+    return ExpertsContainer(
+        (location,), "fused", weights[0].num_experts, weights, layout=layout, routing=STANDARD_CALL
+    )
 
 
 def _describe_stacked(location: ModuleLocation, known: KnownContainer) -> ExpertsContainer:
@@ -270,6 +268,8 @@ def _describe_whole(location: ModuleLocation) -> ExpertsContainer:
 
 
 def _fused_layout(module: Any) -> ExpertsLayout | None:
+    if isinstance(module, StoredExperts):
+        return module.esft_layout
     if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or len(whole_shape(module.down_proj)) != 3:
         return None
     if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")):

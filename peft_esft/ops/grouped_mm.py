@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .frozen_store import Frozen, FrozenStore
+
 
 _GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_MM_ALIGNMENT = 16  # bytes; what `torch.nn.functional.grouped_mm` asks of every stride
@@ -30,7 +32,7 @@ def ends_on_host(ends: Tensor, num_rows: int) -> list[int] | None:
 def grouped_mm(
     inputs: Tensor,
     tokens: Tensor | None,
-    frozen: Tensor,
+    frozen: Frozen,
     trained: Tensor,
     ends: Tensor,
     host_ends: list[int] | None,
@@ -55,6 +57,9 @@ def grouped_mm(
     if is_flipped:
         frozen, trained = frozen.transpose(1, 2), trained.transpose(1, 2)
     num_rows, num_groups = (inputs if tokens is None else tokens).shape[0], ends.shape[0]
+    if isinstance(frozen, FrozenStore):
+        # One matrix exists at a time, which no kernel can do.
+        return _loop_mm(inputs, tokens, frozen, trained, ends.tolist() if host_ends is None else host_ends)
     if _has_kernel(inputs, frozen) and not _is_better_looped(inputs.device, num_rows, num_groups):
         rows = inputs if tokens is None else inputs.index_select(0, tokens)
         if host_ends is None and rows.shape[0] <= _FEW_ROWS:
@@ -91,7 +96,7 @@ def _few_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor) ->
     return result.masked_fill_(row >= ends[-1], 0)
 
 
-def _loop_mm(inputs: Tensor, tokens: Tensor | None, frozen: Tensor, trained: Tensor, ends: list[int]) -> Tensor:
+def _loop_mm(inputs: Tensor, tokens: Tensor | None, frozen: Frozen, trained: Tensor, ends: list[int]) -> Tensor:
     """One group after the other, as torch's kernel for the CPU does. Of many rows each is gathered in its turn."""
     if tokens is not None and tokens.shape[0] <= _FEW_ROWS:
         inputs, tokens = inputs.index_select(0, tokens), None

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ..moe.architectures import READABLE_DTYPES
 from ..moe.containers import ExpertsContainer
+from ..moe.weights import StoredWeight
 from .layers.offload import is_offloaded
 
 
@@ -26,6 +27,8 @@ def check_trainable(container: ExpertsContainer) -> None:
             "keep it on a device (device_map)"
         )
     for weight in container.weights:
+        if isinstance(weight, StoredWeight):
+            continue
         for parameter in weight.parameters(container.module):
             if isinstance(parameter, DTensor):
                 raise NotImplementedError(
