@@ -79,7 +79,7 @@ def install(module: Any, layout: ExpertsLayout, weight_name: str, stored: Stored
     """Puts a stored weight in the place of a module's parameter, and gives the module the class that reads it."""
     if weight_name in module._parameters:
         del module._parameters[weight_name]
-    module.add_module(STORED + weight_name, stored)
+    module.add_module(STORED[weight_name], stored)
     module.esft_layout = layout
     if not isinstance(module, StoredExperts):
         module.__class__ = _stored_class(cast(Hashable, type(module)))

@@ -14,9 +14,9 @@ from ..ops.frozen_store import FrozenStore
 from .formats import Encoder, Format
 
 
-STORED = "stored_"
-"""Before a weight's name it makes the name of the `StoredRows`. No conversion of transformers, which go by parts of
-names, takes `stored_gate_up_proj` for `gate_up_proj`."""
+STORED = {"gate_up_proj": "stored_in", "up_proj": "stored_in", "down_proj": "stored_out"}
+"""The name of the `StoredRows` of each weight. transformers' conversions of checkpoints go by parts of names, and
+would take any name with "up_proj" in it for the dense weight's."""
 
 
 class StoredRows(nn.Module):

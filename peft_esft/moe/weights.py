@@ -113,12 +113,12 @@ class StoredWeight(StackedWeight):
 
     def stored(self, module: nn.Module) -> StoredRows:
         """The module that holds the weight."""
-        return module.get_submodule(STORED + self.parameter)  # type: ignore[return-value]
+        return module.get_submodule(STORED[self.parameter])  # type: ignore[return-value]
 
     def named_parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
         own = dict(self.stored(module).named_parameters())
         # First the one whose dtype is the matrices'.
-        return [(f"{STORED}{self.parameter}.{name}", own[name]) for name in ("kept_rows", *own.keys() - {"kept_rows"})]
+        return [(f"{STORED[self.parameter]}.{name}", own[name]) for name in ("kept_rows", *own.keys() - {"kept_rows"})]
 
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters(module)]
@@ -204,8 +204,6 @@ def fused_weights(module: Any, has_gate: bool, has_bias: bool) -> tuple[StackedW
     names = [up_proj, "down_proj"]
     if has_bias:
         names += [f"{up_proj}_bias", "down_proj_bias"]
-    stored = {name: module._modules.get(STORED + name) for name in names}
-    first = stored["down_proj"]
-    num_experts = whole_shape(module.down_proj if first is None else first)[0]
-    kinds = [StackedWeight if own is None else StoredWeight for own in stored.values()]
-    return tuple(kind(name, name, num_experts) for kind, name in zip(kinds, names, strict=True))
+    stored = {name: module._modules[own] for name, own in STORED.items() if name in names and own in module._modules}
+    num_experts = whole_shape(stored.get("down_proj") or module.down_proj)[0]
+    return tuple((StoredWeight if name in stored else StackedWeight)(name, name, num_experts) for name in names)

@@ -143,6 +143,11 @@ def check_quantizable(model: nn.Module, containers: Mapping[str, ExpertsContaine
             )
         for weight in _matrices(container):
             _check_readable(f"{path}.{weight.name}", container, weight, is_loading)
+            if is_loading and {f"{path}.{weight.name}"} & set(cast(Any, model).all_tied_weights_keys):
+                raise NotImplementedError(
+                    f"{name} shares its weights with another module, which cannot be quantised while it is loaded. "
+                    "Load the model without a quantization_config, and call quantize_experts(model)"
+                )
 
 
 def _check_readable(name: str, container: ExpertsContainer, weight: StackedWeight, is_loading: bool) -> None:
@@ -198,17 +203,20 @@ class _Quantize(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], *patterns: Any, **kwargs: Any) -> dict[str, Any]:
         full_layer_name, missing_keys = kwargs["full_layer_name"], kwargs["missing_keys"]
-        found = self.quantizer.pending.pop(full_layer_name, None)
-        if found is None:
-            operation: ConversionOps = self.quantizer.linears.get_quantize_ops()
-            return operation.convert(input_dict, *patterns, **kwargs)
-        (rows,) = input_dict.values()
-        rows = rows[0] if isinstance(rows, list) else rows
-        container, weight, kept = found
-        stored = StoredRows.encoded(self.quantizer.quantization_config.format, rows, kept)
-        self.quantizer.place(container, weight, stored)
-        if missing_keys is not None:
-            missing_keys.discard(full_layer_name)
+        quantizer, others = self.quantizer, {}
+        for name, value in input_dict.items():
+            path = name if name in quantizer.pending else full_layer_name
+            if path not in quantizer.pending:
+                others[name] = value
+                continue
+            container, weight, kept = quantizer.pending.pop(path)
+            rows = (value[0] if isinstance(value, list) else value)[: weight.num_experts]
+            quantizer.place(container, weight, StoredRows.encoded(quantizer.quantization_config.format, rows, kept))
+            if missing_keys is not None:
+                missing_keys.discard(path)
+        if others:
+            operation: ConversionOps = quantizer.linears.get_quantize_ops()
+            return operation.convert(others, *patterns, **kwargs)
         return {}
 
 
@@ -219,6 +227,7 @@ class ESFTQuantizer(HfQuantizer):
     Attributes:
         linears: the quantiser for the other linear layers; None if there is none.
         pending: the experts' weights that are not there yet, by parameter name.
+        dtypes: those of the tensors that a quantised checkpoint has to have, by their names.
     """
 
     requires_calibration = False
@@ -233,6 +242,7 @@ class ESFTQuantizer(HfQuantizer):
             inner = AutoHfQuantizer.from_config(linears, pre_quantized=self.pre_quantized)
         self.linears: Any = inner
         self.pending: dict[str, tuple[ExpertsContainer, StackedWeight, list[int]]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values() and not self.pre_quantized:
@@ -250,7 +260,10 @@ class ESFTQuantizer(HfQuantizer):
             for weight in _matrices(container):
                 own = kept.get(path, [])
                 if self.pre_quantized:
-                    self.place(container, weight, _skeleton(self.quantization_config.format, container, weight, own))
+                    stored = _skeleton(self.quantization_config.format, container, weight, own)
+                    self.place(container, weight, stored)
+                    for name, parameter in stored.named_parameters():
+                        self.dtypes[f"{path}.{STORED[weight.name]}.{name}"] = parameter.dtype
                 else:
                     self.pending[f"{path}.{weight.name}"] = (container, weight, own)
         if self.linears is not None:
@@ -273,7 +286,8 @@ class ESFTQuantizer(HfQuantizer):
         """Puts a weight into its module, which transformers then does not initialise."""
         _install(container, weight, stored)
         for place in container.places:
-            place.module._is_hf_initialized = True
+            # The parent's too: some models initialise the experts with it.
+            place.module._is_hf_initialized = place.parent._is_hf_initialized = True
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         if param_name in self.pending:
@@ -292,11 +306,14 @@ class ESFTQuantizer(HfQuantizer):
         return param.element_size()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        names = [name for name in converter.target_patterns if STORED in name]
-        found = _DTYPES.get(param.get_dtype()) if hasattr(param, "get_dtype") else param.dtype
-        if names and found != dtype and not names[0].endswith("kept_rows"):
-            # Otherwise the loader casts, and codes or scales are others than those that were saved.
-            raise ValueError(f"{names[0]} has dtype {found} in the checkpoint, and not {dtype}: it is damaged")
+        (name, *_) = converter.target_patterns
+        if name in self.dtypes:
+            wanted = self.dtypes[name]
+            found = _DTYPES.get(param.get_dtype()) if hasattr(param, "get_dtype") else param.dtype
+            if found != wanted and not name.endswith("kept_rows"):
+                # The loader would cast, and codes or scales be others than those that were saved.
+                raise ValueError(f"{name} has dtype {found} in the checkpoint, and not {wanted}: it is damaged")
+            return wanted
         inner: Any = self.linears or super()
         new: torch.dtype | None = inner.get_new_dtype(converter, param, dtype)
         return new
@@ -325,6 +342,11 @@ class ESFTQuantizer(HfQuantizer):
         """Has the config that is saved name the experts that are in full precision now, merged ones too."""
         self.quantization_config.keep = {}
         for path, container in find_experts(model).items():
+            if len(container.places) > 1:
+                raise NotImplementedError(
+                    f"{path} shares its weights with another module, and quantised weights that do cannot be saved. "
+                    "Save the model before its experts are quantised"
+                )
             if kept := _join_kept(container):
                 self.quantization_config.keep[path] = kept
         return (None, {}) if self.linears is None else self.linears.get_state_dict_and_metadata(model)
@@ -340,10 +362,11 @@ class ESFTQuantizer(HfQuantizer):
 def _skeleton(format: Encoder, container: ExpertsContainer, weight: StackedWeight, kept: list[int]) -> StoredRows:
     """A weight without data, for the loader to fill."""
     parameter = weight.parameters(container.module)[0]
-    layout = format.layout(tuple(parameter.shape), parameter.dtype)
+    shape = (weight.num_experts, *weight.shape(container.module))
+    layout = format.layout(shape, parameter.dtype)
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
-    stored = StoredRows(format, parameter.shape, parameter.dtype, tensors)
-    stored.keep({expert: stored.kept_rows.new_empty(parameter.shape[1:]) for expert in kept})
+    stored = StoredRows(format, shape, parameter.dtype, tensors)
+    stored.keep({expert: stored.kept_rows.new_empty(shape[1:]) for expert in kept})
     return stored
 
 

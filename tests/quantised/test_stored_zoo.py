@@ -7,17 +7,14 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from quantised import dense_twin, same_bits
 
 from peft_esft import quantize_experts
 
 from oracle import config_for, deltas_of, task_loss
-from zoo import VARIANTS, build, family, inputs_for, model_types, output_of
+from quantised import FUSED, TYPICAL, dense_twin, same_bits
+from zoo import build, family, inputs_for, output_of
 
 
-FUSED = [name for name in [*model_types(), *VARIANTS] if family(name).group in "AB"]
-TYPICAL = ["deepseek_v2", "gpt_oss", "longcat_flash", "nemotron_h", "olmoe"]
-"""Plain, transposed with biases, with identity experts, without a gate, and the embedded model's."""
 OWN_ROUNDING = ["openai_privacy_filter"]
 """Their experts add up in fp32, as those of group B do in their own way."""
 EXPERTS = [3, 1, 2]

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 from peft_esft import find_experts
 from peft_esft.moe.weights import StackedWeight
 
+from zoo import VARIANTS, family, model_types
+
+
+FUSED = [name for name in [*model_types(), *VARIANTS] if family(name).group in "AB"]
+TYPICAL = ["deepseek_v2", "gpt_oss", "longcat_flash", "nemotron_h", "olmoe"]
+"""Plain, transposed with biases, with identity experts, without a gate, and the embedded model's."""
+
 
 def dense_twin(plain: nn.Module, quantised: nn.Module) -> nn.Module:
     """A copy of `plain` whose experts hold what those of `quantised` are dequantised to."""
