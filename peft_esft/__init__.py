@@ -24,7 +24,7 @@ from .tuner.hub import push_to_hub  # noqa: E402
 from .tuner.layers.layer import ESFTLayer  # noqa: E402
 from .tuner.model import ESFTModel  # noqa: E402
 from .tuner.pool import AdapterPool, PoolStatistics  # noqa: E402
-from .tuner.quantization import ESFTQuantizationConfig, quantize_experts  # noqa: E402
+from .tuner.quantization import ESFTQuantizationConfig, adopt_quantized_experts, quantize_experts  # noqa: E402
 
 
 register(ESFTConfig, ESFTModel)
@@ -40,6 +40,7 @@ __all__ = [
     "ExpertScores",
     "ExpertsContainer",
     "PoolStatistics",
+    "adopt_quantized_experts",
     "find_experts",
     "hotswap_adapter",
     "push_to_hub",

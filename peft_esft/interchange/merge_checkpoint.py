@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str
     base, adapter = Base(Path(base_dir)), AdapterFolder(adapter_dir)
     changes = adapter.changes(base)
     replaced = _replaced_by_modules_to_save(base, adapter)
+    _warn_of_quantised_training(adapter)
     with new_folder(out_dir) as folder:
         _copy(base.files.files, Path(base_dir), folder)
         for change in changes:
@@ -50,6 +52,18 @@ def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str
         for key, stored in replaced.items():
             base.files.overwrite(stored, folder, adapter.files.read(key).to(base.files.entries[stored].dtype))
     return Path(out_dir)
+
+
+def _warn_of_quantised_training(adapter: AdapterFolder) -> None:
+    rows = (adapter.config.base_fingerprint or {}).get("rows", {}).values()
+    forms = sorted({value.partition(":")[0] for value in rows} - {"bf16", "fp16"})
+    if forms:
+        warnings.warn(
+            f"the adapter was trained over experts in {', '.join(forms)}, and is merged into experts in full "
+            "precision. Its deltas are the same numbers; what it learned against the error of quantising goes with "
+            "them",
+            stacklevel=3,
+        )
 
 
 def _replaced_by_modules_to_save(base: Base, adapter: AdapterFolder) -> dict[str, str]:

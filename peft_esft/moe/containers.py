@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .architectures import (
+    ADOPTABLE,
     GATED_PROJECTIONS,
     KNOWN_CONTAINERS,
     SHARED_EXPERTS,
@@ -23,6 +24,7 @@ from .architectures import (
     ExpertsLayout,
     KnownContainer,
 )
+from .foreign_experts import is_parametrized, quantised_weights
 from .routing import RoutingSource, read_router_result
 from .stored_experts import StoredExperts
 from .weights import ExpertWeight, ListedWeight, StackedWeight, fused_weights, whole_shape
@@ -225,6 +227,8 @@ def _search(
 
 def _describe(location: ModuleLocation) -> list[ExpertsContainer] | None:
     """Describes a module if it is an experts container."""
+    if is_parametrized(location.module):
+        return [_describe_parametrized(location)]
     known = KNOWN_CONTAINERS.get(type(location.module).__name__)
     layout = _fused_layout(location.module) if known is None else None
     if layout is not None:
@@ -251,6 +255,15 @@ def _describe_stacked(location: ModuleLocation, known: KnownContainer) -> Expert
         if hasattr(location.module, path.partition(".")[0])
     )
     return ExpertsContainer((location,), "stacked", num_experts, weights, routing=known.routing, refusal=known.refusal)
+
+
+def _describe_parametrized(location: ModuleLocation) -> ExpertsContainer:
+    weights = tuple(
+        StackedWeight(name, path, num_experts)
+        for name, (path, num_experts) in quantised_weights(location.module).items()
+    )
+    num_experts = weights[0].num_experts
+    return ExpertsContainer((location,), "stacked", num_experts, weights, routing=STANDARD_CALL, refusal=ADOPTABLE)
 
 
 def _describe_listed(location: ModuleLocation, known: KnownContainer | None) -> ExpertsContainer:

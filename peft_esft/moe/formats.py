@@ -26,6 +26,13 @@ class Format(Protocol):
     def name(self) -> str:
         """What the form is called in configs, fingerprints and messages."""
 
+    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The matrix of an expert, a new tensor of a shape and dtype."""
+
+
+class Encoder(Format, Protocol):
+    """A form that experts in full precision can be brought to."""
+
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         """Dtype and shape of each tensor.
 
@@ -33,13 +40,6 @@ class Format(Protocol):
             shape: of the weight, `[E, out, in]`.
             dtype: of the matrices.
         """
-
-    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The matrix of an expert, a new tensor of a shape and dtype."""
-
-
-class Encoder(Format, Protocol):
-    """A form that experts in full precision can be brought to."""
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """The tensors of one expert, without the dimension of the experts."""
@@ -77,11 +77,14 @@ class FourBit:
 
     def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         codes, scales = tensors["codes"][expert], tensors["scales"][expert]
+        # bitsandbytes' kernel for the CPU takes each row to begin with a block of its own, and reads wrong scales
+        # where rows are no multiple of a block. A single row has no such places.
+        rows = list(shape) if shape[-1] % self.blocksize == 0 else [math.prod(shape)]
         # The operator and not `functional.dequantize_4bit`: that one wants a state object, made anew in each call.
         matrix: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            codes.view(-1, 1), scales, self.blocksize, self.name, list(shape), dtype
+            codes.view(-1, 1), scales, self.blocksize, self.name, rows, dtype
         )
-        return matrix
+        return matrix.view(shape)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,27 @@ class Int8:
 
     def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return tensors["codes"][expert].to(dtype).mul_(tensors["scales"][expert].to(dtype))
+
+
+@dataclass(frozen=True)
+class BlockFP8:
+    """fp8 of transformers' `FP8Experts`: codes in float8, a scale for each block of a matrix.
+
+    Attributes:
+        block_size: rows and columns of a block.
+        name: what the form is called.
+    """
+
+    block_size: tuple[int, int]
+    name: str = "fp8"
+
+    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # transformers has no public function for it. This one is what its backward pass uses.
+        from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+        codes, scales = tensors["codes"][expert], tensors["scales"][expert]
+        matrix: Tensor = _dequantize_fp8_weight(codes, scales, list(self.block_size), dtype)
+        return matrix
 
 
 ENCODERS: dict[str, Encoder] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": Int8()}

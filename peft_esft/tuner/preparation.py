@@ -16,7 +16,7 @@ from .layers.expert_parallel import check_expert_parallel, shares_out_experts
 from .layers.layer import PREFIX
 from .mixed_batch import BASE
 from .targets import full_modules, not_excluded, resolve_target_experts
-from .trainable import check_trainable, warn_of_slow_layouts
+from .trainable import check_trainable, warn_of_slow_layouts, warn_of_unquantised_experts
 
 
 _CONTAINERS_BY_NAME = (nn.ParameterDict, BufferDict)
@@ -69,6 +69,7 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
             check_trainable(container)
     check_rank(peft_config.rank, resolved.containers.values())
     warn_of_slow_layouts(resolved.containers.values())
+    warn_of_unquantised_experts(model, resolved.experts.values())
     return resolved
 
 

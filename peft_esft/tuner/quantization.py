@@ -18,6 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..moe.containers import ExpertsContainer, find_experts
+from ..moe.foreign_experts import adopt, is_foreign
 from ..moe.formats import Encoder, encoder
 from ..moe.stored_experts import install
 from ..moe.stored_rows import STORED, StoredRows
@@ -113,6 +114,43 @@ def quantize_experts(
             _install(container, weight, stored)
     if isinstance(model, PreTrainedModel):
         _note_quantizer(model, config)
+    return model
+
+
+def adopt_quantized_experts(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Takes over experts that another package has quantised, in place and as they are: adapters can then be attached.
+
+    These are transformers' `FP8Experts`, and fused experts that `bitsandbytes.nn.parametrize` has brought to 4 bits.
+    Their matrices are what that package dequantises them to, bit for bit; activations are not quantised. The model
+    cannot be saved afterwards: the checkpoint that it was loaded from holds the same weights.
+
+    Args:
+        model: without adapters.
+        dtype: of the dequantised matrices; None means the model's.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if no experts of the model are in such a form.
+        NotImplementedError: if they cannot be taken over, naming the first module and why. Modules before it are.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B-FP8")
+        >>> model = get_peft_model(adopt_quantized_experts(model), config)
+    """
+    foreign = {path: c for path, c in find_experts(model).items() if is_foreign(c.module)}
+    if not foreign:
+        raise ValueError(
+            f"{type(model).__name__} has no experts that another package has quantised; "
+            "quantize_experts(model) quantises plain ones"
+        )
+    declared = getattr(getattr(model, "config", None), "dtype", None)
+    for path, container in foreign.items():
+        adopt(path, container.module, dtype or declared or torch.bfloat16)
+    if isinstance(model, PreTrainedModel):
+        _note_quantizer(model, ESFTQuantizationConfig())
+        cast(ESFTQuantizer, model.hf_quantizer).is_adopted = True
     return model
 
 
@@ -227,10 +265,12 @@ class ESFTQuantizer(HfQuantizer):
     Attributes:
         linears: the quantiser for the other linear layers; None if there is none.
         pending: the experts' weights that are not there yet, by parameter name.
+        is_adopted: the experts are in another package's form, which this config does not describe.
         dtypes: those of the tensors that a quantised checkpoint has to have, by their names.
     """
 
     requires_calibration = False
+    is_adopted = False
     quantization_config: ESFTQuantizationConfig
 
     def __init__(
@@ -352,7 +392,7 @@ class ESFTQuantizer(HfQuantizer):
         return (None, {}) if self.linears is None else self.linears.get_state_dict_and_metadata(model)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return self.linears is None or self.linears.is_serializable(*args, **kwargs)
+        return not self.is_adopted and (self.linears is None or self.linears.is_serializable(*args, **kwargs))
 
     @property
     def is_trainable(self) -> bool:

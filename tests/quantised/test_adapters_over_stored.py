@@ -13,6 +13,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from peft_esft import ESFTConfig, find_experts, quantize_experts
+from peft_esft.moe.formats import ENCODERS
+from peft_esft.moe.stored_rows import StoredRows
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
@@ -141,6 +143,23 @@ def test_parameters_are_frozen_and_take_the_bytes_that_are_promised() -> None:
         after = sum(p.nbytes for c in find_experts(quantised).values() for p in c.parameters())
         assert after / before == pytest.approx(share, abs=0.011)
         assert not any(p.requires_grad for c in find_experts(quantised).values() for p in c.parameters())
+
+
+NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (24, 40), (64, 128), (5, 7)], ids=str)
+def test_nf4_is_the_nearest_of_its_sixteen_values_for_rows_of_any_length(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, *shape)
+    store = StoredRows.encoded(ENCODERS["nf4"], rows)()
+    for expert in range(3):
+        blocks = torch.nn.functional.pad(rows[expert].flatten(), (0, -rows[0].numel() % 64)).view(-1, 64)
+        scales = blocks.abs().amax(1, keepdim=True)
+        nearest = (blocks[:, :, None] / scales[:, :, None] - torch.tensor(NF4)).abs().argmin(-1)
+        expected = (torch.tensor(NF4)[nearest] * scales).flatten()[: rows[0].numel()].view(shape)
+        assert (store[expert] - expected).abs().max() <= 1e-5  # no other value is so near
 
 
 def test_a_change_of_dtype_leaves_codes_and_scales_alone() -> None:
