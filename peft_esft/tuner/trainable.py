@@ -63,8 +63,8 @@ def warn_of_unquantised_experts(model: Any, containers: Iterable[ExpertsContaine
     size = sum(container.num_experts * container.nbytes_per_expert for container in left) / 1e9
     warnings.warn(
         f"the model was quantised ({getattr(method, 'value', method)}), but the experts of {len(left)} layers were "
-        f"not: they take {size:.3g} GB. peft_esft.quantize_experts(model, bits=4), before the adapter is attached, brings "
-        "them to 0.28 of that; ESFTQuantizationConfig does so while a model is loaded",
+        f"not: they take {size:.3g} GB. peft_esft.quantize_experts(model, bits=4), before the adapter is attached, "
+        "brings them to 0.28 of that; ESFTQuantizationConfig does so while a model is loaded",
         stacklevel=2,
     )
 
