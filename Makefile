@@ -9,16 +9,16 @@ CORE_TESTS = tests/tuner/test_plugin.py tests/tuner/test_adapters.py tests/tuner
 	tests/tuner/test_compile.py tests/ops/test_functional.py tests/ops/test_grouped.py tests/scoring/test_scoring.py \
 	tests/interchange/test_official.py tests/interchange/test_merge_checkpoint.py tests/project/test_packaging.py
 
-.PHONY: demo test test-slow test-oldest test-newest test-vllm contract mutation lint types docs package bench paper clean
+.PHONY: demo test test-slow test-oldest test-newest test-vllm contract mutation lint types docs package bench paper selection clean
 
 demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
 	$(RUN) examples/demo.py
 
 test: $(VENV)/.installed ## the default test suite
-	$(RUN) -m pytest -q -m "not slow" --cov --cov-report=term --cov-fail-under=95
+	$(RUN) -m pytest -q -m "not slow" --numprocesses 2 --dist worksteal --cov --cov-report=term --cov-fail-under=95
 
 test-slow: $(VENV)/.installed ## the tests that take long: engines, trainers, long sequences
-	$(RUN) -m pytest -q -m slow
+	$(RUN) -m pytest -q -m slow --numprocesses 2 --dist worksteal
 
 test-oldest: ## the core of the suite on the oldest supported torch, transformers and PEFT
 	$(PYTHON) -m venv --clear $(VENV)-oldest
@@ -77,6 +77,9 @@ bench: $(VENV)/.installed ## every benchmark; results go to benchmarks/results
 paper: $(VENV)/.installed ## the paper's comparison on the embedded models: some hours, may be stopped and started again
 	$(RUN) benchmarks/paper/run.py
 	$(RUN) benchmarks/paper/run.py --base deepseek
+
+selection: $(VENV)/.installed ## criteria for choosing experts on the embedded models: some hours, may be stopped and started again
+	$(RUN) benchmarks/selection/choose.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-vllm dist site demo_output .peft_tests mutants

@@ -41,6 +41,7 @@ def main() -> None:
             output_dir=str(options.output),
             max_steps=options.steps,
             per_device_train_batch_size=8,
+            router_aux_loss_coef=0.0,  # TRL's default is the model's balancing loss, which works against the task
             learning_rate=2e-3,
             beta=1.0,
             gradient_checkpointing=False,

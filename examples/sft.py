@@ -40,6 +40,7 @@ def main() -> None:
             output_dir=str(options.output),
             max_steps=options.steps,
             per_device_train_batch_size=8,
+            router_aux_loss_coef=0.0,  # TRL's default is the model's balancing loss, which works against the task
             learning_rate=1e-3,
             max_length=192,
             logging_steps=10,

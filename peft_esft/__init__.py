@@ -13,6 +13,7 @@ from .registration import extend_peft_type, register  # noqa: E402
 
 extend_peft_type()  # before the config, which names the new member
 
+from .moe.architectures import register_experts  # noqa: E402
 from .moe.containers import ExpertsContainer, find_experts  # noqa: E402
 from .scoring.batches import text_batches  # noqa: E402
 from .scoring.measure import score_experts  # noqa: E402
@@ -46,6 +47,7 @@ __all__ = [
     "push_to_hub",
     "quantize_experts",
     "random_experts",
+    "register_experts",
     "score_experts",
     "select_experts",
     "text_batches",

@@ -61,11 +61,13 @@ class Source(NamedTuple):
         name: a folder, or a name on the Hub.
         download: the arguments of its download.
         by_transformers: whether transformers loads them, and not PEFT.
+        key_mapping: PEFT's argument of this name, with which the user renames the tensors.
     """
 
     name: str
     download: dict[str, Any]
     by_transformers: bool = False
+    key_mapping: dict[str, str] | None = None
 
 
 def source_of_weights() -> Source | None:
@@ -81,10 +83,12 @@ def source_of_weights() -> Source | None:
     while frame is not None:
         own, code = frame.f_locals, (frame.f_globals.get("__name__"), frame.f_code.co_qualname)
         if code == ("peft.peft_model", "PeftModel.load_adapter"):
-            return Source(str(own["model_id"]), dict(own.get("hf_hub_download_kwargs", {})))
+            download = dict(own.get("hf_hub_download_kwargs", {}))
+            return Source(str(own["model_id"]), download, key_mapping=own.get("key_mapping"))
         if code == ("peft.peft_model", "PeftModel.from_pretrained"):
             known = {name: own.get("kwargs", {}).get(name) for name in ("subfolder", "revision", "cache_dir", "token")}
-            return Source(str(own["model_id"]), {name: value for name, value in known.items() if value is not None})
+            download = {name: value for name, value in known.items() if value is not None}
+            return Source(str(own["model_id"]), download, key_mapping=own.get("key_mapping"))
         if code == ("transformers.integrations.peft", "PeftAdapterMixin.load_adapter"):
             load_config = own.get("load_config")
             if own.get("peft_model_id") is None or load_config is None or own.get("adapter_state_dict") is not None:

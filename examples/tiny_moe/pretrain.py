@@ -36,6 +36,17 @@ from tasks import BASES
 
 
 END_OF_TEXT = "<|endoftext|>"
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+  {%- if message.role == "assistant" -%}
+    {{- "→" -}}{%- generation -%}{{- " " + message.content + eos_token -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- message.content + "\\n" -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "→" -}}{%- endif -%}
+"""
+"""A conversation in the form of the tasks' rows: a text, a line break, an arrow and the answer."""
 VOCABULARY = 4096
 SEQUENCE_LENGTH = 256
 BATCH_SIZE = 16
@@ -79,7 +90,11 @@ def train_tokenizer(documents: dict[str, dict[str, str]]) -> PreTrainedTokenizer
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT, padding_side="left"
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        padding_side="left",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -136,6 +151,9 @@ def build_deepseek() -> DeepseekV2ForCausalLM:
             qk_nope_head_dim=16,
             qk_rope_head_dim=16,
             v_head_dim=32,
+            # One group of experts is none; vLLM does not know None, which means the same.
+            n_group=1,
+            topk_group=1,
             **SETTINGS,
         )
     )

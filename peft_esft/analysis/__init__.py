@@ -23,6 +23,7 @@ from .granularity import (
 )
 from .overlap import Overlap, overlap
 from .report import report
+from .routing_callback import LayerRouting, RoutingCallback
 from .stability import StabilityReport, stability_report
 from .tokens import TokenSpan, TokenView, token_view
 
@@ -37,7 +38,9 @@ __all__ = [
     "GranularityPoint",
     "Groups",
     "LayerDispersion",
+    "LayerRouting",
     "Overlap",
+    "RoutingCallback",
     "SharedExpert",
     "StabilityReport",
     "TokenSpan",

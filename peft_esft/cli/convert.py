@@ -13,12 +13,13 @@ from ..interchange.adapter import AdapterFolder, read_config
 from ..interchange.base import Base, task_type_of
 from ..interchange.compact import compact
 from ..interchange.folders import new_folder
+from ..interchange.repositories import local_folder
 from ..ops.encodings import FORMS
 from ..tuner.config import ESFTConfig
 from ..tuner.targets import adapted_selection, resolve_target_experts
 
 
-ADAPTER, BASE = "folder of the adapter", "folder of the base model"
+ADAPTER, BASE = "folder or Hub name of the adapter", "folder or Hub name of the base model"
 SELECTION_ONLY = "the selection without the weights"
 
 
@@ -43,6 +44,9 @@ def add_parser(commands: Any) -> None:
     add("base", type=Path, help=BASE)
     add("adapter", type=Path, help=ADAPTER)
     add("out", type=Path, help="folder for the checkpoint")
+    add("--revision", help="of a base on the Hub")
+    add("--variant", help="of the base's weights, for example fp16")
+    add("--untie", action="store_true", help="write a head of its own if the base's is its embeddings")
     add = _adder(commands, "compact", _compact, "make a smaller file of an adapter, for inference")
     add("adapter", type=Path, help=ADAPTER)
     add("--form", choices=FORMS[1:], default="rows", help="(default: %(default)s)")
@@ -80,7 +84,7 @@ def _import(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _export(options: argparse.Namespace) -> tuple[Any, str]:
-    config = read_config(options.adapter)
+    config = read_config(local_folder(options.adapter))
     if options.selection_only:
         experts = Base(options.base).experts
         cfg = interchange.expert_cfg_from_selection(
@@ -97,7 +101,8 @@ def _export(options: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _merge(options: argparse.Namespace) -> tuple[Any, str]:
-    interchange.merge_checkpoint(options.base, options.adapter, options.out)
+    place = {"revision": options.revision, "variant": options.variant}
+    interchange.merge_checkpoint(options.base, options.adapter, options.out, **place, untie=options.untie)
     return {"out": str(options.out)}, f"merged checkpoint written to {options.out}"
 
 

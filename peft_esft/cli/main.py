@@ -7,27 +7,30 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import convert, inspect, plan, report, score, select
+from . import chat, convert, inspect, plan, report, score, select, train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0 if the command worked, 1 if it failed with a message. Wrong usage exits with 2.
+        The exit code: 0 if the command worked, 1 if it failed with a message, 130 if it was interrupted. Wrong usage
+        exits with 2.
     """
     parser = argparse.ArgumentParser(
         prog="peft-esft",
         description="Expert-Specialized Fine-Tuning: find out which experts of a model a task uses.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
-    for module in (score, select, inspect, report, plan, convert):
+    for module in (train, chat, score, select, inspect, report, plan, convert):
         module.add_parser(commands)
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the result as JSON")
     options = parser.parse_args(arguments)
     try:
         record, text = options.run(options)
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError, NotImplementedError, ImportError) as error:
         print(f"peft-esft: {error}", file=sys.stderr)
         return 1

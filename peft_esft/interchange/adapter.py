@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..ops.deltas import add_deltas
@@ -18,7 +19,9 @@ from ..tuner.config import ESFTConfig
 from ..tuner.file_contents import Entries, check_finite_header, compare_entries, delta_entries, module_entries
 from ..tuner.fingerprint import compare_bases
 from ..tuner.messages import shortened
+from ..tuner.other_classes import find_prefixes, moved_keys
 from .base import Base, Rows
+from .repositories import local_folder
 from .tensor_files import TensorFolder
 
 
@@ -45,7 +48,7 @@ class AdapterFolder:
     """An adapter on disk. Its config and the header of its weights are read at once, single tensors on demand.
 
     Args:
-        folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+        folder: holds `adapter_config.json` and `adapter_model.safetensors`; or a name on the Hub.
 
     Attributes:
         config: its config.
@@ -53,11 +56,11 @@ class AdapterFolder:
 
     Raises:
         ValueError: if a file is malformed or too large, or the adapter is not of ESFT.
-        FileNotFoundError: if a file is missing. Pickled weights (`.bin`) are never read.
+        OSError: if there is no such adapter, or a file is missing. Pickled weights (`.bin`) are never read.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = local_folder(folder)
         self.config = read_config(self.folder)
         if not (self.folder / SAFETENSORS_WEIGHTS_NAME).exists():
             message = f"{self.folder} has no {SAFETENSORS_WEIGHTS_NAME}"
@@ -67,16 +70,21 @@ class AdapterFolder:
         self.files = TensorFolder([self.folder / SAFETENSORS_WEIGHTS_NAME])
         self._suffixes = ("_A", "_B") if self.config.rank is not None else SUFFIXES[self.config.storage]
         self.config.check_file(self.files.entries)
-        self._keys: dict[tuple[str, str], dict[str, str]] = {}  # by path and weight, then by suffix
-        for key in self.files.entries:
-            if DELTA_KEY in key:
-                suffix = next((suffix for suffix in ("_A", "_B", *FROZEN_SUFFIXES) if key.endswith(suffix)), "")
-                path, _, name = key.removeprefix(KEY_PREFIX).removesuffix(suffix).rpartition(DELTA_KEY)
-                self._keys.setdefault((path, name), {})[suffix] = key
+        self._keys = _keys_by_weight(self.files.entries)
         strange = [k for keys in self._keys.values() for suffix, k in keys.items() if suffix not in self._suffixes]
         if strange:
             kind = f"rank {self.config.rank}" if self.config.rank is not None else f"storage {self.config.storage!r}"
             raise ValueError(f"{self.folder}: with {kind} there are no tensors such as {shortened(strange)}")
+
+    def fitted_to(self, base: Base) -> AdapterFolder:
+        """The same adapter under the paths of a base. It may come from another class of the base's checkpoint."""
+        prefixes = find_prefixes(self.config.target_experts or {}, base.experts)
+        fitted = copy.copy(self)
+        fitted.config, fitted.files = copy.copy(self.config), copy.copy(self.files)
+        fitted.config.move(prefixes)
+        fitted.files.entries = moved_keys(self.files.entries, prefixes)
+        fitted._keys = _keys_by_weight(fitted.files.entries)
+        return fitted
 
     def changes(self, base: Base) -> list[Change]:
         """The rows of a base that the adapter changes, after its header and values are checked.
@@ -87,23 +95,23 @@ class AdapterFolder:
             ValueError: if a tensor is missing, belongs to no selected weight of this base, does not have its shape or
                 is not finite; or if the base has other weights, and another name on the Hub.
         """
-        ids = base.adapted_experts(self.config)
-        expected: Entries = module_entries(base.model, self.config.modules_to_save or (), self.files.entries)
+        fitted = self.fitted_to(base)
+        config, entries = fitted.config, fitted.files.entries
+        ids = base.adapted_experts(config)
+        expected: Entries = module_entries(base.model, config.modules_to_save or (), entries)
         for path, own in ids.items():
             container = base.modules[path]
-            expected |= delta_entries(
-                path, container.weights, container.module, len(own), self.config.rank, self.config.storage
-            )
-        compare_entries(self.files.entries, expected)
-        check_finite_header(self.files.entries)
-        if self.config.base_fingerprint is not None:
+            expected |= delta_entries(path, container.weights, container.module, len(own), config.rank, config.storage)
+        compare_entries(entries, expected)
+        check_finite_header(entries)
+        if config.base_fingerprint is not None:
             current = base.record({path: own for path, own in ids.items() if path in base.experts})
-            compare_bases(self.config.base_fingerprint, current, (self.config.base_model_name_or_path, base.name))
+            compare_bases(config.base_fingerprint, current, (config.base_model_name_or_path, base.name))
         return [
-            Change(base.modules[path], weight, own, self, self._keys[path, weight.name])
+            Change(base.modules[path], weight, own, fitted, fitted._keys[path, weight.name])
             for path, own in ids.items()
             for weight in base.modules[path].weights
-            if (path, weight.name) in self._keys  # vectors have no factors of low rank
+            if (path, weight.name) in fitted._keys  # vectors have no factors of low rank
         ]
 
     def check_alone(self) -> None:
@@ -155,6 +163,17 @@ class AdapterFolder:
         return [key for key in self.files.entries if DELTA_KEY not in key]
 
 
+def _keys_by_weight(entries: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """The keys of the tensors of deltas, by path and weight, then by suffix."""
+    keys: dict[tuple[str, str], dict[str, str]] = {}
+    for key in entries:
+        if DELTA_KEY in key:
+            suffix = next((suffix for suffix in ("_A", "_B", *FROZEN_SUFFIXES) if key.endswith(suffix)), "")
+            path, _, name = key.removeprefix(KEY_PREFIX).removesuffix(suffix).rpartition(DELTA_KEY)
+            keys.setdefault((path, name), {})[suffix] = key
+    return keys
+
+
 def read_config(folder: Path) -> ESFTConfig:
     """Reads an adapter's config, of bounded size.
 
@@ -177,8 +196,3 @@ def write_adapter(folder: Path, config: ESFTConfig, tensors: dict[str, Tensor]) 
     config.inference_mode = True
     write_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, config.adapted_experts)
     config.save_pretrained(str(folder))
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Writes a safetensors file as PEFT and transformers do."""
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata={"format": "pt"})

@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from ..moe.architectures import READABLE_DTYPES
-from ..moe.containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts
+from ..moe.containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts, no_experts
 from ..moe.weights import ExpertWeight, ListedWeight, StackedWeight
 from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX
 from ..tuner.config import ESFTConfig
@@ -20,6 +20,7 @@ from ..tuner.fingerprint import EXPERTS, check_num_experts, fingerprint, fingerp
 from ..tuner.quantization import METHOD
 from ..tuner.targets import not_excluded, resolve_target_experts
 from .key_map import KeyMap, Source, mixed_weights
+from .repositories import local_folder
 from .tensor_files import TensorFolder
 
 
@@ -79,11 +80,15 @@ class Base:
     """A base model in memory or on disk, whose rows are read and written.
 
     Args:
-        model: a transformers model without adapters, or the folder of one.
+        model: a transformers model without adapters, or the folder or the Hub name of one.
+        revision: of a model on the Hub.
+        variant: of the weights of a folder or a model on the Hub.
+        head: a class with another head than the folder's own.
 
     Attributes:
         model: the model. It is on the meta device if it was given as a folder.
         folder: its folder. None for a model in memory.
+        head: as given.
         files: the checkpoint's tensors. Empty for a model in memory.
         experts: its experts containers, by path.
         shared: its shared experts, as containers of kind "module".
@@ -93,33 +98,38 @@ class Base:
 
     Raises:
         ValueError: if the model carries adapters or has no experts.
-        NotADirectoryError: if it is neither a model nor a folder.
+        OSError: if it is neither a model nor a folder, nor a name that is in the Hub's cache or can be downloaded.
         NotImplementedError: if its weights are quantised.
     """
 
-    def __init__(self, model: nn.Module | str | Path) -> None:
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        *,
+        revision: str | None = None,
+        variant: str | None = None,
+        head: Head | None = None,
+    ) -> None:
         if hasattr(model, "peft_config"):
             raise ValueError("the base carries adapters; pass the model without them (unload() removes them)")
         self.model: Any = model
         self.folder: Path | None = None
+        self.head = head
         self.files = TensorFolder([])
         if not isinstance(model, nn.Module):
-            self.folder = Path(model)
-            if not self.folder.is_dir():
-                message = f"{model} is not the folder of a model. Download a Hub model first: hf download"
-                raise NotADirectoryError(message)
-            self.model = empty_model(self.folder)
+            self._given_name = str(model)
+            self.folder, self.files = checkpoint_of(model, revision, variant)
+            self.model = empty_model(self.folder, head)
             quantised = getattr(self.model.config, "quantization_config", None) or {}
             if isinstance(quantised, dict) and quantised.get("quant_method") == METHOD:
                 raise NotImplementedError(
-                    f"the experts of {self.folder} are quantised. Use the checkpoint that it was made from: adapters "
+                    f"the experts of {model} are quantised. Use the checkpoint that it was made from: adapters "
                     "that were trained over the one belong to the other too. In memory, merge_and_unload() keeps the "
                     "merged experts in full precision, and save_pretrained writes them so"
                 )
-            self.files = TensorFolder.of_model(self.folder)
         self.experts = find_experts(self.model)
         if not self.experts:
-            raise ValueError(f"{type(self.model).__name__} has no experts container of a known kind")
+            raise ValueError(no_experts(self.model))
         self.shared = find_shared_experts(self.model)
         self.others = find_other_modules(self.model)[0]
         self.modules = self.experts | self.shared | self.others
@@ -129,7 +139,7 @@ class Base:
     @property
     def name(self) -> str | None:
         """The base's name in an adapter's config."""
-        return str(self.folder) if self.folder is not None else getattr(self.model, "name_or_path", None) or None
+        return self._given_name if self.folder is not None else getattr(self.model, "name_or_path", None) or None
 
     def adapted_experts(self, config: ESFTConfig) -> dict[str, list[int]]:
         """The experts that a config adapts, by path. A module that is trained whole has the one expert 0.
@@ -288,11 +298,55 @@ def _by_block(value: Tensor, num_blocks: int) -> Tensor:
     return value if value.shape[0] == num_blocks else value.unflatten(0, (num_blocks, -1))
 
 
-def empty_model(name: str | Path) -> Any:
-    """Builds the model of a folder or Hub name on the meta device, without weights.
+def checkpoint_of(
+    name: str | Path, revision: str | None = None, variant: str | None = None
+) -> tuple[Path, TensorFolder]:
+    """The folder and the tensors of a model in a folder or on the Hub.
 
     Raises:
-        ValueError: if its config is malformed.
+        OSError: if it is neither, or has no weights.
+        ValueError: if its files are malformed.
+    """
+    folder = local_folder(name, revision, variant=variant)
+    try:
+        return folder, TensorFolder.of_model(folder, variant)
+    except FileNotFoundError:
+        if Path(name).is_dir():
+            raise
+    folder = local_folder(name, revision, variant=variant, pickled=True)
+    return folder, TensorFolder.of_model(folder, variant)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a class that a checkpoint is loaded with.
+
+    Attributes:
+        task_type: PEFT's, one of `HEADS`.
+        num_labels: the number of its outputs.
+    """
+
+    task_type: str
+    num_labels: int
+
+
+HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""The classes of transformers for the task types of PEFT whose head is trained with the adapter."""
+
+
+def empty_model(name: str | Path, head: Head | None = None) -> Any:
+    """Builds the model of a folder or Hub name on the meta device, without weights.
+
+    Args:
+        name: of the model.
+        head: another head than that of the class that the config names.
+
+    Raises:
+        ValueError: if its config is malformed, or it has no class with such a head.
     """
     import transformers
 
@@ -300,6 +354,12 @@ def empty_model(name: str | Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(name)
     except StrictDataclassError as error:
         raise ValueError(f"the config of {name} is malformed: {error}") from error
+    if head is not None:
+        config.num_labels = head.num_labels
+        with torch.device("meta"):
+            model = getattr(transformers, HEADS[head.task_type]).from_config(config)
+        model.config.architectures = [type(model).__name__]
+        return model
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if architecture is not None:

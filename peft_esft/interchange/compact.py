@@ -54,16 +54,15 @@ def compact(
     if adapter.config.rank is not None or adapter.config.storage != "delta":
         kind = f"rank {adapter.config.rank}" if adapter.config.rank is not None else adapter.config.storage
         raise ValueError(f"{adapter_dir} is stored with {kind}; compact needs fp32 deltas of full rank")
-    config = copy.deepcopy(adapter.config)
-    config.storage = form
     if base is None and form == "rows":
-        base = config.base_model_name_or_path
+        base = adapter.config.base_model_name_or_path
         if base is None or not Path(base).is_dir():
             raise ValueError(f"form 'rows' needs the base's weights, and {base!r} is no folder: give base=...")
     if base is None:
         adapter.check_alone()
     else:
         resolved = Base(base)
+        adapter = adapter.fitted_to(resolved)
         changes = adapter.changes(resolved)
     if form == "rows":
         tensors = {f"{change.key}_rows": change.effective(resolved) for change in changes}
@@ -71,6 +70,8 @@ def compact(
         deltas = {key: adapter.files.read(key) for key in adapter.files.entries if DELTA_KEY in key}
         tensors = {f"{key}{suffix}": tensor for key, d in deltas.items() for suffix, tensor in encode(form, d).items()}
     tensors |= {key: adapter.files.read(key) for key in adapter.other_tensors()}
+    config = copy.deepcopy(adapter.config)
+    config.storage = form
     with new_folder(out_dir) as folder:
         write_adapter(folder, config, tensors)
     return Path(out_dir)

@@ -105,6 +105,10 @@ class KeyMap:
                 pattern = None
         return Source(key, name, pattern, expert)
 
+    def has(self, name: str) -> bool:
+        """True if the model has a parameter or buffer of this name."""
+        return name in self._shapes
+
     def converts_by_expert(self, parameter: str) -> bool:
         """True if a part of the experts in tensors `[E, ...]` can be converted without the others."""
         patterns = {source.pattern for source in self.sources[parameter]}

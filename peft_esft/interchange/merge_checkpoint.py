@@ -2,55 +2,86 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..tuner.adapter_file import KEY_PREFIX, TOKENS_KEY
 from .adapter import AdapterFolder
-from .base import Base
+from .base import HEADS, Base, Head
 from .folders import new_folder
-from .tensor_files import INDEX_NAME
+from .tensor_files import TensorFolder
 
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
-def merge_checkpoint(base_dir: str | Path, adapter_dir: str | Path, out_dir: str | Path) -> Path:
+def merge_checkpoint(
+    base_dir: str | Path,
+    adapter_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    untie: bool = False,
+) -> Path:
     """Writes a base with an adapter merged into it as an ordinary Hugging Face checkpoint.
 
     The function copies the base's files, and writes the changed experts over their old bytes. Keys, dtypes, shards and
     index stay those of the base, which other engines read. It holds one weight of the adapter's experts of one layer
-    in memory at a time, also if the checkpoint keeps all experts in one tensor.
+    in memory at a time, also if the checkpoint keeps all experts in one tensor. Pickled files become safetensors
+    files. A head that the adapter has and the base has not is added in a file of its own, and the config names the
+    class that has it.
 
     Args:
-        base_dir: folder of the base model.
-        adapter_dir: folder of the adapter, of any form.
+        base_dir: folder or Hub name of the base model.
+        adapter_dir: folder or Hub name of the adapter, of any form.
         out_dir: folder for the checkpoint; must not exist, or be empty.
+        revision: of a base on the Hub.
+        variant: of the base's weights, for example "fp16". The files keep it in their names.
+        untie: write a head of its own for a base whose head is its embeddings. Some engines need one, and an adapter
+            with one of the two in `modules_to_save` does.
 
     Returns:
         `out_dir`. Its weights have the dtype of the base's files. Sums are taken in the wider dtype and rounded once.
 
     Raises:
-        ValueError: if the adapter does not fit the base, or merged weights are not finite. Nothing is written then.
+        ValueError: if the adapter does not fit the base, merged weights are not finite, or there is nothing to untie.
+            Nothing is written then.
         FileExistsError: if `out_dir` holds something.
+        OSError: if the base or the adapter is not found.
         NotImplementedError: if the base is quantised.
     """
-    base, adapter = Base(Path(base_dir)), AdapterFolder(adapter_dir)
+    adapter = AdapterFolder(adapter_dir)
+    base = _base_of(base_dir, adapter, revision=revision, variant=variant)
+    adapter = adapter.fitted_to(base)
     changes = adapter.changes(base)
-    replaced = _replaced_by_modules_to_save(base, adapter)
+    tied_head = _tied_head(base) if untie else None
+    whole = _whole_modules(base, adapter, untie=untie)
     _warn_of_quantised_training(adapter)
     with new_folder(out_dir) as folder:
-        _copy(base.files.files, Path(base_dir), folder)
+        copies = _copy(base, folder)
+        # Pickled files cannot be overwritten, so what their copies hold is looked up again.
+        target = Base(folder, variant=variant, head=base.head) if base.files.are_pickled else base
         for change in changes:
             merged = change.effective(base)
             if not bool(torch.isfinite(merged).all()):
                 raise ValueError(f"{change.key}: merged weights are not all finite, the adapter seems to be broken")
-            base.overwrite(change, merged, folder)
-        for key, stored in replaced.items():
-            base.files.overwrite(stored, folder, adapter.files.read(key).to(base.files.entries[stored].dtype))
+            target.overwrite(change, merged, folder)
+        values = {tied_head.key: copies.read(tied_head.embeddings).clone()} if tied_head else {}
+        values |= {key: adapter.files.read(name) for key, name in whole.items()}
+        added = {key: value for key, value in values.items() if key not in copies.entries}
+        for key in values.keys() - added.keys():
+            copies.overwrite(key, folder, values[key].to(copies.entries[key].dtype))
+        if added:
+            copies.add(added)
+        if added or untie:
+            _write_config(base, folder, untied=untie)
     return Path(out_dir)
 
 
@@ -66,32 +97,88 @@ def _warn_of_quantised_training(adapter: AdapterFolder) -> None:
         )
 
 
-def _replaced_by_modules_to_save(base: Base, adapter: AdapterFolder) -> dict[str, str]:
-    """The keys of the base's tensors that `modules_to_save` replaces, by the adapter's keys."""
-    replaced: dict[str, str] = {}
-    tied = getattr(base.keys.model, "all_tied_weights_keys", None) or {}
+def _base_of(base_dir: str | Path, adapter: AdapterFolder, **place: Any) -> Base:
+    """The base, with the head that the adapter's task needs if its own class lacks what the adapter has."""
+    base = Base(base_dir, **place)
+    names = {key.removeprefix(KEY_PREFIX): key for key in adapter.fitted_to(base).other_tensors()}
+    unknown = [key for name, key in names.items() if not key.endswith(TOKENS_KEY) and not base.keys.has(name)]
+    task_type = str(getattr(adapter.config.task_type, "value", adapter.config.task_type))
+    if not unknown or task_type not in HEADS:
+        return base
+    num_labels = adapter.fitted_to(base).files.entries[unknown[0]].shape[0]
+    return Base(base_dir, head=Head(task_type, num_labels), **place)
+
+
+def _whole_modules(base: Base, adapter: AdapterFolder, *, untie: bool) -> dict[str, str]:
+    """The keys of the adapter's tensors that `modules_to_save` brings, by the checkpoint's keys."""
+    whole: dict[str, str] = {}
+    tied = {} if untie else getattr(base.keys.model, "all_tied_weights_keys", None) or {}
     for key in adapter.other_tensors():
         if key.endswith(TOKENS_KEY):
             raise ValueError(f"{key} has the embeddings of some tokens (trainable_token_indices). {_IN_MEMORY}")
         name = key.removeprefix(KEY_PREFIX)
         if name in {*tied, *tied.values()}:
-            raise ValueError(f"{key} is tied in the base, and the adapter's copy of it is not. {_IN_MEMORY}")
+            raise ValueError(
+                f"{key} is tied in the base, and the adapter's copy of it is not. Pass untie=True, or: {_IN_MEMORY}"
+            )
         sources = base.keys.sources.get(name, [])
+        if not sources and base.keys.has(name) and name not in base.keys.mixed:
+            whole[_stored_key(base, name)] = key
+            continue
         if len(sources) != 1 or sources[0].pattern is not None:
             raise ValueError(f"{key} is no weight that the base's checkpoint stores as it is, so it cannot be merged")
-        replaced[key] = sources[0].key
-        shape, base_shape = adapter.files.entries[key].shape, base.files.entries[replaced[key]].shape
+        whole[sources[0].key] = key
+        shape, base_shape = adapter.files.entries[key].shape, base.files.entries[sources[0].key].shape
         if shape != base_shape:
             raise ValueError(f"{key} has the shape {list(shape)}, the base's {list(base_shape)}")
-    return replaced
+    return whole
 
 
 _IN_MEMORY = "Load the adapter with PeftModel.from_pretrained and call merge_and_unload().save_pretrained(...)"
 
 
-def _copy(files: list[Path], source: Path, folder: Path) -> None:
+class _TiedHead(NamedTuple):
+    """The checkpoint's keys of a head that is tied to the embeddings, and of the embeddings."""
+
+    key: str
+    embeddings: str
+
+
+def _tied_head(base: Base) -> _TiedHead:
+    tied = getattr(base.model, "all_tied_weights_keys", None) or {}
+    embeddings = base.keys.sources.get(next(iter(tied.values()), ""), [])
+    if len(tied) != 1 or len(embeddings) != 1:
+        raise ValueError(
+            f"untie is for a head that shares the embeddings' weights; in {base.name} these are shared: {dict(tied)}"
+        )
+    return _TiedHead(_stored_key(base, next(iter(tied))), embeddings[0].key)
+
+
+def _stored_key(base: Base, name: str) -> str:
+    """The key under which transformers saves a parameter that is stored as it is."""
+    (key,) = revert_weight_conversion(base.model, {name: torch.empty(0, device="meta")})
+    return key
+
+
+def _copy(base: Base, folder: Path) -> TensorFolder:
     """Copies the base's tensor files and its other files that hold no weights: config, tokenizer, code."""
-    others = [file for file in source.iterdir() if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES)]
-    for file in [*others, *files]:
-        if file.name != INDEX_NAME or len(files) > 1:
+    assert base.folder is not None
+    for file in base.folder.iterdir():
+        is_weights = file.name.endswith(_WEIGHT_SUFFIXES) or ".index." in file.name
+        if file.is_file() and not is_weights:
             shutil.copyfile(file, folder / file.name)
+    return base.files.copy_to(folder, shutil.copyfile)
+
+
+def _write_config(base: Base, folder: Path, *, untied: bool) -> None:
+    """Notes the class of an added head, or that the head is not tied."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if untied:
+        for part in (config, config.get("text_config", {})):
+            if part is config or "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+    if base.model.config.architectures != config.get("architectures"):
+        own = base.model.config
+        config |= {"architectures": own.architectures, "id2label": own.id2label, "label2id": own.label2id}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ..ops.encodings import exact_delta
 from ..tuner.config import ESFTConfig
 from ..tuner.messages import shortened
-from .adapter import AdapterFolder, write_adapter, write_tensors
+from .adapter import AdapterFolder, write_adapter
 from .base import Base, Rows, task_type_of
 from .expert_cfg import EXPERT_CONFIG_NAME, expert_cfg_from_selection, read_expert_cfg, selection_from_expert_cfg
 from .folders import new_folder
-from .tensor_files import TensorFolder
+from .tensor_files import TensorFolder, write_tensors
 
 
 def import_official(
@@ -92,7 +92,7 @@ def export_official(adapter_dir: str | Path, base: nn.Module | str | Path, out_d
         FileExistsError: if `out_dir` holds something.
     """
     resolved = Base(base)
-    adapter = AdapterFolder(adapter_dir)
+    adapter = AdapterFolder(adapter_dir).fitted_to(resolved)
     if adapter.other_tensors():
         raise ValueError(f"the original code's files have no place for modules_to_save: {adapter.other_tensors()[:4]}")
     changes = adapter.changes(resolved)

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from .routing import (
     RoutingSource,
@@ -50,6 +51,50 @@ UNFLAGGED_LAYOUTS: dict[str, ExpertsLayout] = {
     "LongcatFlashExperts": ExpertsLayout(identity_experts="zero_expert_num"),
 }
 """Fused experts of transformers that share the call of the standard ones but do not carry their flags."""
+
+REGISTERED_LAYOUTS: dict[type[nn.Module], ExpertsLayout] = {}
+"""Fused experts of the user's own, see `register_experts`."""
+
+
+def register_experts(
+    experts_class: type[nn.Module],
+    *,
+    has_gate: bool = True,
+    has_bias: bool = False,
+    is_transposed: bool = False,
+    has_post_expert_norm: bool = False,
+) -> None:
+    """Describes a class of fused experts of your own, so that they are found, scored and trained.
+
+    Classes decorated with `transformers.integrations.use_experts_implementation` say this by themselves. The others
+    have to work like these: `forward(hidden_states, top_k_index, top_k_weights)` takes `[tokens, hidden]` and two
+    `[tokens, top_k]`, and returns `[tokens, hidden]`, for each token the sum of its experts' outputs times their
+    weights. An expert is `down_proj(gate(gate_up_proj(x)))`, where the gate is the module's `_apply_gate` if it has
+    one, else `act_fn(first half) * second half`; or `down_proj(act_fn(up_proj(x)))`. Register in every process that
+    loads or trains an adapter, before it does.
+
+    Args:
+        experts_class: the module's class. Classes that inherit from it are described too.
+        has_gate: the weights are `gate_up_proj` `[E, 2 * intermediate, hidden]` and `down_proj`
+            `[E, hidden, intermediate]`; without a gate `up_proj` `[E, intermediate, hidden]` takes the place of the
+            first.
+        has_bias: each weight has a bias, for example `down_proj_bias` `[E, hidden]`.
+        is_transposed: the weights are `[E, in, out]` instead of `[E, out, in]`.
+        has_post_expert_norm: the module `post_expert_norm` follows each expert.
+
+    Raises:
+        ValueError: if it is no class of modules.
+
+    Example:
+        >>> register_experts(MyExperts, is_transposed=True)
+        >>> find_experts(model)["layers.0.experts"].num_experts
+        16
+    """
+    if not (isinstance(experts_class, type) and issubclass(experts_class, nn.Module)):
+        raise ValueError(
+            f"experts_class is {experts_class!r}; expected the class of the module that holds the experts"
+        )
+    REGISTERED_LAYOUTS[experts_class] = ExpertsLayout(has_gate, has_bias, is_transposed, has_post_expert_norm)
 
 
 @dataclass(frozen=True)

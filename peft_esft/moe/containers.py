@@ -18,6 +18,7 @@ from .architectures import (
     ADOPTABLE,
     GATED_PROJECTIONS,
     KNOWN_CONTAINERS,
+    REGISTERED_LAYOUTS,
     SHARED_EXPERTS,
     STANDARD_CALL,
     UNFLAGGED_LAYOUTS,
@@ -171,6 +172,20 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
     return _join_tied(_search(_root(model), _describe))
 
 
+def no_experts(model: nn.Module) -> str:
+    """Says that a model has no experts of a known kind, and what to do if it seems to have some of another kind."""
+    message = f"{type(model).__name__} has no experts container of a known kind"
+    for path, module in model.named_modules():
+        stacked = {name: list(p.shape) for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
+        if len(stacked) > 1 and len({shape[0] for shape in stacked.values()}) == 1:
+            return (
+                f"{message}. If {path} ({type(module).__name__}) holds experts, with {stacked}, describe its class "
+                "before: peft_esft.register_experts(type(module), has_gate=..., has_bias=..., is_transposed=..., "
+                "has_post_expert_norm=...), whose documentation says what these mean"
+            )
+    return message
+
+
 def find_shared_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
     """Finds the experts that every token goes through, each a container of kind "module"."""
     experts = _paths(find_experts(model))
@@ -196,7 +211,7 @@ def find_other_modules(model: nn.Module) -> tuple[dict[str, ExpertsContainer], l
         if location.path in taken:
             return []
         own = [name for name, _ in location.module.named_parameters(recurse=False)]
-        if own and not any(path.startswith(f"{location.path}.") for path in taken):
+        if own and not any(path.startswith(location.path_of("")) for path in taken):
             return [_describe_whole(location)]
         left_out.extend(map(location.path_of, own))
         return None
@@ -283,11 +298,34 @@ def _describe_whole(location: ModuleLocation) -> ExpertsContainer:
 def _fused_layout(module: Any) -> ExpertsLayout | None:
     if isinstance(module, StoredExperts):
         return module.esft_layout
+    registered = next((REGISTERED_LAYOUTS[c] for c in type(module).__mro__ if c in REGISTERED_LAYOUTS), None)
+    if registered is not None:
+        _check_registered(module, registered)
+        return registered
     if not isinstance(getattr(module, "down_proj", None), nn.Parameter) or len(whole_shape(module.down_proj)) != 3:
         return None
     if not (hasattr(module, "has_gate") and hasattr(module, "is_transposed")):
         return UNFLAGGED_LAYOUTS.get(type(module).__name__)
     return ExpertsLayout(module.has_gate, module.has_bias, module.is_transposed, module.has_post_expert_norm)
+
+
+def _check_registered(module: nn.Module, layout: ExpertsLayout) -> None:
+    """Refuses a module that is not what it was registered as."""
+    projections = ["gate_up_proj" if layout.has_gate else "up_proj", "down_proj"]
+    needed = dict.fromkeys(projections, 3)
+    if layout.has_bias:
+        needed |= {f"{name}_bias": 2 for name in projections}
+    found = {name: len(whole_shape(parameter)) for name, parameter in module.named_parameters(recurse=False)}
+    modules = ["act_fn"] if not layout.has_gate or not hasattr(module, "_apply_gate") else []
+    modules += ["post_expert_norm"] if layout.has_post_expert_norm else []
+    wrong = [name for name in needed if found.get(name) != needed[name]]
+    wrong += [name for name in modules if not hasattr(module, name)]
+    if wrong:
+        raise ValueError(
+            f"{type(module).__name__} was registered with {layout}, and lacks {', '.join(wrong)}: it needs the "
+            f"parameters {', '.join(needed)} of {', '.join(map(str, needed.values()))} dimensions, and act_fn or "
+            "_apply_gate; see register_experts"
+        )
 
 
 def _is_list_of_experts(location: ModuleLocation) -> bool:

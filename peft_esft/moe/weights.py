@@ -25,7 +25,7 @@ StackedForm = Literal["stacked", "flat", "single"]
 
 def expert_index(expert_ids: Sequence[int], device: torch.device) -> Tensor:
     """Expert ids as an int64 tensor `[n]`."""
-    return torch.tensor(list(expert_ids), dtype=torch.int64, device=device)
+    return torch.tensor(list(expert_ids), dtype=torch.int64).to(device, non_blocking=True)
 
 
 def is_spread(tensor: Tensor) -> bool:
@@ -79,24 +79,38 @@ class StackedWeight:
         weight = self.whole(module)
         return [weight[expert] for expert in expert_ids]
 
-    def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
-        """A copy of the rows of some experts, `[n, ...]`."""
-        weight = self.whole(module)
-        return weight.index_select(0, expert_index(expert_ids, weight.device))
+    def read(self, module: nn.Module, expert_ids: Sequence[int], index: Tensor | None = None) -> Tensor:
+        """A copy of the rows of some experts, `[n, ...]`.
 
-    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
-        """Writes the rows `[n, ...]` of some experts, casting them to the parameter's dtype."""
+        Args:
+            module: the container's.
+            expert_ids: which experts.
+            index: the same as int64 `[n]`, where the caller has it; on the parameter's device nothing waits for it.
+        """
+        weight = self.whole(module)
+        return weight.index_select(0, _index(expert_ids, index, weight.device))
+
+    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None) -> None:
+        """Writes the rows `[n, ...]` of some experts, casting them to the parameter's dtype; see `read`."""
         weight = self._view(self.parameters(module)[0].data)
+        if weight.device.type != "cpu":
+            weight.index_copy_(0, _index(expert_ids, index, weight.device), rows.to(weight.dtype))
+            return
         # One by one: `index_copy_` takes several times as long on the CPU.
         for expert, row in zip(expert_ids, rows, strict=True):
             weight[expert].copy_(row)
 
-    def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
-        """The tensors with new rows that `torch.func.functional_call` uses in place of the parameters, by path."""
+    def substitutes(
+        self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors with new rows that `torch.func.functional_call` uses in place of the parameters, by path.
+
+        The arguments are those of `read`.
+        """
         if self.form == "single":
             return {self.parameter: rows[0]}
         parameter = self.parameters(module)[0]
-        index = expert_index(expert_ids, parameter.device)
+        index = _index(expert_ids, index, parameter.device)
         if self.form == "flat":
             return {self.parameter: self._view(parameter).index_copy(0, index, rows).flatten(0, 1)}
         return {self.parameter: parameter.index_copy(0, index, rows)}
@@ -130,10 +144,12 @@ class StoredWeight(StackedWeight):
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         return tuple(self.stored(module).shape[1:])
 
-    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
+    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None) -> None:
         self.stored(module).write(expert_ids, rows)
 
-    def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
+    def substitutes(
+        self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None
+    ) -> dict[str, Tensor]:
         raise NotImplementedError("a weight in few bits is no parameter that could be substituted")
 
 
@@ -169,16 +185,18 @@ class ListedWeight:
     def rows(self, module: nn.Module, expert_ids: Sequence[int]) -> list[Tensor]:
         return [torch.cat(parts) if len(parts := self._parts(module, e)) > 1 else parts[0] for e in expert_ids]
 
-    def read(self, module: nn.Module, expert_ids: Sequence[int]) -> Tensor:
+    def read(self, module: nn.Module, expert_ids: Sequence[int], index: Tensor | None = None) -> Tensor:
         return torch.stack(self.rows(module, expert_ids))
 
-    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
+    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None) -> None:
         for expert, row in zip(expert_ids, rows, strict=True):
             parts = self._parts(module, expert)
             for part, values in zip(parts, row.split([part.shape[0] for part in parts]), strict=True):
                 part.data.copy_(values)
 
-    def substitutes(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> dict[str, Tensor]:
+    def substitutes(
+        self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None
+    ) -> dict[str, Tensor]:
         return {
             f"{self.experts[expert]}.{path}": values
             for expert, row in zip(expert_ids, rows, strict=True)
@@ -207,3 +225,7 @@ def fused_weights(module: Any, has_gate: bool, has_bias: bool) -> tuple[StackedW
     stored = {name: module._modules[own] for name, own in STORED.items() if name in names and own in module._modules}
     num_experts = whole_shape(stored.get("down_proj") or module.down_proj)[0]
     return tuple((StoredWeight if name in stored else StackedWeight)(name, name, num_experts) for name in names)
+
+
+def _index(expert_ids: Sequence[int], index: Tensor | None, device: torch.device) -> Tensor:
+    return expert_index(expert_ids, device) if index is None else index.to(device, non_blocking=True)

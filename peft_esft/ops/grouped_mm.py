@@ -1,10 +1,17 @@
 """Matrix products of rows in groups, each group with a matrix of its own: kernels and their choice.
 
-Axes are those of `functional.py`. The groups come in two parts, frozen ones and trained ones, whose matrices lie in
+Axes are those of `split_forward.py`. The groups come in two parts, frozen ones and trained ones, whose matrices lie in
 two tensors.
+
+torch's `grouped_mm` is one kernel on few accelerators and for few dtypes. Elsewhere each call copies the offsets to
+the host and loops over all groups. There, the host looks at the ends once for all products of a layer, and a loop goes
+over the groups that have rows; of few rows the matrices are gathered, and nothing waits for the host.
 """
 
 from __future__ import annotations
+
+import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -14,19 +21,34 @@ from .frozen_store import Frozen, FrozenStore
 
 _GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_MM_ALIGNMENT = 16  # bytes; what `torch.nn.functional.grouped_mm` asks of every stride
-_FEW_ROWS = 256
-"""Up to so many rows an accelerator computes what it will throw away rather than wait for the host."""
+_KERNEL_GROUPS = 1023
+"""The most groups that CUDA's kernel takes."""
+_FEW_ROWS = 1024
+"""Up to so many rows the kernel computes what will be thrown away rather than that the host waits."""
+_GATHERED_ROWS = 256
+"""Up to so many rows are gathered at once on the CPU."""
 _LOOPED_DEVICES = ("cpu",)
 """Where torch's `grouped_mm` is itself a loop over all groups."""
 _LOOPED_ROWS = (0.5, 32)
 """There, with fewer or more rows a group than these, a loop over those that have rows is as fast, and copies less."""
 
 
-def ends_on_host(ends: Tensor, num_rows: int) -> list[int] | None:
-    """The ends of the groups as a list; None where that is not worth a host synchronisation, or not possible."""
-    # One host synchronisation on an accelerator. A compiled graph has none: there it is up to the kernels.
-    is_known = not torch.compiler.is_compiling() and (ends.device.type in _LOOPED_DEVICES or num_rows > _FEW_ROWS)
-    return ends.tolist() if is_known else None
+def ends_on_host(ends: Tensor, num_rows: int, dtype: torch.dtype) -> list[int] | None:
+    """The ends of the groups as a list, for which the host waits once; None where the products do without it.
+
+    Args:
+        ends: int32 `[G]`.
+        num_rows: number of rows.
+        dtype: of the matrices.
+    """
+    if torch.compiler.is_compiling():
+        return None  # it is up to the operators of the graph
+    if ends.device.type in _LOOPED_DEVICES:
+        return ends.tolist()
+    is_fast = has_fast_kernel(ends.device, dtype)
+    # The gradient of the matrices needs the host where there is no kernel: once for all products.
+    needs_host = torch.is_grad_enabled() and not is_fast
+    return ends.tolist() if needs_host or num_rows > _few_rows(is_fast, ends.shape[0]) else None
 
 
 def grouped_mm(
@@ -52,20 +74,27 @@ def grouped_mm(
     Returns:
         `[R, out]`, zero for rows that are in no group.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.peft_esft.grouped_mm(inputs, tokens, frozen, trained, ends, is_flipped)
-    if is_flipped:
-        frozen, trained = frozen.transpose(1, 2), trained.transpose(1, 2)
-    num_rows, num_groups = (inputs if tokens is None else tokens).shape[0], ends.shape[0]
     if isinstance(frozen, FrozenStore):
         # One matrix exists at a time, which no kernel can do.
-        return _loop_mm(inputs, tokens, frozen, trained, ends.tolist() if host_ends is None else host_ends)
-    if _has_kernel(inputs, frozen) and not _is_better_looped(inputs.device, num_rows, num_groups):
+        host_ends = ends.tolist() if host_ends is None else host_ends
+        store, trained = (frozen.transpose(1, 2), trained.transpose(1, 2)) if is_flipped else (frozen, trained)
+        return _loop_mm(inputs, tokens, store, trained, host_ends)
+    num_rows, num_groups = (inputs if tokens is None else tokens).shape[0], ends.shape[0]
+    has_kernel, is_looped = _has_kernel(inputs, frozen, trained), inputs.device.type in _LOOPED_DEVICES
+    has_few_rows = host_ends is None and not is_looped and num_rows <= _few_rows(has_kernel, num_groups)
+    if torch.compiler.is_compiling():
+        operator = torch.ops.peft_esft.few_rows_mm if has_few_rows else torch.ops.peft_esft.grouped_mm
+        return operator(inputs, tokens, frozen, trained, ends, is_flipped)
+    if is_flipped:
+        frozen, trained = frozen.transpose(1, 2), trained.transpose(1, 2)
+    if has_few_rows:
+        return _few_rows_mm(inputs if tokens is None else inputs.index_select(0, tokens), frozen, trained, ends)
+    host_ends = ends.tolist() if host_ends is None else host_ends
+    low, high = _LOOPED_ROWS
+    if has_kernel and (not is_looped or low * num_groups <= num_rows <= high * num_groups):
         rows = inputs if tokens is None else inputs.index_select(0, tokens)
-        if host_ends is None and rows.shape[0] <= _FEW_ROWS:
-            return _few_rows_mm(rows, frozen, trained, ends)
-        return _many_rows_mm(rows, frozen, trained, ends, ends.tolist() if host_ends is None else host_ends)
-    return _loop_mm(inputs, tokens, frozen, trained, ends.tolist() if host_ends is None else host_ends)
+        return _many_rows_mm(rows, frozen, trained, ends, host_ends)
+    return _loop_mm(inputs, tokens, frozen, trained, host_ends)
 
 
 def _many_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor, host_ends: list[int]) -> Tensor:
@@ -84,21 +113,35 @@ def _many_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor, h
 
 
 def _few_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor) -> Tensor:
-    """Two kernels on all rows, of which the right results are chosen: nothing waits for the host.
+    """The products of all rows with both parts, of which the right ones are chosen: nothing waits for the host."""
+    num_frozen, row = frozen.shape[0], torch.arange(rows.shape[0], dtype=ends.dtype, device=rows.device)
+    if trained.shape[0] > 0 and _has_kernel(rows, frozen, trained):
+        result = torch.nn.functional.grouped_mm(rows, frozen, offs=ends[:num_frozen])
+        # The first trained group takes in all frozen rows before it, whose results are thrown away.
+        of_trained = torch.nn.functional.grouped_mm(rows, trained, offs=ends[num_frozen:])
+    else:
+        slots = torch.searchsorted(ends, row, right=True)
+        result = _gathered_mm(rows, frozen, slots)
+        of_trained = _gathered_mm(rows, trained, slots - num_frozen) if trained.shape[0] else result
+    result = torch.where((row < ends[num_frozen - 1])[:, None], result, of_trained)
+    return result.masked_fill_((row >= ends[-1])[:, None], 0)
 
-    The first trained group takes in all frozen rows before it, whose results are thrown away.
-    """
-    result = torch.nn.functional.grouped_mm(rows, trained, offs=ends[frozen.shape[0] :])
-    row = torch.arange(rows.shape[0], device=rows.device)[:, None]
-    if frozen.shape[0] > 0:
-        of_frozen = torch.nn.functional.grouped_mm(rows, frozen, offs=ends[: frozen.shape[0]])
-        result = torch.where(row < ends[frozen.shape[0] - 1], of_frozen, result)
-    return result.masked_fill_(row >= ends[-1], 0)
+
+def _gathered_mm(rows: Tensor, matrices: Tensor, places: Tensor) -> Tensor:
+    """`rows[i] @ matrices[places[i]]`; anything where there is no such matrix."""
+    num_rows, num_matrices = rows.shape[0], matrices.shape[0]
+    places = places.clamp(0, num_matrices - 1)
+    with torch.autocast(rows.device.type, enabled=False):
+        if num_matrices <= 3 * num_rows:
+            # A gathered matrix is read, written and read again: that would be more than all of them once.
+            products = torch.bmm(rows.expand(num_matrices, -1, -1), matrices)
+            return products[places, torch.arange(num_rows, device=rows.device)]
+        return torch.bmm(rows[:, None], matrices.index_select(0, places))[:, 0]
 
 
 def _loop_mm(inputs: Tensor, tokens: Tensor | None, frozen: Frozen, trained: Tensor, ends: list[int]) -> Tensor:
-    """One group after the other, as torch's kernel for the CPU does. Of many rows each is gathered in its turn."""
-    if tokens is not None and tokens.shape[0] <= _FEW_ROWS:
+    """One group after the other. On the CPU, as torch's kernel there; each of many rows is gathered in its turn."""
+    if tokens is not None and (inputs.device.type not in _LOOPED_DEVICES or tokens.shape[0] <= _GATHERED_ROWS):
         inputs, tokens = inputs.index_select(0, tokens), None
     sources = inputs if tokens is None else tokens
     result = inputs.new_empty(sources.shape[0], frozen.shape[2])
@@ -128,7 +171,8 @@ def grouped_outer(
     """
     if torch.compiler.is_compiling():
         return torch.ops.peft_esft.grouped_outer(left, right, bounds).to(dtype)
-    has_kernel = _has_kernel(left, right) and left.device.type not in _LOOPED_DEVICES and left.shape[0] > 0
+    is_looped = left.device.type in _LOOPED_DEVICES
+    has_kernel = not is_looped and left.shape[0] > 0 and _has_kernel(left, right)
     if has_kernel and host_bounds is None and left.shape[0] <= _FEW_ROWS:
         # The rows before the first group make one group more, which is thrown away.
         return torch.nn.functional.grouped_mm(left.transpose(0, 1), right, offs=bounds)[1:].to(dtype)
@@ -150,21 +194,64 @@ def grouped_outer(
     return result
 
 
-def _has_kernel(left: Tensor, right: Tensor) -> bool:
+def _few_rows(has_kernel: bool, num_groups: int) -> int:
+    """Up to how many rows an accelerator does more than it has to rather than have the host wait."""
+    # Without a kernel their matrices are gathered, which are not to take more than half of what the groups' take.
+    return _FEW_ROWS if has_kernel else num_groups // 2
+
+
+def _has_kernel(left: Tensor, *rights: Tensor) -> bool:
     """True if `torch.nn.functional.grouped_mm` has a kernel for these operands."""
-    if left.dtype not in _GROUPED_MM_DTYPES:
+    device = left.device
+    if device.type in _LOOPED_DEVICES:
+        if left.dtype not in _GROUPED_MM_DTYPES:
+            return False
+    elif not has_fast_kernel(device, left.dtype) or any(
+        own.dim() == 3 and own.shape[0] > _KERNEL_GROUPS for own in rights
+    ):
         return False
-    if left.is_cuda and torch.cuda.get_device_capability(left.device) < (8, 0):
-        return False
-    sizes = (left.shape[-1], *right.shape[-2:]) if right.dim() == 3 else (left.shape[-1], right.shape[-1])
+    sizes = (left.shape[-1], *(size for right in rights for size in right.shape[-2 if right.dim() == 3 else -1 :]))
     if any(size * left.element_size() % _GROUPED_MM_ALIGNMENT for size in sizes):
         return False
-    return all(operand.data_ptr() % _GROUPED_MM_ALIGNMENT == 0 for operand in (left, right))
+    # In a graph that is being compiled, tensors have no addresses.
+    return torch.compiler.is_compiling() or all(own.data_ptr() % _GROUPED_MM_ALIGNMENT == 0 for own in (left, *rights))
 
 
-def _is_better_looped(device: torch.device, num_rows: int, num_groups: int) -> bool:
-    low, high = _LOOPED_ROWS
-    return device.type in _LOOPED_DEVICES and not low * num_groups <= num_rows <= high * num_groups
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_fast_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if `torch.nn.functional.grouped_mm` is one kernel on a device; elsewhere it is a loop of the host.
+
+    It is tried, once for each device and dtype, and torch says whether the host had to wait.
+    """
+    return device.type == "cuda" and _runs_without_waiting(device, dtype)
+
+
+@cache
+def _runs_without_waiting(device: torch.device, dtype: torch.dtype) -> bool:
+    # Twice: the first time, another thread may have waited for something else.
+    return any(_try_kernel(device, dtype) for _ in range(2))
+
+
+def _try_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        mode = torch.cuda.get_sync_debug_mode()
+    except (AssertionError, AttributeError):
+        return False  # a build without CUDA, whose tensors are there in name only
+    try:
+        rows, matrix = (
+            torch.zeros(16, 16, dtype=dtype, device=device),
+            torch.zeros(1, 16, 16, dtype=dtype, device=device),
+        )
+        ends = torch.full((1,), 16, dtype=torch.int32, device=device)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            torch.nn.functional.grouped_mm(rows, matrix, offs=ends)
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    return not any("called a synchronizing" in str(warning.message) for warning in found)
 
 
 def _non_empty_groups(ends: list[int]) -> tuple[list[int], list[int]]:
@@ -177,7 +264,15 @@ def _non_empty_groups(ends: list[int]) -> tuple[list[int], list[int]]:
 def _grouped_mm_op(
     inputs: Tensor, tokens: Tensor | None, frozen: Tensor, trained: Tensor, ends: Tensor, is_flipped: bool
 ) -> Tensor:
-    return grouped_mm(inputs, tokens, frozen, trained, ends, None, is_flipped)
+    return grouped_mm(inputs, tokens, frozen, trained, ends, ends.tolist(), is_flipped)
+
+
+def _few_rows_mm_op(
+    inputs: Tensor, tokens: Tensor | None, frozen: Tensor, trained: Tensor, ends: Tensor, is_flipped: bool
+) -> Tensor:
+    if is_flipped:
+        frozen, trained = frozen.transpose(1, 2), trained.transpose(1, 2)
+    return _few_rows_mm(inputs if tokens is None else inputs.index_select(0, tokens), frozen, trained, ends)
 
 
 def _grouped_mm_meta(
@@ -197,14 +292,16 @@ def _grouped_outer_meta(left: Tensor, right: Tensor, bounds: Tensor) -> Tensor:
 # `torch.library.custom_op` says the same in fewer lines, but looks for the caller's source in every module that is
 # imported: as long as half of this package's import.
 _LIBRARY = torch.library.Library("peft_esft", "DEF")
-_LIBRARY.define(
-    "grouped_mm(Tensor inputs, Tensor? tokens, Tensor frozen, Tensor trained, Tensor ends, bool is_flipped) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "grouped_outer(Tensor left, Tensor right, Tensor bounds) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
-_LIBRARY.impl("grouped_mm", _grouped_mm_op, "CompositeExplicitAutograd")
-_LIBRARY.impl("grouped_mm", _grouped_mm_meta, "Meta")
-_LIBRARY.impl("grouped_outer", _grouped_outer_op, "CompositeExplicitAutograd")
-_LIBRARY.impl("grouped_outer", _grouped_outer_meta, "Meta")
+_PRODUCT = "(Tensor inputs, Tensor? tokens, Tensor frozen, Tensor trained, Tensor ends, bool is_flipped) -> Tensor"
+# What may wait for the host cannot be captured in a CUDA graph: inductor leaves what has the tag outside.
+_WAITING = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+_LIBRARY.define(f"few_rows_mm{_PRODUCT}", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.define(f"grouped_mm{_PRODUCT}", tags=_WAITING)
+_LIBRARY.define("grouped_outer(Tensor left, Tensor right, Tensor bounds) -> Tensor", tags=_WAITING)
+for _name, _operator, _meta in (
+    ("few_rows_mm", _few_rows_mm_op, _grouped_mm_meta),
+    ("grouped_mm", _grouped_mm_op, _grouped_mm_meta),
+    ("grouped_outer", _grouped_outer_op, _grouped_outer_meta),
+):
+    _LIBRARY.impl(_name, _operator, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _meta, "Meta")

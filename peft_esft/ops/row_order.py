@@ -1,7 +1,7 @@
 """The (token, expert) pairs of a mixture of experts sorted by weight matrix, and products in that order.
 
-Axes are those of `functional.py`: `T` tokens, `K` experts per token, `E` experts, `n` trained experts, `R` rows, one
-for each (token, expert) pair.
+Axes are those of `split_forward.py`: `T` tokens, `K` experts per token, `E` experts, `n` trained experts, `R` rows,
+one for each (token, expert) pair.
 """
 
 from __future__ import annotations
@@ -91,12 +91,13 @@ class RowOrder:
         return by_slot[self.slots.clamp(max=by_slot.shape[0] - 1)]
 
 
-def order_rows(slot_of_pair: Tensor, num_groups: int) -> RowOrder:
+def order_rows(slot_of_pair: Tensor, num_groups: int, dtype: torch.dtype) -> RowOrder:
     """Sorts pairs by slot.
 
     Args:
         slot_of_pair: int64 `[T, K]`.
         num_groups: `G`; pairs with this slot, the highest, belong to no group.
+        dtype: of the matrices.
     """
     slots, pairs = torch.sort(slot_of_pair.reshape(-1), stable=True)
     rows = torch.arange(pairs.shape[0], device=pairs.device)
@@ -108,7 +109,7 @@ def order_rows(slot_of_pair: Tensor, num_groups: int) -> RowOrder:
         places=torch.empty_like(pairs).scatter_(0, pairs, rows).view(slot_of_pair.shape),
         slots=slots,
         ends=ends,
-        host_ends=ends_on_host(ends, pairs.shape[0]),
+        host_ends=ends_on_host(ends, pairs.shape[0], dtype),
     )
 
 

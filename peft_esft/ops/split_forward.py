@@ -120,7 +120,7 @@ def split_experts_forward(
     """
     num_experts, num_trained = frozen.down.shape[0], trained.down.shape[0]
     slot_of_pair = slots[top_k_index] if adapter_of_token is None else slots[adapter_of_token[:, None], top_k_index]
-    order = order_rows(slot_of_pair, num_experts + num_trained)
+    order = order_rows(slot_of_pair, num_experts + num_trained, frozen.up.dtype)
     identity, routed = None, top_k_weights
     if slots.shape[-1] > num_experts:
         identity = slot_of_pair == num_experts + num_trained

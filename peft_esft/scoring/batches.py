@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -107,12 +108,25 @@ def with_decoder_inputs(inputs: Mapping[str, Any], model: Any) -> Mapping[str, A
     """Makes the decoder's inputs from the labels if the batch has none, as the model itself does in training."""
     if any(inputs.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds")):
         return inputs
-    if inputs.get("labels") is None or not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+    shift = _label_shift(model)
+    if inputs.get("labels") is None or shift is None:
         raise ValueError(f"a batch for an encoder-decoder model needs decoder_input_ids; it has {sorted(inputs)}")
     labels = inputs["labels"]
     counts = (labels != IGNORED_LABEL).long()
-    decoder_inputs = model.prepare_decoder_input_ids_from_labels(labels)
-    return {"decoder_attention_mask": counts, **inputs, "decoder_input_ids": decoder_inputs}
+    return {"decoder_attention_mask": counts, **inputs, "decoder_input_ids": shift(labels)}
+
+
+def _label_shift(model: Any) -> Callable[[Tensor], Tensor] | None:
+    """The function with which a model makes its decoder's inputs of labels; None if it has none."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        shift: Callable[[Tensor], Tensor] = model.prepare_decoder_input_ids_from_labels
+        return shift
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # NLLB-MoE shifts labels in its forward pass, by a function of its file.
+    function = getattr(sys.modules[type(base).__module__], "shift_tokens_right", None)
+    if function is None:
+        return None
+    return lambda labels: function(labels, base.config.pad_token_id, base.config.decoder_start_token_id)
 
 
 def to_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..moe.containers import ExpertsContainer, find_experts
+from ..moe.containers import ExpertsContainer, find_experts, no_experts
 from ..moe.routing import Routing
 from .batches import batch_size_of, check_batch, is_encoder_decoder, text_batches, to_device, with_decoder_inputs
 from .processes import ProcessShare, batches_in_step
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIRST_CHECKPOINT = 1024  # tokens; the next ones follow at each doubling
+_BATCHES_ON_DEVICE = 64  # whose sums are brought to the host together
 
 
 class RoutingAccumulator:
     """Sums up the routing of one container, batch by batch, on the device where the routing is computed.
 
-    Memory is constant in the number of tokens. `update` copies nothing to the host.
+    Memory is constant in the number of tokens. The host waits once in many batches: it adds their sums up in float64,
+    which not every device has.
     """
 
     def __init__(self, num_experts: int, parameters_per_expert: int = 1) -> None:
@@ -45,9 +47,10 @@ class RoutingAccumulator:
         self.device = device
         # One row for the samples of even number, one for those of odd number.
         self.half_pairs = torch.zeros(2, self.num_experts, dtype=torch.int64, device=device)
-        self.gate_weight_sum, self.token_share_sum, self.gate_share_sum = (
-            torch.zeros(self.num_experts, dtype=torch.float64, device=device) for _ in range(3)
-        )
+        # Of gate weights, of each sample's share of tokens and of gate weights, `[3, E]`: so far, and of each batch.
+        self._sums = torch.zeros(3, self.num_experts, dtype=torch.float64)
+        self._batches: list[Tensor] = []
+        self._dtype = torch.float64 if device.type == "cpu" else torch.float32
 
     def update(self, routing: Routing, stream: TokenStream) -> None:
         """Counts one batch: the routing of the tokens of a stream.
@@ -65,18 +68,19 @@ class RoutingAccumulator:
         # Pairs that do not count go to a bin of their own: no shape depends on the data, so nothing waits for it.
         bins = sample_of_token[:, None] * self.num_experts + top_k_index
         bins = torch.where(counted, bins, num_samples * self.num_experts).reshape(-1)
-        gates = torch.where(counted, top_k_weights, 0).reshape(-1).to(torch.float64)
+        gates = torch.where(counted, top_k_weights, 0).reshape(-1).to(self._dtype)
 
         def sum_in_bins(values: Tensor) -> Tensor:
             sums = torch.zeros(num_samples * self.num_experts + 1, dtype=values.dtype, device=values.device)
             return sums.index_add(0, bins, values)[:-1].view(num_samples, self.num_experts)
 
         pairs, gate_sums = sum_in_bins(torch.ones_like(bins)), sum_in_bins(gates)
-        tokens = lengths.clamp(min=1)[:, None].to(torch.float64)
+        tokens = lengths.clamp(min=1)[:, None].to(self._dtype)
         self.half_pairs.index_add_(0, half_of_sample, pairs)
-        self.gate_weight_sum += gate_sums.sum(0)
-        self.token_share_sum += (pairs / (tokens * routing.top_k)).sum(0)
-        self.gate_share_sum += (gate_sums / tokens).sum(0)
+        sums = (gate_sums.sum(0), (pairs / (tokens * routing.top_k)).sum(0), (gate_sums / tokens).sum(0))
+        self._batches.append(torch.stack(sums))
+        if len(self._batches) == _BATCHES_ON_DEVICE:
+            self._add_batches()
 
     def update_counts(self, pairs: list[int], stream: TokenStream) -> None:
         """Counts a batch of one sample, all of whose tokens count, where only each expert's number of tokens is known.
@@ -85,25 +89,32 @@ class RoutingAccumulator:
         """
         self.sees_gates = False
         self._add_tokens(stream, -(-sum(pairs) // stream.num_tokens))
-        row = torch.tensor(pairs, device=self.half_pairs.device)
-        self.half_pairs[int(stream.half_of_sample[0])] += row
-        self.token_share_sum += row / (stream.num_tokens * self.top_k)
+        row = torch.tensor(pairs)
+        self.half_pairs[int(stream.half_of_sample[0])] += row.to(self.device, non_blocking=True)
+        self._sums[1] += row.double() / (stream.num_tokens * self.top_k)
 
     def _add_tokens(self, stream: TokenStream, top_k: int) -> None:
         self.top_k = max(self.top_k, top_k)
         self.num_tokens += stream.num_tokens
         self.num_samples += stream.num_samples
 
+    def _add_batches(self) -> None:
+        if self._batches:
+            self._sums += torch.stack(self._batches).cpu().double().sum(0)
+            self._batches.clear()
+
     def result(self) -> ContainerScores:
         """The sums so far, on the host."""
+        self._add_batches()
+        gate_weights, token_shares, gate_shares = self._sums.tolist()
         return ContainerScores(
             self.top_k,
             self.num_tokens,
             self.num_samples,
             selected_pairs=self.half_pairs.sum(0).tolist(),
-            gate_weight_sum=self.gate_weight_sum.tolist() if self.sees_gates else None,
-            token_share_sum=self.token_share_sum.tolist(),
-            gate_share_sum=self.gate_share_sum.tolist() if self.sees_gates else None,
+            gate_weight_sum=gate_weights if self.sees_gates else None,
+            token_share_sum=token_shares,
+            gate_share_sum=gate_shares if self.sees_gates else None,
             parameters_per_expert=self.parameters_per_expert,
         )
 
@@ -158,7 +169,7 @@ def score_experts(
         raise ValueError(f"max_tokens is {max_tokens}; it is at least 1")
     containers = find_experts(model)
     if not containers:
-        raise ValueError(f"{type(model).__name__} has no experts container of a known kind; nothing can be scored")
+        raise ValueError(f"nothing can be scored: {no_experts(model)}")
     if tokenizer is not None:
         batches = text_batches(batches, tokenizer)
 

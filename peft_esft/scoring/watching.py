@@ -43,14 +43,15 @@ def watching_routing(
     with ExitStack() as hooks, eval_mode(model), torch.inference_mode():
         for container in containers.values():
             for location in container.places:
-                for handle in _watch(container, location, see, see_expert_call):
+                for handle in watch_place(container, location, see, see_expert_call):
                     hooks.enter_context(handle)
         yield
 
 
-def _watch(
+def watch_place(
     container: ExpertsContainer, location: ModuleLocation, see: SeeRouting, see_expert_call: SeeExpertCall
 ) -> list[RemovableHandle]:
+    """Registers the hooks that report the routing of a container at one of its places, see `watching_routing`."""
     if container.routing is not None:
         return [container.routing.watch(location.watched(container.routing), partial(see, container, location.path))]
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
@@ -41,11 +42,13 @@ class TensorEntry:
 
     Attributes:
         file: the file.
+        key: its key in the file.
         dtype: its dtype.
         shape: its shape.
     """
 
     file: Path
+    key: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
@@ -72,7 +75,7 @@ def read_header(file: Path) -> Header:
                 part = opened.get_slice(key)
                 shape = tuple(part.get_shape())
                 dtype = (part[:0] if shape else opened.get_tensor(key)).dtype
-                header[key] = TensorEntry(file, dtype, shape)
+                header[key] = TensorEntry(file, key, dtype, shape)
     except (SafetensorError, OSError, ValueError, OverflowError, IndexError) as error:
         if not file.is_file():
             raise
@@ -87,21 +90,29 @@ def read_pickled_header(file: Path) -> Header:
         ValueError: if it holds anything but tensors by name.
     """
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = load_pickled(file)
     except Exception as error:  # pickle and zip errors of many types
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{file} holds something else than tensors by name")
-    return {str(key): TensorEntry(file, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    return {
+        key: TensorEntry(file, key, tensor.dtype, tuple(tensor.shape))
+        for key, tensor in ((str(key), tensor) for key, tensor in tensors.items())
+    }
 
 
-def read_tensor(entry: TensorEntry, key: str) -> Tensor:
+def load_pickled(file: Path) -> Any:
+    """What a pickled file holds, mapped into memory if its form allows it."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file) or None)
+
+
+def read_tensor(entry: TensorEntry) -> Tensor:
     """The values of a tensor, mapped into memory and not copied; those of a pickled file are read."""
     if entry.file.suffix != ".safetensors":
-        pickled: Tensor = torch.load(entry.file, map_location="cpu", weights_only=True)[key]
+        pickled: Tensor = load_pickled(entry.file)[entry.key]
         return pickled
     with safe_open(entry.file, "pt") as opened:
-        tensor: Tensor = opened.get_tensor(key)
+        tensor: Tensor = opened.get_tensor(entry.key)
     return tensor
 
 

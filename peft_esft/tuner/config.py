@@ -25,6 +25,7 @@ from ..scoring.selection import DEFAULT_TOP_P, select_experts
 from .adapter_file import KEY_PREFIX, Header, find_header, find_hub_header, finish_file, read_header
 from .file_contents import check_experts, check_foreign, foreign_keys
 from .model_card import write_card
+from .other_classes import Prefixes, moved
 from .targets import ModuleOptions, adapted_selection
 
 
@@ -132,6 +133,8 @@ class ESFTConfig(PeftConfig):
         self.peft_type = PeftType.ESFT
         # What is adapted in the model at hand, by module path, once the adapter is attached. Not a field of the file.
         self.adapted_paths: dict[str, list[int]] = {}
+        # How the paths were changed since it was read, see `move`.
+        self.prefixes: Prefixes = {}
         # Whether `base_fingerprint` was recorded when this config was attached, and not read from a file.
         self.has_own_fingerprint = False
         self._find_header: Callable[[], Header | None] | None = None
@@ -171,6 +174,28 @@ class ESFTConfig(PeftConfig):
     def adapted_experts(self) -> dict[str, list[int]]:
         """The experts that the adapter changes: those of `target_experts` that the other options leave."""
         return adapted_selection(self.module_options, self.target_experts or {})
+
+    def move(self, prefixes: Prefixes) -> None:
+        """Gives the modules the paths that they have in another class of the checkpoint, see `other_classes`."""
+        self.prefixes = prefixes
+        if not prefixes:
+            return
+
+        def by_path(values: dict[str, Any] | None) -> dict[str, Any] | None:
+            return values and {moved(path, prefixes): value for path, value in values.items()}
+
+        self.target_experts = by_path(self.target_experts)
+        for name in ("selection", "base_fingerprint"):
+            record = getattr(self, name)
+            tables = {key: by_path(record[key]) for key in ("num_experts", "rows") if key in (record or {})}
+            setattr(self, name, record and record | tables)
+        # PEFT compares these with the endings of paths. A path without what it began with is an ending already.
+        starts = {before: now for before, now in prefixes.items() if before}
+        for name in ("modules_to_save", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, [moved(path, starts) for path in value])
+        if isinstance(tokens := self.trainable_token_indices, dict):
+            self.trainable_token_indices = {moved(path, starts): own for path, own in tokens.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Saves the config, and a model card if the adapter's weights are in the same folder.

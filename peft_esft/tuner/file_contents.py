@@ -182,7 +182,7 @@ def check_finite_header(header: Header) -> None:
     """`check_finite` for the tensors of a file."""
     for key, entry in header.items():
         if entry.dtype.is_floating_point:
-            check_finite({key: read_tensor(entry, key)})
+            check_finite({key: read_tensor(entry)})
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..moe.weights import whole_shape
-from ..registration import source_of_weights
-from .adapter_file import KEY_PREFIX, Header
+from ..registration import Source, source_of_weights
+from .adapter_file import DELTA_KEY, KEY_PREFIX, Header
 from .config import ESFTConfig
 from .file_contents import (
     Entries,
@@ -22,6 +23,7 @@ from .file_contents import (
 )
 from .layers.layer import ESFTLayer
 from .layers.offload import is_offloaded
+from .other_classes import Prefixes, find_prefixes, moved_keys, paths_of_deltas
 
 
 def expected_entries(model: nn.Module, config: ESFTConfig, adapter_name: str) -> Entries:
@@ -79,6 +81,40 @@ def check_loader(model: nn.Module) -> None:
             )
 
 
+def moved_weights(
+    model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """An adapter's weights by the names that they have in a model, if it was trained over another class.
+
+    Args:
+        model: with the adapter.
+        config: of the adapter.
+        adapter_name: its name.
+        state_dict: the weights, by their names in a file.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
+    if {layer.path for layer in layers if adapter_name in layer.adapters}.issuperset(paths_of_deltas(state_dict)):
+        return dict(state_dict)
+    source = source_of_weights()
+    # What is loaded over an adapter in the model has a config of its own.
+    own = config if source is None else _config_here(source, _experts(layers, adapter_name))
+    return moved_keys(state_dict, own.prefixes)
+
+
+def _experts(layers: Iterable[nn.Module], adapter_name: str) -> dict[str, ESFTLayer]:
+    """The layers that hold experts of an adapter, by path."""
+    own = (layer for layer in layers if isinstance(layer, ESFTLayer) and adapter_name in layer.adapters)
+    return {layer.path: layer for layer in own if layer.kind != "module"}
+
+
+def _config_here(source: Source, experts: Mapping[str, ESFTLayer]) -> ESFTConfig:
+    """The config beside the weights that are loaded, with the paths that the experts have in the model."""
+    # The weights have been read already, pickled or not.
+    config = _read_config(source.name, source.download, use_safetensors=False)
+    config.move(find_prefixes(config.target_experts or {}, experts))
+    return config
+
+
 def check_file(model: nn.Module, config: ESFTConfig, adapter_name: str, header: Header) -> None:
     """Refuses a file that does not hold exactly what its config calls for in a model.
 
@@ -90,9 +126,30 @@ def check_file(model: nn.Module, config: ESFTConfig, adapter_name: str, header: 
 
     Raises:
         ValueError: naming the first few misfits, or the first tensor that is not finite.
+        NotImplementedError: if the loader does not find the tensors under the names that they have in the file.
     """
-    compare_entries(header, expected_entries(model, config, adapter_name))
+    moved_header = moved_keys(header, config.prefixes)
+    compare_entries(moved_header, expected_entries(model, config, adapter_name))
     check_finite_header(header)
+    source = source_of_weights()
+    if config.prefixes and source is not None:
+        _check_loader_moves(source, config.prefixes, [key for key in header if key not in moved_header])
+
+
+def _check_loader_moves(source: Source, prefixes: Prefixes, keys: Sequence[str]) -> None:
+    """Refuses what a loader cannot move: transformers' moves nothing, PEFT's hands the tuner the experts alone."""
+    problem = "the adapter was trained over another class of the base's checkpoint"
+    if source.by_transformers:
+        raise NotImplementedError(
+            f"{problem}, under whose names transformers' load_adapter would not find its weights. Use PEFT's "
+            "PeftModel.from_pretrained, or load the base with the class that the adapter was trained over"
+        )
+    others = [key for key in keys if DELTA_KEY not in key]
+    if others and not source.key_mapping:
+        mapping = {f"^{re.escape(before)}": now for before, now in prefixes.items()}
+        raise NotImplementedError(
+            f"{problem}, where {others[0]} has this name. PEFT loads it with the argument key_mapping={mapping}"
+        )
 
 
 def check_incoming(model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
@@ -131,17 +188,15 @@ def _check_source(model: nn.Module, adapter_name: str) -> None:
     source = source_of_weights()
     if source is None:
         return
-    # The weights have been read already, pickled or not.
-    config, layers = _read_config(source.name, source.download, use_safetensors=False), {}
-    for module in model.modules():
-        if isinstance(module, ESFTLayer) and adapter_name in module.adapters and module.kind != "module":
-            layers[module.path] = module.adapters[adapter_name]
+    layers = _experts(model.modules(), adapter_name)
+    config = _config_here(source, layers)
     named = config.adapted_experts
     if any(path.isdigit() for path in named):
         return  # a config made by hand: the number of a layer says no path
-    experts = {path: adapter.global_ids or adapter.expert_ids for path, adapter in layers.items()}
+    adapters = {path: layer.adapters[adapter_name] for path, layer in layers.items()}
+    experts = {path: adapter.global_ids or adapter.expert_ids for path, adapter in adapters.items()}
     check_same_experts(named, experts, "the weights", f"adapter {adapter_name!r}")
-    scalings = {adapter.scaling for adapter in layers.values()} - {config.scaling}
+    scalings = {adapter.scaling for adapter in adapters.values()} - {config.scaling}
     if scalings and config.storage == "delta":
         raise ValueError(f"the weights are scaled by {config.scaling}, those of {adapter_name!r} by {scalings.pop()}")
 

@@ -75,7 +75,7 @@ class AdapterBatch:
             places = torch.tensor([self.adapters.index(name) for name in self.names])
             rows = places.new_zeros(key[0]) if repeats is None else places.repeat_interleave(repeats)
             with torch.inference_mode(False):
-                self._indices[key] = rows.to(tensor.device)
+                self._indices[key] = rows.to(tensor.device, non_blocking=True)
         return self._indices[key]
 
     def names_of_rows(self, tensor: Tensor, module: nn.Module, known: Container[str], path: str) -> list[str]:
@@ -207,13 +207,15 @@ def _adapters_of(wrapper: Any) -> set[str]:
 def is_stateless(module: nn.Module, model: nn.Module) -> bool:
     """True for a module that can be called once for each adapter, and whose rows are samples or their tokens.
 
-    These are linear layers, norms and the embeddings of tokens. A module that takes a cache is none of them, and
-    neither is an embedding of positions: its rows are no samples, even where there are as many.
+    These are linear layers, norms and the embeddings of tokens. A module that takes a cache is none of them. Neither
+    is a router that extends `nn.Linear`, which returns a tuple, nor an embedding of positions, whose rows are not
+    samples even where there are as many.
     """
     if isinstance(module, nn.Embedding):
         models = (part for part in model.modules() if isinstance(part, PreTrainedModel))
         return any(module is getattr(own, "base_layer", own) for own in map(_token_embedding, models))
-    return isinstance(module, nn.Linear | nn.LayerNorm) or type(module).__name__.endswith("Norm")
+    is_plain = type(module).forward in (nn.Linear.forward, nn.LayerNorm.forward)
+    return is_plain or type(module).__name__.endswith("Norm")
 
 
 def _token_embedding(model: PreTrainedModel) -> nn.Module | None:

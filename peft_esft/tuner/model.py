@@ -26,7 +26,7 @@ from .layers.listed import ListedExperts
 from .layers.merging import check_finite
 from .layers.substituted import SubstitutedExperts
 from .layers.tied import TiedLayer, update_tied_keys
-from .loading import check_file, check_incoming, check_loader, header_of
+from .loading import check_file, check_incoming, check_loader, header_of, moved_weights
 from .messages import shortened
 from .mixed_batch import (
     calling_with,
@@ -83,6 +83,7 @@ class ESFTModel(AdapterOperations):
         """Resolves and checks the config against the model, see `preparation.prepare_config`."""
         prepared = prepare_config(peft_config, self.model)
         self._resolved = prepared
+        peft_config.move(prepared.prefixes)
         peft_config.target_experts = prepared.target_experts
         # Read by `_check_target_module_exists`, which PEFT hands no model. Not a field, so it is not saved.
         peft_config.adapted_paths = prepared.selection
@@ -378,6 +379,7 @@ class ESFTModel(AdapterOperations):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
+        state_dict = moved_weights(model, config, adapter_name, state_dict)
         check_incoming(model, config, adapter_name, state_dict)
         weights = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         return rows_from_file(model, adapter_name, weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,16 +14,19 @@ from threading import Condition, RLock
 from typing import Any
 
 import torch
+from accelerate.utils import convert_file_size_to_int
 from peft import PeftModel
-from peft.utils import load_peft_weights, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
 from .config import ESFTConfig
 from .file_contents import check_finite_header, compare_entries
+from .fingerprint import compare_base
 from .loading import expected_entries
 from .mixed_batch import BASE
 from .model import ESFTModel, adapters_lock
-from .preparation import check_adapter_name
+from .other_classes import moved_keys
+from .preparation import check_adapter_name, resolve_config
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class PoolStatistics:
 
 @dataclass(frozen=True)
 class _HostCopy:
-    """An adapter in host memory: its config, and its tensors as the file has them."""
+    """An adapter's config, and its tensors as the file has them, in host memory; for a moment on the device."""
 
     config: ESFTConfig
     weights: dict[str, Tensor]
@@ -68,9 +72,13 @@ class AdapterPool:
 
     Args:
         model: a `PeftModel` with an ESFT adapter, which is not part of the pool.
-        device_bytes: the most that the effective rows of the pool's adapters may take on the device.
+        device_bytes: the most that the effective rows of the pool's adapters may take on the device: a number, or a
+            text with a unit such as "8GB" or "512MiB".
         host_bytes: the most that their files' tensors may take in host memory, from where they are loaded again after
             they were dropped; None for no limit. The last one that was read always stays.
+
+    Raises:
+        ValueError: if the model has no ESFT adapter, or a size is none.
 
     Example:
         >>> pool = AdapterPool(model, device_bytes=8 * 2**30)
@@ -79,7 +87,7 @@ class AdapterPool:
         ...     model.generate(**batch, adapter_names=["law", "__base__"])
     """
 
-    def __init__(self, model: PeftModel, device_bytes: int, host_bytes: int | None = None) -> None:
+    def __init__(self, model: PeftModel, device_bytes: int | str, host_bytes: int | str | None = None) -> None:
         if not isinstance(model, PeftModel) or not isinstance(model.base_model, ESFTModel):
             raise ValueError(
                 f"model is a {type(model).__name__} without an ESFT adapter; wrap the base with "
@@ -87,8 +95,8 @@ class AdapterPool:
             )
         self.model = model
         self._tuner: ESFTModel = model.base_model
-        self.device_bytes = device_bytes
-        self.host_bytes = host_bytes
+        self.device_bytes = _bytes("device_bytes", device_bytes)
+        self.host_bytes = None if host_bytes is None else _bytes("host_bytes", host_bytes)
         self._sources: dict[str, tuple[str, dict[str, Any]]] = {}
         self._host: OrderedDict[str, Future[_HostCopy]] = OrderedDict()
         self._resident: OrderedDict[str, None] = OrderedDict()  # the least recently used first
@@ -100,7 +108,7 @@ class AdapterPool:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
 
     def add(self, adapter_name: str, path: str | Path, **kwargs: Any) -> None:
-        """Makes an adapter known; it is read when it is first asked for.
+        """Makes an adapter known. Its config is compared with the model; its weights are read when first asked for.
 
         Args:
             adapter_name: what it is called in `adapter_names`.
@@ -108,13 +116,19 @@ class AdapterPool:
             **kwargs: passed to `ESFTConfig.from_pretrained` and `peft.load_peft_weights`, for example `revision`.
 
         Raises:
-            ValueError: if the name is taken, or cannot be one.
+            ValueError: if the name is taken, or cannot be one; or the adapter is not found, is not ESFT's, has no
+                weights or does not fit the model.
         """
         check_adapter_name(adapter_name, self._tuner.model)
+        size = self._check_config(_read_config(str(path), kwargs))
+        folder = Path(path, kwargs.get("subfolder") or "")
+        if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+            raise ValueError(f"{folder} has the config of an adapter and no {SAFETENSORS_WEIGHTS_NAME}")
         with self._condition:
             if adapter_name in self._sources or adapter_name in self.model.peft_config:
                 raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
             self._sources[adapter_name] = (str(path), kwargs)
+            self._sizes[adapter_name] = size
 
     def __contains__(self, adapter_name: object) -> bool:
         return adapter_name in self._sources
@@ -191,8 +205,9 @@ class AdapterPool:
             copies = {name: self._read(name).result() for name in names if name not in self._resident}
             for name, own in copies.items():
                 self._sizes[name] = self._nbytes(own.config)
+            self._check_size(names)
+            copies = {name: self._on_device(own) for name, own in copies.items()}
             with self._condition:
-                self._check_size(names)
                 self._condition.wait_for(lambda: self._makes_room(names))
                 missing = [name for name in names if name not in self._resident]
                 # Unless one was dropped that was still there when the files were read.
@@ -220,6 +235,14 @@ class AdapterPool:
             raise ValueError(
                 f"{names} take {needed:,} bytes together, more than the {self.device_bytes:,} of device_bytes"
             )
+
+    def _check_config(self, config: ESFTConfig) -> int:
+        """Compares a config with the model; returns the bytes of its rows."""
+        with adapters_lock:
+            resolved = resolve_config(config, self._tuner.model)
+            config.move(resolved.prefixes)
+            compare_base(config, self._tuner.model, resolved.experts, resolved.target_experts)
+        return resolved.nbytes
 
     def _nbytes(self, config: ESFTConfig) -> int:
         with adapters_lock:
@@ -257,14 +280,29 @@ class AdapterPool:
             self._resident[name] = None
 
     def _attach(self, name: str, own: _HostCopy) -> None:
-        self.model.add_adapter(name, copy.deepcopy(own.config), low_cpu_mem_usage=True)
-        # Copies: the first rows of a layer become its bank, in which others lie later.
-        weights = {key: tensor.clone() for key, tensor in own.weights.items()}
+        config = copy.deepcopy(own.config)
+        self.model.add_adapter(name, config, low_cpu_mem_usage=True)
+        # No copies: what lives on are the rows, which `freeze_layers` computes, or loading itself has copied.
+        weights = moved_keys(own.weights, config.prefixes)
         compare_entries(weights, expected_entries(self.model, own.config, name))
-        set_peft_model_state_dict(self.model, weights, adapter_name=name, low_cpu_mem_usage=True)
+        set_peft_model_state_dict(self.model, dict(weights), adapter_name=name, low_cpu_mem_usage=True)
         for layer in self._tuner._layers():
             if name in layer.adapters:
                 layer._move_adapter_to_device_of_base_layer(name)
+
+    def _on_device(self, own: _HostCopy) -> _HostCopy:
+        """The same on the device. It is copied on a stream of its own, beside what requests compute."""
+        device = self._tuner._layers()[0].compute_device
+        if device.type != "cuda":
+            return own
+        stream = torch.Stream(device)
+        with stream:
+            weights = {key: tensor.to(device, non_blocking=True) for key, tensor in own.weights.items()}
+        stream.synchronize()
+        for tensor in weights.values():
+            # Used on another stream than it was made on: its memory is not given away while that one may read it.
+            tensor.record_stream(torch.accelerator.current_stream(device))
+        return _HostCopy(own.config, weights)
 
     def _delete(self, name: str) -> None:
         with adapters_lock:
@@ -284,10 +322,7 @@ class AdapterPool:
 
     def _read_file(self, name: str) -> _HostCopy:
         path, kwargs = self._sources[name]
-        config = ESFTConfig.from_pretrained(path, **kwargs)
-        if not isinstance(config, ESFTConfig):
-            raise ValueError(f"{path} holds an adapter of type {config.peft_type}, not ESFT")
-        config.inference_mode = True
+        config = _read_config(path, kwargs)
         # Here, once: what is loaded is a copy of this config. On the Hub the header is a request.
         header = config.pop_header()
         if header is not None:
@@ -308,6 +343,26 @@ class AdapterPool:
 
     def _host_nbytes(self) -> int:
         return sum(own.result().nbytes for own in self._host.values() if _is_ready(own))
+
+
+def _read_config(path: str, kwargs: dict[str, Any]) -> ESFTConfig:
+    config = ESFTConfig.from_pretrained(path, **kwargs)
+    if not isinstance(config, ESFTConfig):
+        raise ValueError(f"{path} holds an adapter of type {config.peft_type}, not ESFT")
+    config.inference_mode = True
+    return config
+
+
+def _bytes(name: str, size: int | str) -> int:
+    """A size as a number, or a text with a unit, in which "gb" are bytes too."""
+    try:
+        # A number without a unit is refused as a text: it is likely to have lost one.
+        number = convert_file_size_to_int(size.upper()) if isinstance(size, str) else operator.index(size)
+    except (ValueError, TypeError):
+        number = 0
+    if number < 1 or isinstance(size, bool):
+        raise ValueError(f'{name} is {size!r}; expected a number of bytes, or a text such as "8GB" or "512MiB"')
+    return number
 
 
 def _is_ready(own: Future[_HostCopy]) -> bool:

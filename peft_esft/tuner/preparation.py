@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..moe.containers import ExpertsContainer, find_experts
+from ..moe.containers import ExpertsContainer, find_experts, no_experts
 from .config import ESFTConfig
 from .file_contents import check_rank
 from .fingerprint import check_num_experts
 from .layers.expert_parallel import check_expert_parallel, shares_out_experts
 from .layers.layer import PREFIX
 from .mixed_batch import BASE
+from .other_classes import Prefixes, find_prefixes
 from .targets import full_modules, not_excluded, resolve_target_experts
-from .trainable import check_trainable, warn_of_slow_layouts, warn_of_unquantised_experts
+from .trainable import (
+    check_trainable,
+    warn_of_replaced_kernels,
+    warn_of_slow_layouts,
+    warn_of_unquantised_experts,
+)
 
 
 _CONTAINERS_BY_NAME = (nn.ParameterDict, BufferDict)
@@ -32,12 +41,14 @@ class ResolvedConfig:
         selection: the same, and modules that are trained whole, each as its only expert.
         containers: those of the selection that no option of the config excludes.
         experts: all experts containers of the model.
+        prefixes: how the config's paths change, if it was made over another class of the same checkpoint.
     """
 
     target_experts: dict[str, list[int]]
     selection: dict[str, list[int]]
     containers: dict[str, ExpertsContainer]
     experts: dict[str, ExpertsContainer]
+    prefixes: Prefixes
 
     @property
     def nbytes(self) -> int:
@@ -67,10 +78,27 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
             check_expert_parallel(container)
         else:
             check_trainable(container)
+    if not peft_config.inference_mode:
+        _warn_of_balancing(model)
     check_rank(peft_config.rank, resolved.containers.values())
     warn_of_slow_layouts(resolved.containers.values())
+    warn_of_replaced_kernels(resolved.containers.values())
     warn_of_unquantised_experts(model, resolved.experts.values())
     return resolved
+
+
+def _warn_of_balancing(model: nn.Module) -> None:
+    """Says what the router's balancing loss costs if the model adds it to its loss."""
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    coefficient = getattr(text_config, "router_aux_loss_coef", 0)
+    if getattr(text_config, "output_router_logits", False) and coefficient:
+        warnings.warn(
+            f"output_router_logits is on, so {coefficient:g} times the router's balancing loss is added to the loss. "
+            "The routers are frozen, and that loss pulls the task away from its experts. Turn it off: "
+            "model.config.output_router_logits = False, or with TRL SFTConfig(router_aux_loss_coef=0.0)",
+            stacklevel=2,
+        )
 
 
 def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
@@ -82,8 +110,8 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     experts = find_experts(model)
     if not experts:
         raise ValueError(
-            f"{type(model).__name__} has no experts container of a known kind. ESFT needs a "
-            "mixture-of-experts model whose experts are fused parameters or a list of modules beside a router."
+            f"{no_experts(model)}. ESFT needs a mixture-of-experts model whose experts are fused parameters or a list "
+            "of modules beside a router."
         )
     whole = full_modules(model, peft_config.train_shared_experts, peft_config.train_non_expert_modules)
     if not peft_config.target_experts and not whole:
@@ -92,14 +120,17 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
             "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
         )
     target_experts = resolve_target_experts(peft_config.target_experts or {}, experts)
+    prefixes = find_prefixes(peft_config.target_experts or {}, experts)
+    peft_config = copy.copy(peft_config)
+    peft_config.move(prefixes)
     check_num_experts((peft_config.selection, peft_config.base_fingerprint), target_experts, experts)
     selection = {**target_experts, **{path: [0] for path in whole}}
     containers = {path: (experts | whole)[path] for path in not_excluded(peft_config.module_options, selection)}
-    return ResolvedConfig(target_experts, selection, containers, experts)
+    return ResolvedConfig(target_experts, selection, containers, experts, prefixes)
 
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
-    """Refuses names under which torch cannot keep parameters, or PEFT cannot save them.
+    """Refuses names under which torch cannot keep parameters, or PEFT cannot save them: a name is also a folder's.
 
     Args:
         adapter_name: the name.
@@ -108,11 +139,11 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     Raises:
         ValueError: with a name that works.
     """
-    is_name = isinstance(adapter_name, str) and adapter_name and not {".", "\n"} & set(adapter_name)
+    is_name = isinstance(adapter_name, str) and adapter_name and not set(".\n\0/\\") & set(adapter_name)
     if not is_name or adapter_name == BASE or any(hasattr(kind(), adapter_name) for kind in _CONTAINERS_BY_NAME):
         raise ValueError(
-            f"{adapter_name!r} cannot be an adapter's name: a name is a text without dots and line breaks, not "
-            f"{BASE!r}, and not one that torch uses itself, such as 'train' or 'keys'. 'law-v1_0' is one"
+            f"{adapter_name!r} cannot be an adapter's name: a name is a text without dots, slashes and line "
+            f"breaks, not {BASE!r}, and not one that torch uses itself, such as 'train' or 'keys'. 'law-v1_0' is one"
         )
     if adapter_name.startswith(PREFIX) or adapter_name in _reserved_names(model):
         raise ValueError(

@@ -14,10 +14,15 @@ from torch import nn
 
 from ..moe.containers import ExpertsContainer, find_other_modules, find_shared_experts
 from .messages import shortened
+from .other_classes import matching_paths
 
 
 def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -> str:
-    """The path that a key of `target_experts` means: a module path, or the index of a decoder layer.
+    """The path that a key of `target_experts` means.
+
+    Args:
+        key: a module path, in this model or in another class of the same checkpoint; or the index of a decoder layer.
+        containers: of the model.
 
     Raises:
         ValueError: if no container, or more than one, fits the key.
@@ -33,6 +38,14 @@ def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -
             raise ValueError(f"layer {key} has several experts containers, name one of them by its path: {paths}")
         indices = sorted({c.layer_index for c in containers.values() if c.layer_index is not None})
         raise ValueError(f"layer {key} has no experts container; the layers that have one are {indices}")
+    matches = matching_paths(str(key), containers)
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(
+            f"{key!r} is no path of this model, and if it is one of another class of the same checkpoint it may mean "
+            f"each of {matches}. Use the class that the adapter was trained or the scores were taken with"
+        )
     raise ValueError(
         f"{key!r} is not the path of an experts container of this model. Its containers are {shortened(containers)}. "
         "`find_experts(model)` lists them"

@@ -15,6 +15,10 @@ from ..moe.weights import StoredWeight
 from .layers.offload import is_offloaded
 
 
+_WITHOUT_OWN_KERNELS = (None, "eager", "grouped_mm", "batched_mm")
+"""transformers' experts implementations that are torch's operators."""
+
+
 def check_trainable(container: ExpertsContainer) -> None:
     """Refuses containers whose weights cannot be read as plain rows.
 
@@ -76,5 +80,18 @@ def warn_of_slow_layouts(containers: Iterable[ExpertsContainer]) -> None:
         warnings.warn(
             f"{', '.join(slow)}: training writes the whole weights of all experts anew in each call, and their whole "
             "gradient. The result is exact, but time and memory are those of full fine-tuning.",
+            stacklevel=2,
+        )
+
+
+def warn_of_replaced_kernels(containers: Iterable[ExpertsContainer]) -> None:
+    """Says which kernels of transformers the split forward takes the place of."""
+    modules: Iterable[Any] = (container.module for container in containers if container.kind == "fused")
+    configs = (getattr(module, "config", None) for module in modules)
+    names = {getattr(config, "_experts_implementation", None) for config in configs}
+    for name in sorted(names.difference(_WITHOUT_OWN_KERNELS), key=str):
+        warnings.warn(
+            f"the experts implementation {name!r} is not used while an adapter is active: the split forward computes "
+            "the same function with torch's kernels. Merged, or without an adapter, the model uses its own",
             stacklevel=2,
         )

@@ -204,7 +204,7 @@ def test_diff_of_bases_selections_and_whole_modules(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["merge", "{base}", "missing", "{out}"], "missing"),
-        (["merge", "missing", "{a}", "{out}"], "is not the folder of a model"),
+        (["merge", "missing", "{a}", "{out}"], "missing is no folder, and no repository"),
         (["merge", "{base}", "{a}", "{a}"], "exists already"),
         (["import", "{a}", "--base", "{base}", "--out", "{out}"], "expert_cfg.json"),
         (["export", "missing", "--base", "{base}", "--out", "{out}"], "missing"),

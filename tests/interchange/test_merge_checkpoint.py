@@ -298,11 +298,6 @@ def test_quantised_bases_are_refused(tmp_path):
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_name_on_the_hub_is_no_folder(tmp_path):
-    with pytest.raises(NotADirectoryError, match="hf download"):
-        merge_checkpoint("someone/model", tmp_path, tmp_path / "merged")
-
-
 PEAK = """
 import pathlib, re, sys
 import torch

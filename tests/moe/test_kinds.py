@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import OlmoeForCausalLM
 
 from peft_esft import ESFTConfig, find_experts, score_experts
 from peft_esft.moe.containers import find_other_modules, find_shared_experts
@@ -354,3 +355,28 @@ def test_substitution_reaches_parameters_that_are_hidden_by_attributes():
     output = call_with(linear, {"weight": torch.eye(2)}, torch.tensor([3.0, 4.0]))
     assert output.tolist() == [3, 4]
     assert linear.__dict__["weight"] is hidden
+
+
+class ScaledOlmoe(OlmoeForCausalLM):
+    """A model whose own module has a parameter, as a class token is."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output["logits"] = output["logits"] * self.scale
+        return output
+
+
+def test_parameters_of_the_models_own_module_stay_frozen():
+    base = ScaledOlmoe(tiny_model("olmoe").config)
+    others, left_out = find_other_modules(base)
+    assert left_out == ["scale"]
+    assert "lm_head" in others and "model.layers.0.self_attn.q_proj" in others and "" not in others
+    with pytest.warns(UserWarning, match=r"leaves these parameters frozen.*\['scale'\]"):
+        model = get_peft_model(base, config_for(base, train_non_expert_modules=True))
+    model(input_ids=random_tokens(), labels=random_tokens()).loss.backward()
+    assert model.base_model.model.scale.grad is None
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)

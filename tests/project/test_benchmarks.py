@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -19,13 +20,25 @@ for file in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/paper", "tools"])
+@pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/paper", "benchmarks/selection", "tools"])
 def test_every_script_can_be_imported(folder):
     files = sorted(str(file) for file in (ROOT / folder).glob("*.py"))
     assert files
-    paths = [ROOT / "benchmarks" / "paper", ROOT / "benchmarks", ROOT / "examples" / "tiny_moe", ROOT]
+    folders = ("benchmarks/selection", "benchmarks/paper", "benchmarks", "examples/tiny_moe", "")
+    paths = [ROOT / name for name in folders]
     start = "".join(f"import sys; sys.path.insert(0, {str(path)!r})\n" for path in paths)
     run = subprocess.run(
         [sys.executable, "-c", start + IMPORT_ALL, *files], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_the_benchmark_for_gpus_runs_in_tiny_sizes(tmp_path):
+    script = ROOT / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--tiny", "--out", str(tmp_path / "gpu.json")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert len(record["parts"]) >= 8
+    assert "Error: " not in json.dumps(record) and "left out" not in json.dumps(record)
+    assert all(error == 0 for part in record["parts"]["values beside the CPU's"].values() for error in part)

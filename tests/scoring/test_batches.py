@@ -60,6 +60,7 @@ def test_bad_rows_are_refused(tokenizer):
         list(text_batches([{"prompt": "x"}], tokenizer))
     with pytest.raises(ValueError, match="messages entry: int"):
         list(text_batches([3], tokenizer))
+    tokenizer.chat_template = None
     with pytest.raises(ValueError, match=r"the chat template does not take its messages: .*chat_template"):
         list(text_batches([{"messages": [{"role": "user", "content": "Who?"}]}], tokenizer))
     tokenizer.chat_template = "{{ messages[1].content + 1 }}"

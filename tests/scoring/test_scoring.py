@@ -376,6 +376,25 @@ def test_encoder_and_decoder_count_their_own_tokens():
         score_experts(model, [{"input_ids": batch["input_ids"]}], progress=False)
 
 
+def test_nllb_moe_is_scored_from_labels_alone_as_it_is_trained():
+    """Its forward pass shifts the labels; there is no method that does."""
+    model = zoo.build("nllb_moe")
+    labels = random_tokens(2, 5, seed=2)
+    labels[0, 3:] = -100
+    batch, seen = {"input_ids": random_tokens(2, 6), "labels": labels}, []
+    model.model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    model(**batch)
+    scores = score_experts(model, [batch], progress=False)
+    assert torch.equal(*seen)
+    counts = {path: container.num_tokens for path, container in scores.containers.items()}
+    assert counts == {path: 8 if ".decoder." in path else 12 for path in counts}
+    adapted = get_peft_model(model, ESFTConfig.from_scores(scores, top_p=0.1))
+    assert score_experts(adapted, [batch], progress=False).token().keys() == counts.keys()
+    assert torch.equal(seen[0], seen[2])
+
+
 def test_a_batch_that_is_run_for_other_processes_is_made_whole_and_not_counted(monkeypatch):
     model = zoo.build("switch_transformers")
     model.config.decoder_start_token_id = 0

@@ -327,3 +327,11 @@ def test_a_refused_config_is_left_as_it_was():
     with pytest.raises(ValueError, match="leave none"):
         get_peft_model(tiny_model("olmoe"), config)
     assert config.target_experts == {"0": [1]}
+
+
+@pytest.mark.parametrize("implementation", ["sonicmoe", "deepgemm"])
+def test_kernels_that_the_split_forward_takes_the_place_of_are_named(implementation):
+    base = tiny_model("olmoe")
+    base.config._experts_implementation = implementation  # the kernels themselves need a GPU
+    with pytest.warns(UserWarning, match=f"'{implementation}' is not used while an adapter is active"):
+        get_peft_model(base, config_for(base))

@@ -249,14 +249,24 @@ def test_what_cannot_be_loaded_changes_nothing(folder, expected, tmp_path):
         save_file(weights, tmp_path / kind / "adapter_model.safetensors")
         (tmp_path / kind / "adapter_config.json").write_text(json.dumps(config))
     pool = make_pool(folder, 6 * ROW)
-    for name in ("lora", "missing", "unfit", "nowhere"):
-        pool.add(name, tmp_path / name)
+    pool.add("missing", tmp_path / "missing")
     pool.get("law")
     before = {name: id(parameter) for name, parameter in pool.model.named_parameters()}
-    for name in ("lora", "missing", "unfit", "nowhere"):
-        with pytest.raises((ValueError, OSError)):
-            pool.get(name)
-        assert name not in pool.model.peft_config
+    with pytest.raises(ValueError, match="is missing"):
+        pool.get("missing")
+    assert "missing" not in pool.model.peft_config
+    (tmp_path / "no weights").mkdir()
+    (tmp_path / "no weights" / "adapter_config.json").write_bytes((folder / "law/adapter_config.json").read_bytes())
+    refusals = {
+        "lora": "holds an adapter of type .*LORA, not ESFT",
+        "unfit": r"there are none of id \[99\]",
+        "nowhere": r"Can't find 'adapter_config.json'",
+        "no weights": r"has the config of an adapter and no adapter_model\.safetensors",
+    }
+    for name, message in refusals.items():
+        with pytest.raises(ValueError, match=message):
+            pool.add(name, tmp_path / name)
+        assert name not in pool
     with pytest.raises(ValueError, match="there already is an adapter 'first'"):
         pool.add("first", folder / "law")
     with pytest.raises(ValueError, match=r"has no adapters \['x'\]"):
@@ -288,6 +298,34 @@ def test_an_evicted_adapter_comes_back_from_host_memory_without_its_file(folder,
         assert "q" not in pool.model.peft_config
     pool.get("q")
     assert "q" in pool.statistics().resident and pool.statistics().reads == 3
+
+
+def test_another_base_is_noticed_when_an_adapter_is_added(folder, tmp_path):
+    shutil.copytree(folder / "law", tmp_path / "law")
+    config = json.loads((tmp_path / "law" / "adapter_config.json").read_text())
+    rows = config["base_fingerprint"]["rows"]
+    config["base_fingerprint"]["rows"] = dict.fromkeys(rows, "bf16:0123456789abcdef")
+    config["base_model_name_or_path"] = "someone/base"
+    (tmp_path / "law" / "adapter_config.json").write_text(json.dumps(config))
+    pool = make_pool(folder, 6 * ROW)
+    pool.model.base_model.model.name_or_path = "someone/other"
+    with pytest.raises(ValueError, match="it was made for 'someone/base', this is 'someone/other'"):
+        pool.add("other", tmp_path / "law")
+    config["target_experts"] = {"model.layers.7.mlp.experts": [1]}
+    (tmp_path / "law" / "adapter_model.safetensors").unlink()
+    (tmp_path / "law" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is not the path of an experts container of this model"):
+        pool.add("other", tmp_path / "law")
+
+
+def test_sizes_are_numbers_or_texts_with_a_unit(folder):
+    pool = AdapterPool(first_model(folder), "1.5MiB", host_bytes="2gb")
+    assert (pool.device_bytes, pool.host_bytes) == (3 * 2**19, 2 * 10**9)
+    for size in ("1", "many", "-1GB", 0, 1.5, True):
+        with pytest.raises(ValueError, match=r'_bytes is .*; expected a number of bytes, or a text such as "8GB"'):
+            AdapterPool(pool.model, size)
+        with pytest.raises(ValueError, match="host_bytes is"):
+            AdapterPool(pool.model, 10, host_bytes=size)
 
 
 def test_only_models_with_an_esft_adapter_have_pools():

@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from peft import get_peft_model
+from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from peft_esft import AdapterPool, ESFTConfig, ESFTLayer, find_experts, hotswap_adapter
 from peft_esft.moe.containers import find_shared_experts
@@ -47,6 +49,7 @@ class WholeModel(RuleBasedStateMachine):
     """One model, wrapped; after each step its weights, its adapters and its outputs are those of the reference."""
 
     family = "olmoe"
+    is_compilable = False
     operations = 0
     """Of all examples together."""
 
@@ -66,6 +69,7 @@ class WholeModel(RuleBasedStateMachine):
         self.reference.active = ["a"]
         self.pool: AdapterPool | None = None
         self.pooled: dict[str, DenseAdapter] = {}
+        self.compiled: nn.Module | None = None
         self.warnings = warnings.catch_warnings()
         self.warnings.__enter__()
         warnings.simplefilter("ignore")
@@ -191,20 +195,26 @@ class WholeModel(RuleBasedStateMachine):
         self.model.unmerge_adapter()
         self.reference.unmerge()
 
-    @rule(seed=PICKS, in_evaluation=st.booleans())
+    @rule(
+        seed=PICKS,
+        in_evaluation=st.booleans(),
+        optimizer=st.sampled_from([{}, {"foreach": True}, {"fused": True}]),
+        is_compiled=st.booleans(),
+    )
     @precondition(lambda self: self.is_trained and not self.reference.merged)
-    def train_a_step(self, seed, in_evaluation):
+    def train_a_step(self, seed, in_evaluation, optimizer, is_compiled):
         trained = [p for p in self.model.parameters() if p.requires_grad]
         reference = self.reference
         names = [n for n in reference.active if any(layer.is_trained(n) for layer in self.layers)]
         for name in names:
             reference.adapters[name] = reference.adapters[name].map(lambda t: t.clone().requires_grad_())
         tokens = random_tokens(2, 6, seed)
-        task_loss(self.model.train(not in_evaluation)(input_ids=tokens)[0]).backward()
+        self.model.train(not in_evaluation)
+        task_loss(self.called(is_compiled)(input_ids=tokens)[0]).backward()
         loss = task_loss(reference(reference.weights(reference.active), input_ids=tokens))
         if loss.requires_grad:  # not if no token came to a selected expert that is a module of its own
             loss.backward()
-        torch.optim.SGD(trained, lr=0.05).step()
+        torch.optim.SGD(trained, lr=0.05, **optimizer).step()
         self.model.eval()
         for name in names:
             expected = reference.adapters[name].map(
@@ -213,6 +223,90 @@ class WholeModel(RuleBasedStateMachine):
             self.adopt_if_close(name, expected)
         for parameter in trained:
             parameter.grad = None
+
+    def called(self, is_compiled: bool) -> nn.Module:
+        """The model, or the same behind `torch.compile`: one for the whole sequence, whose graphs are used again."""
+        if not (is_compiled and self.is_compilable):
+            return self.model
+        if self.compiled is None or self.compiled._orig_mod is not self.model:
+            self.compiled = torch.compile(self.model, backend="eager")
+        return self.compiled
+
+    @rule(pick=PICKS, how=st.sampled_from(["data", "new_data", "copy", "vector", "foreach"]))
+    @precondition(lambda self: self.live)
+    def write_deltas(self, pick, how):
+        """What trainers, collectives and users do to deltas behind the layer's back."""
+        name = self.live[pick % len(self.live)]
+        parameters = [p for key, p in self.model.named_parameters() if ".esft_" in key and key.endswith(f".{name}")]
+        with torch.no_grad():
+            if how == "data":
+                for parameter in parameters:
+                    parameter.data.mul_(0.5)
+            elif how == "new_data":
+                for parameter in parameters:
+                    parameter.data = parameter.data * 0.5
+            elif how == "copy":
+                for parameter in parameters:
+                    parameter.copy_(parameter * 0.5)
+            elif how == "vector":
+                vector_to_parameters(parameters_to_vector(parameters) * 0.5, parameters)
+            else:
+                torch._foreach_mul_(parameters, 0.5)
+        self.reference.adapters[name] = self.reference.adapters[name].map(lambda tensor: tensor * 0.5)
+
+    @property
+    def live(self) -> list[str]:
+        """Adapters that have deltas."""
+        return [name for name, adapter in self.reference.adapters.items() if not adapter.is_frozen and adapter.tensors]
+
+    @rule(
+        mode=st.sampled_from([torch.no_grad, torch.inference_mode, torch.enable_grad]),
+        picks=st.none() | st.lists(PICKS, min_size=1, max_size=2),
+        is_interrupted=st.booleans(),
+        is_compiled=st.booleans(),
+    )
+    def hold(self, mode, picks, is_interrupted, is_compiled):
+        """Several calls in a hold, with a switch of adapters between them."""
+        call = self.called(is_compiled)
+        try:
+            with mode(), self.model.base_model.hold():
+                self.check_outputs(call)
+                if picks is not None and self.adapters:
+                    self.set_adapter(picks)
+                self.check_outputs(call)
+                if is_interrupted:
+                    raise InjectedError
+        except InjectedError:
+            pass
+
+    @rule()
+    def generate(self):
+        options = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        tokens, reference = TOKENS[:2], self.reference
+        mask = torch.ones_like(tokens)
+        found = self.model.base_model.generate(
+            input_ids=tokens, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **options
+        )
+        with torch.no_grad():
+            expected = reference(reference.current_weights(), input_ids=found.sequences)
+        expected = expected[:, tokens.shape[1] - 1 : -1]
+        tolerance = 1e-4 if reference.model.dtype == torch.float32 else 0.1
+        torch.testing.assert_close(torch.stack(found.logits, 1), expected.float(), rtol=tolerance, atol=tolerance)
+
+    @rule(is_training=st.booleans())
+    def call_under_autocast(self, is_training):
+        """The values are rounded otherwise there; what is left behind is what counts."""
+        reference = self.reference
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(is_training):
+            found = self.model(input_ids=TOKENS)[0].detach()
+            expected = reference(reference.current_weights(), input_ids=TOKENS).detach()
+        torch.testing.assert_close(found.float(), expected.float(), rtol=0.1, atol=0.1)
+
+    @rule()
+    @precondition(lambda self: self.is_compilable)
+    def call_compiled(self):
+        with torch.no_grad():
+            self.check_outputs(self.called(is_compiled=True))
 
     def adopt_if_close(self, name: str, expected: DenseAdapter) -> None:
         """Goes on with the model's values, which may differ from the reference's by rounding."""
@@ -438,7 +532,10 @@ class WholeModel(RuleBasedStateMachine):
         assert all(layer.merged_adapters == self.reference.merged for layer in self.layers)
         mode = [torch.no_grad, torch.inference_mode, torch.enable_grad][self.operations % 3]
         with mode():
-            found = self.model(input_ids=TOKENS)[0].detach()
+            self.check_outputs(self.model)
+
+    def check_outputs(self, call: nn.Module) -> None:
+        found = call(input_ids=TOKENS)[0].detach()
         with torch.no_grad():
             expected = self.reference(self.reference.current_weights(), input_ids=TOKENS)
         assert torch.equal(found, expected), (found - expected).abs().max()
@@ -458,9 +555,9 @@ class WholeModel(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
 
-def run(family: str, examples: int, steps: int) -> int:
+def run(family: str, examples: int, steps: int, **attributes: object) -> int:
     """Runs the machine on a family; returns how many operations it took, all examples together."""
-    machine = type("WholeModel", (WholeModel,), {"family": family, "operations": 0})
+    machine = type("WholeModel", (WholeModel,), {"family": family, "operations": 0, **attributes})
     options = settings(
         max_examples=examples,
         stateful_step_count=steps,
@@ -479,6 +576,12 @@ def test_some_sequences_of_operations(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ten_thousand_operations(family):
+def test_twenty_thousand_operations(family):
     # Fewer operations apply to lists of experts, so its sequences are shorter.
-    assert run(family, examples=80 if family == "listed" else 75, steps=50) >= 2500
+    assert run(family, examples=125 if family == "listed" else 108, steps=50) >= 5000
+
+
+@pytest.mark.slow
+def test_compiled_calls_among_the_operations():
+    torch._dynamo.reset()
+    assert run("olmoe", examples=8, steps=30, is_compilable=True) >= 240

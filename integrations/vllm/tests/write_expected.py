@@ -81,8 +81,6 @@ def save_base(name: str, folder: Path) -> None:
         return
     source = EMBEDDED / {"olmoe": "model", "deepseek_v2": "deepseek"}[name]
     config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
-    if name == "deepseek_v2":
-        config |= {"n_group": 1, "topk_group": 1}  # vLLM does not know null, which means the same
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(source / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -66,7 +66,7 @@ def effective_row(layer: AdapterLayer, weight_name: str, adapter_names: Sequence
 def base_rows(layer: AdapterLayer, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
     """A copy of the base's own rows for the experts of some adapters, `[n, ...]`, also while adapters are merged."""
     ids = layer.union_of_experts(adapter_names)
-    rows = layer.weights[weight_name].read(layer.get_base_layer(), ids)
+    rows = layer.weights[weight_name].read(layer.get_base_layer(), ids, layer.tables(adapter_names)[0])
     record = layer.merge_record
     if record is not None:
         for place, expert in enumerate(ids):

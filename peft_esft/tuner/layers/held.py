@@ -119,7 +119,7 @@ def _mixed_rows(layer: AdapterLayer, adapters: Sequence[str]) -> MixedRows | Non
     selections = list(zip(expert_ids, first, strict=True))
     num_rows = len(next(iter(rows.values())))
     slots = expert_slots(selections, layer.num_experts, num_rows, layer.num_identity_experts)
-    return MixedRows(rows, expert_ids, first, slots.to(layer.compute_device))
+    return MixedRows(rows, expert_ids, first, slots.to(layer.compute_device, non_blocking=True))
 
 
 def _is_current(layer: AdapterLayer) -> bool:

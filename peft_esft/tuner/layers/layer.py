@@ -86,7 +86,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            # A module may have a `__deepcopy__` of its own, as parametrized ones do: it would copy that module alone.
+            if name == "base_layer" or name.startswith("__"):
                 raise
             return getattr(self.base_layer, name)
 
@@ -254,8 +255,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESFTLayer:
         super()._apply(fn, recurse)
         if self.merge_record is not None:
-            rows = {name: fn(own) for name, own in self.merge_record.rows.items()}
-            self.merge_record = replace(self.merge_record, rows=rows)
+            index, rows = self.merge_record.index, self.merge_record.rows
+            index, rows = None if index is None else fn(index), {name: fn(own) for name, own in rows.items()}
+            self.merge_record = replace(self.merge_record, index=index, rows=rows)
         self.bank = None  # of the old device or dtype
         self.refresh_active()
         return self
@@ -447,7 +449,10 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             device = torch.device("cpu") if device.type == "meta" else device
             with plain_modes():
                 slots = expert_slots([(ids, 0)], self.num_experts, len(ids), self.num_identity_experts)
-                self.index_tables[key], self.slot_tables[key] = expert_index(ids, device), slots.to(device)
+                self.index_tables[key], self.slot_tables[key] = (
+                    expert_index(ids, device),
+                    slots.to(device, non_blocking=True),
+                )
         return self.index_tables[key], self.slot_tables[key]
 
     def tensors_of(self, adapter_name: str) -> dict[str, Tensor]:

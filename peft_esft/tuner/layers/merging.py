@@ -34,7 +34,7 @@ def unmerge(layer: AdapterLayer) -> None:
         warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
         return
     check_mergeable(layer)
-    _write(layer, layer.merge_record.expert_ids, layer.merge_record.rows)
+    _write(layer, layer.merge_record, layer.merge_record.rows)
     layer.merge_record = None
     layer.refresh_active()
 
@@ -44,7 +44,7 @@ def restore_merge(layer: AdapterLayer, record: MergeRecord | None) -> None:
     """Brings the base to what it was when `record` was the layer's, also after a merge that ended in the middle."""
     with onload_layer(layer):
         if layer.merge_record is not None:
-            _write(layer, layer.merge_record.expert_ids, layer.merge_record.rows)
+            _write(layer, layer.merge_record, layer.merge_record.rows)
         layer.merge_record = None
         if record is not None:
             _write_merged(layer, record.names, record.rows)
@@ -60,7 +60,10 @@ def check_finite(layer: AdapterLayer, adapter_names: Sequence[str]) -> None:
     here = layer.adapters_here(adapter_names)
     for names in [[name] for name in here] + ([here] if len(here) > 1 else []):
         with torch.no_grad(), layer.onloaded(names):
-            broken = [name for name in layer.weights if not effective_rows(layer, name, names).isfinite().all()]
+            # The host waits once for all weights.
+            checks = [effective_rows(layer, name, names).isfinite().all() for name in layer.weights]
+            is_finite = torch.stack(checks).tolist()
+            broken = [name for name, is_good in zip(layer.weights, is_finite, strict=True) if not is_good]
         if broken:
             who = f"adapter {names[0]} seems" if len(names) == 1 else f"sum of the adapters {names} seems"
             where = f"in {broken[0]} of {layer.path}"
@@ -93,11 +96,12 @@ def _write_merged(layer: AdapterLayer, names: Sequence[str], originals: dict[str
     here = layer.adapters_here(names)
     merged = {name: effective_rows(layer, name, here) for name in originals}
     # Noted before the first row is written: from then on the base can be restored.
-    layer.merge_record = MergeRecord(tuple(names), tuple(layer.union_of_experts(here)), originals)
-    _write(layer, layer.merge_record.expert_ids, merged)
+    index = layer.tables(here)[0] if here else None
+    layer.merge_record = MergeRecord(tuple(names), tuple(layer.union_of_experts(here)), index, originals)
+    _write(layer, layer.merge_record, merged)
     layer.refresh_active()
 
 
-def _write(layer: AdapterLayer, expert_ids: Sequence[int], rows: dict[str, Tensor]) -> None:
+def _write(layer: AdapterLayer, record: MergeRecord, rows: dict[str, Tensor]) -> None:
     for name, values in rows.items():
-        layer.weights[name].write(layer.get_base_layer(), expert_ids, values)
+        layer.weights[name].write(layer.get_base_layer(), record.expert_ids, values, record.index)

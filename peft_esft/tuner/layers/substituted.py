@@ -151,7 +151,7 @@ class SubstitutedExperts(ESFTLayer):
         if active is None:
             return {}
         with substitution_lock(), self.onloaded(active.names, base_layer):
-            return self._substitutes(base_layer, active.expert_ids, self.selected_rows(active))
+            return self._substitutes(base_layer, active.expert_ids, self.selected_rows(active), active.index)
 
     def _call_part(
         self, module: nn.Module, substitutes: Callable[[], dict[str, Tensor]], *args: Any, **kwargs: Any
@@ -171,16 +171,20 @@ class SubstitutedExperts(ESFTLayer):
             return super().forward_through(base_layer, *args, **kwargs)
 
     def _adapted_forward(self, base_layer: nn.Module, active: ActiveAdapters, *args: Any, **kwargs: Any) -> Any:
-        substitutes = self._substitutes(base_layer, active.expert_ids, self.selected_rows(active))
+        substitutes = self._substitutes(base_layer, active.expert_ids, self.selected_rows(active), active.index)
         output = call_with(base_layer, substitutes, *args, **kwargs)
         return connected(output, self._deltas_of(active.names)) if isinstance(output, Tensor) else output
 
     def _substitutes(
-        self, base_layer: nn.Module, expert_ids: tuple[int, ...], rows: dict[str, Tensor]
+        self,
+        base_layer: nn.Module,
+        expert_ids: tuple[int, ...],
+        rows: dict[str, Tensor],
+        index: Tensor | None = None,
     ) -> dict[str, Tensor]:
         substitutes: dict[str, Tensor] = {}
         for name, weight in self.weights.items():
-            substitutes |= weight.substitutes(base_layer, expert_ids, rows[name])
+            substitutes |= weight.substitutes(base_layer, expert_ids, rows[name], index)
         return substitutes
 
     def _mixed_forward(self, base_layer: nn.Module, batch: AdapterBatch, *args: Any, **kwargs: Any) -> Any:

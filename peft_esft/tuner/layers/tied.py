@@ -72,7 +72,7 @@ class TiedLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_layer", "_source_layer"):
+            if name in ("base_layer", "_source_layer") or name.startswith("__"):
                 raise
             return self._attribute(name)
 

@@ -1,0 +1,225 @@
+"""Reads the rows that a model is trained on: files, folders and dataset names, through `datasets`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+
+Format = Literal["messages", "prompt and completion", "text"]
+"""What a row is: a conversation, a prompt with its answer, or a text."""
+
+COLUMNS: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt and completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+BUILDERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+HELD_OUT_NAMES = ("eval", "validation", "test", "dev", "held_out")
+HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 500
+NEEDED = "a row has messages, or prompt and completion, or text"
+
+
+@dataclass
+class TrainingRows:
+    """The rows of a training run.
+
+    Attributes:
+        train: a `datasets.Dataset`.
+        held_out: a `datasets.Dataset`, of which the loss is measured before and after.
+        format: what a row is.
+        origin: where the held-out rows are from, in words.
+    """
+
+    train: Any
+    held_out: Any
+    format: Format
+    origin: str
+
+
+def read_rows(
+    data: str,
+    held_out: str | None = None,
+    *,
+    columns: Sequence[str] = (),
+    config: str | None = None,
+    split: str = "train",
+    seed: int = 42,
+) -> TrainingRows:
+    """Reads the rows to train on and those to measure on.
+
+    If no held-out rows are given, they are a split of the dataset that is named like one, the rows that a column
+    `split` says so of, or a tenth of the rows, 500 at most.
+
+    Args:
+        data: a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.txt`, also packed, `.gz` for example), a folder
+            of such files or one that `Dataset.save_to_disk` wrote, or the name of a dataset on the Hub.
+        held_out: the same, for the held-out rows.
+        columns: what columns hold, each as "KIND=COLUMN"; the kinds are messages, prompt, completion and text.
+        config: the configuration of a dataset on the Hub.
+        split: of a dataset that has several, the one to train on.
+        seed: of the split that is made.
+
+    Returns:
+        The rows, with the columns that are needed alone.
+
+    Raises:
+        ValueError: if there is nothing to read, it is malformed, or rows are of none of the formats.
+    """
+    named = _parse_columns(columns)
+    splits = _load(data, config)
+    train = _pick(splits, split, data)
+    kept, form = _with_columns(train, named, data)
+    if held_out is not None:
+        other = _load(held_out, None)
+        name = next((name for name in (*HELD_OUT_NAMES, "train") if name in other), split)
+        evaluation, _ = _with_columns(_pick(other, name, held_out), named, held_out, form)
+        return TrainingRows(kept, evaluation, form, held_out)
+    for name in HELD_OUT_NAMES:
+        if name in splits:
+            evaluation, _ = _with_columns(splits[name], named, data, form)
+            return TrainingRows(kept, evaluation, form, f"its split {name!r}")
+    if "split" in train.column_names and set(train.unique("split")) <= {"train", *HELD_OUT_NAMES}:
+        is_train = [value == "train" for value in train["split"]]
+        if any(is_train) and not all(is_train):
+            numbers = [[i for i, own in enumerate(is_train) if own is wanted] for wanted in (True, False)]
+            return TrainingRows(kept.select(numbers[0]), kept.select(numbers[1]), form, "its column 'split'")
+    return _split(kept, form, seed, data)
+
+
+def _split(rows: Any, form: Format, seed: int, data: str) -> TrainingRows:
+    if len(rows) < 2:
+        raise ValueError(f"{data} has {len(rows)} row; two are needed at least, one to train on and one held out")
+    number = max(1, min(MOST_HELD_OUT, round(HELD_OUT_SHARE * len(rows))))
+    parts = rows.train_test_split(test_size=number, seed=seed)
+    return TrainingRows(parts["train"], parts["test"], form, "taken out of it at random")
+
+
+def _load(data: str, config: str | None) -> Mapping[str, Any]:
+    """The splits of a dataset."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+
+    path = Path(data)
+    try:
+        if path.is_file():
+            return load_dataset(_builder_of(path), data_files={"train": str(path)}, **_csv_settings(path))
+        if path.is_dir():
+            if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+                found = load_from_disk(str(path))
+                return found if isinstance(found, DatasetDict) else {"train": found}
+            return load_dataset(str(path))
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # `datasets` wraps what its readers raise in errors of its own
+        raise ValueError(f"{data} cannot be read: {_first_line(error)}") from error
+    if path.suffix.lower() in BUILDERS or data.count("/") > 1 or data.startswith((".", "/", "~")):
+        raise ValueError(f"there is no file or folder {data!r}")
+    try:
+        return load_dataset(data, config)
+    except Exception as error:  # the Hub's, and those of a dataset's own files
+        reason = _first_line(error)
+        raise ValueError(f"{data!r} is no file or folder here, and not read as a dataset: {reason}") from error
+
+
+def _builder_of(path: Path) -> str:
+    endings = [ending.lower() for ending in path.suffixes]
+    if endings and endings[-1] in (".gz", ".xz", ".bz2", ".zst"):
+        endings.pop()
+    builder = BUILDERS.get(endings[-1]) if endings else None
+    if builder is None:
+        raise ValueError(f"{path} is not one of {', '.join(BUILDERS)}; nothing says how to read it")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty")
+    return builder
+
+
+def _csv_settings(path: Path) -> dict[str, str]:
+    return {"sep": "\t"} if ".tsv" in path.suffixes else {}
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return str(cause).strip().partition("\n")[0] or type(cause).__name__
+
+
+def _pick(splits: Mapping[str, Any], name: str, data: str) -> Any:
+    if name not in splits and len(splits) == 1:
+        name = next(iter(splits))
+    if name not in splits:
+        raise ValueError(f"{data} has no split {name!r}; it has {', '.join(splits)}. Name one: --dataset-train-split")
+    if len(splits[name]) == 0:
+        raise ValueError(f"{data} has no rows")
+    return splits[name]
+
+
+def _parse_columns(columns: Sequence[str]) -> dict[str, str]:
+    kinds = [name for names in COLUMNS.values() for name in names]
+    named = {}
+    for text in columns:
+        kind, sign, column = text.partition("=")
+        if not sign or not column or kind not in kinds:
+            raise ValueError(f"--columns has {text!r}; expected KIND=COLUMN, where KIND is one of {', '.join(kinds)}")
+        named[kind] = column
+    return named
+
+
+def _with_columns(rows: Any, named: Mapping[str, str], data: str, wanted: Format | None = None) -> tuple[Any, Format]:
+    """Renames columns, finds out what a row is, and drops the other columns."""
+    present = list(rows.column_names)
+    if missing := [column for column in named.values() if column not in present]:
+        raise ValueError(f"{data} has no column {missing[0]!r}; it has {', '.join(present)}")
+    for kind, column in named.items():
+        if kind != column:
+            rows = rows.remove_columns(kind) if kind in rows.column_names else rows
+            rows = rows.rename_column(column, kind)
+    candidates = [form for form in get_args(Format) if set(COLUMNS[form]) <= set(rows.column_names)]
+    if named:
+        candidates = [form for form in candidates if set(named) <= set(COLUMNS[form])]
+    if wanted is not None and wanted not in candidates:
+        raise ValueError(f"{data} has {', '.join(present)}; the rows to train on have {wanted}")
+    if not candidates:
+        raise ValueError(f"{data} has {', '.join(present)}; {NEEDED}. Name the columns: --columns prompt=COLUMN ...")
+    form = wanted or candidates[0]
+    rows = rows.select_columns([*COLUMNS[form], *(["tools"] if "tools" in rows.column_names else [])])
+    _check(rows, form, data)
+    return rows, form
+
+
+def _check(rows: Any, form: Format, data: str) -> None:
+    """Refuses a row that is not what the others are, by its number."""
+    is_right = _is_conversation if form == "messages" else _is_text
+    for name in COLUMNS[form]:
+        for number, value in enumerate(rows[name], start=1):
+            if not is_right(value) and not (form == "prompt and completion" and _is_conversation(value)):
+                raise ValueError(f"row {number} of {data}: {name} is {_shown(value)}; {_expected(form)}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in value)
+    )
+
+
+def _expected(form: Format) -> str:
+    return "expected a list of {role, content}" if form == "messages" else "expected a text"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
