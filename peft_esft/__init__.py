@@ -28,18 +28,22 @@ if TYPE_CHECKING:
     from .tuner.layers.layer import ESFTLayer
     from .tuner.model import ESFTModel
     from .tuner.pool import AdapterPool, PoolStatistics
+    from .tuner.quantization import ESFTQuantizationConfig, adopt_quantized_experts, quantize_experts
 
 _HOMES = {
     "AdapterPool": "tuner.pool",
     "ESFTConfig": "tuner.config",
     "ESFTLayer": "tuner.layers.layer",
     "ESFTModel": "tuner.model",
+    "ESFTQuantizationConfig": "tuner.quantization",
     "ExpertScores": "scoring.scores",
     "ExpertsContainer": "moe.containers",
     "PoolStatistics": "tuner.pool",
+    "adopt_quantized_experts": "tuner.quantization",
     "find_experts": "moe.containers",
     "hotswap_adapter": "tuner.hotswap",
     "push_to_hub": "tuner.hub",
+    "quantize_experts": "tuner.quantization",
     "random_experts": "scoring.selection",
     "register_experts": "moe.architectures",
     "score_experts": "scoring.measure",
@@ -55,12 +59,15 @@ __all__ = [
     "ESFTConfig",
     "ESFTLayer",
     "ESFTModel",
+    "ESFTQuantizationConfig",
     "ExpertScores",
     "ExpertsContainer",
     "PoolStatistics",
+    "adopt_quantized_experts",
     "find_experts",
     "hotswap_adapter",
     "push_to_hub",
+    "quantize_experts",
     "random_experts",
     "register_experts",
     "score_experts",

@@ -26,6 +26,7 @@ from ..scoring.measure import score_experts
 from ..scoring.memory_estimate import ModelSizes, Setup, estimate
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
+from ..tuner.quantization import ESFTQuantizationConfig
 from .stopping import StopOnSignal
 from .train_options import PAPER_LEARNING_RATE, TrainOptions
 from .training_rows import TrainingRows, read_rows
@@ -246,16 +247,8 @@ def load_model(own: TrainOptions, settings: SFTConfig) -> PreTrainedModel:
     kwargs |= settings.model_init_kwargs or {}
     settings.model_init_kwargs = None
     if own.bits is not None:
-        kwargs["quantization_config"] = _quantization(own.bits)
+        kwargs["quantization_config"] = ESFTQuantizationConfig(bits=own.bits)
     return AutoModelForCausalLM.from_pretrained(str(own.model_name_or_path), **kwargs)
-
-
-def _quantization(bits: int) -> Any:
-    try:
-        from peft_esft import ESFTQuantizationConfig
-    except ImportError as error:
-        raise ValueError(f"--bits {bits}: this version of peft_esft has no quantised bases") from error
-    return ESFTQuantizationConfig(bits=bits)
 
 
 def _scores_of_file(own: TrainOptions, settings: SFTConfig) -> ExpertScores | None:

@@ -16,7 +16,8 @@ from ..moe.containers import ExpertsContainer, find_experts, find_other_modules,
 from ..moe.weights import ExpertWeight, ListedWeight, StackedWeight
 from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX
 from ..tuner.config import ESFTConfig
-from ..tuner.fingerprint import EXPERTS, check_num_experts, fingerprint
+from ..tuner.fingerprint import EXPERTS, check_num_experts, fingerprint, fingerprint_container
+from ..tuner.quantization import METHOD
 from ..tuner.targets import not_excluded, resolve_target_experts
 from .key_map import KeyMap, Source, mixed_weights
 from .repositories import local_folder
@@ -119,6 +120,13 @@ class Base:
             self._given_name = str(model)
             self.folder, self.files = checkpoint_of(model, revision, variant)
             self.model = empty_model(self.folder, head)
+            quantised = getattr(self.model.config, "quantization_config", None) or {}
+            if isinstance(quantised, dict) and quantised.get("quant_method") == METHOD:
+                raise NotImplementedError(
+                    f"the experts of {model} are quantised. Use the checkpoint that it was made from: adapters "
+                    "that were trained over the one belong to the other too. In memory, merge_and_unload() keeps the "
+                    "merged experts in full precision, and save_pretrained writes them so"
+                )
         self.experts = find_experts(self.model)
         if not self.experts:
             raise ValueError(no_experts(self.model))
@@ -148,9 +156,13 @@ class Base:
 
     def record(self, selection: Mapping[str, list[int]]) -> dict[str, Any]:
         """What a config keeps of the base; the same as `fingerprint.record_base` of a model."""
-        rows = {}
+        rows: dict[str, str] = {}
         for path, ids in selection.items():
             container = self.experts[path]
+            if self.folder is None:
+                value = fingerprint_container(container, ids)
+                rows |= {} if value is None else {path: value}
+                continue
             rows[path] = fingerprint([self.rows(container, weight, ids[:EXPERTS]) for weight in container.weights])
         return {"num_experts": {path: self.experts[path].num_experts for path in selection}, "rows": rows}
 

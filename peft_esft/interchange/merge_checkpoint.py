@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,6 +63,7 @@ def merge_checkpoint(
     changes = adapter.changes(base)
     tied_head = _tied_head(base) if untie else None
     whole = _whole_modules(base, adapter, untie=untie)
+    _warn_of_quantised_training(adapter)
     with new_folder(out_dir) as folder:
         copies = _copy(base, folder)
         # Pickled files cannot be overwritten, so what their copies hold is looked up again.
@@ -81,6 +83,18 @@ def merge_checkpoint(
         if added or untie:
             _write_config(base, folder, untied=untie)
     return Path(out_dir)
+
+
+def _warn_of_quantised_training(adapter: AdapterFolder) -> None:
+    rows = (adapter.config.base_fingerprint or {}).get("rows", {}).values()
+    forms = sorted({value.partition(":")[0] for value in rows} - {"bf16", "fp16"})
+    if forms:
+        warnings.warn(
+            f"the adapter was trained over experts in {', '.join(forms)}, and is merged into experts in full "
+            "precision. Its deltas are the same numbers; what it learned against the error of quantising goes with "
+            "them",
+            stacklevel=3,
+        )
 
 
 def _base_of(base_dir: str | Path, adapter: AdapterFolder, **place: Any) -> Base:

@@ -115,7 +115,14 @@ class KnownContainer:
     refusal: str | None = None
 
 
-_QUANTISED = "its experts are quantised, and no gradient reaches them. Load the model with {} or without quantization"
+_QUANTISED = (
+    "its experts are quantised, and no gradient goes through them. Load the model with {}, and call "
+    "peft_esft.quantize_experts(model), which keeps them in 4 or 8 bits"
+)
+ADOPTABLE = (
+    "its experts are quantised in a form of another package. peft_esft.adopt_quantized_experts(model) takes them over "
+    "as they are, before adapters are attached"
+)
 _FUSED_WEIGHTS = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
 KNOWN_CONTAINERS: dict[str, KnownContainer] = {
@@ -136,10 +143,13 @@ KNOWN_CONTAINERS: dict[str, KnownContainer] = {
     "FP8Experts": KnownContainer(
         STANDARD_CALL,
         _FUSED_WEIGHTS | {"up_proj": "up_proj"},
-        refusal=_QUANTISED.format("FineGrainedFP8Config(dequantize=True)"),
+        refusal=f"{ADOPTABLE}; FineGrainedFP8Config(dequantize=True) loads them in full precision",
     ),
     "Mxfp4GptOssExperts": KnownContainer(
         STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("Mxfp4Config(dequantize=True)")
+    ),
+    "GgufExperts": KnownContainer(
+        STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("GgufConfig(dequantize=True)")
     ),
 }
 """Containers that are neither standard fused experts nor a plain list of modules beside a router, by class."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .architectures import (
+    ADOPTABLE,
     GATED_PROJECTIONS,
     KNOWN_CONTAINERS,
     REGISTERED_LAYOUTS,
@@ -24,8 +25,10 @@ from .architectures import (
     ExpertsLayout,
     KnownContainer,
 )
+from .foreign_experts import is_parametrized, quantised_weights
 from .routing import RoutingSource, read_router_result
-from .weights import ExpertWeight, ListedWeight, StackedWeight, whole_shape
+from .stored_experts import StoredExperts
+from .weights import ExpertWeight, ListedWeight, StackedWeight, fused_weights, whole_shape
 
 
 ContainerKind = Literal["fused", "listed", "stacked", "module"]
@@ -239,6 +242,8 @@ def _search(
 
 def _describe(location: ModuleLocation) -> list[ExpertsContainer] | None:
     """Describes a module if it is an experts container."""
+    if is_parametrized(location.module):
+        return [_describe_parametrized(location)]
     known = KNOWN_CONTAINERS.get(type(location.module).__name__)
     layout = _fused_layout(location.module) if known is None else None
     if layout is not None:
@@ -251,13 +256,10 @@ def _describe(location: ModuleLocation) -> list[ExpertsContainer] | None:
 
 
 def _describe_fused(location: ModuleLocation, layout: ExpertsLayout) -> ExpertsContainer:
-    up_proj = "gate_up_proj" if layout.has_gate else "up_proj"
-    names = [up_proj, "down_proj"]
-    if layout.has_bias:
-        names += [f"{up_proj}_bias", "down_proj_bias"]
-    num_experts = whole_shape(location.module.down_proj)[0]
-    weights = tuple(StackedWeight(name, name, num_experts) for name in names)
-    return ExpertsContainer((location,), "fused", num_experts, weights, layout=layout, routing=STANDARD_CALL)
+    weights = fused_weights(location.module, layout.has_gate, layout.has_bias)
+    return ExpertsContainer(
+        (location,), "fused", weights[0].num_experts, weights, layout=layout, routing=STANDARD_CALL
+    )
 
 
 def _describe_stacked(location: ModuleLocation, known: KnownContainer) -> ExpertsContainer:
@@ -268,6 +270,15 @@ def _describe_stacked(location: ModuleLocation, known: KnownContainer) -> Expert
         if hasattr(location.module, path.partition(".")[0])
     )
     return ExpertsContainer((location,), "stacked", num_experts, weights, routing=known.routing, refusal=known.refusal)
+
+
+def _describe_parametrized(location: ModuleLocation) -> ExpertsContainer:
+    weights = tuple(
+        StackedWeight(name, path, num_experts)
+        for name, (path, num_experts) in quantised_weights(location.module).items()
+    )
+    num_experts = weights[0].num_experts
+    return ExpertsContainer((location,), "stacked", num_experts, weights, routing=STANDARD_CALL, refusal=ADOPTABLE)
 
 
 def _describe_listed(location: ModuleLocation, known: KnownContainer | None) -> ExpertsContainer:
@@ -285,6 +296,8 @@ def _describe_whole(location: ModuleLocation) -> ExpertsContainer:
 
 
 def _fused_layout(module: Any) -> ExpertsLayout | None:
+    if isinstance(module, StoredExperts):
+        return module.esft_layout
     registered = next((REGISTERED_LAYOUTS[c] for c in type(module).__mro__ if c in REGISTERED_LAYOUTS), None)
     if registered is not None:
         _check_registered(module, registered)

@@ -1,7 +1,8 @@
 """Reads, writes and replaces the rows of experts' weights, in all the ways that containers store them.
 
 A weight is seen as one tensor `[E, ...]`, where row `e` is the weight of expert `e`. It is stored in one parameter for
-all experts (`StackedWeight`), or in parameters of each expert's module (`ListedWeight`). Both have the same methods.
+all experts (`StackedWeight`), in parameters of each expert's module (`ListedWeight`), or in few bits (`StoredWeight`).
+All have the same methods.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from ..ops.frozen_store import Frozen
+from .stored_rows import STORED, StoredRows
 
 
 StackedForm = Literal["stacked", "flat", "single"]
@@ -29,7 +33,7 @@ def is_spread(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or hasattr(tensor, "ds_id")  # what DeepSpeed marks its parameters with
 
 
-def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+def whole_shape(tensor: Any) -> tuple[int, ...]:
     """The shape of a tensor with the parts of all processes."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
@@ -59,7 +63,7 @@ class StackedWeight:
         """The parameters that hold the weight, with their paths below the module."""
         return [(self.parameter, parameter) for parameter in self.parameters(module)]
 
-    def whole(self, module: nn.Module) -> Tensor:
+    def whole(self, module: nn.Module) -> Frozen:
         """The weight of all experts, `[E, ...]`, a view of the parameter."""
         return self._view(self.parameters(module)[0])
 
@@ -115,6 +119,38 @@ class StackedWeight:
         if self.form == "flat":
             return parameter.unflatten(0, (self.num_experts, -1))
         return parameter[None] if self.form == "single" else parameter[: self.num_experts]
+
+
+@dataclass(frozen=True)
+class StoredWeight(StackedWeight):
+    """A weight of all experts that is kept in few bits, in a `StoredRows`."""
+
+    def stored(self, module: nn.Module) -> StoredRows:
+        """The module that holds the weight."""
+        return module.get_submodule(STORED[self.parameter])  # type: ignore[return-value]
+
+    def named_parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        own = dict(self.stored(module).named_parameters())
+        # First the one whose dtype is the matrices'.
+        return [(f"{STORED[self.parameter]}.{name}", own[name]) for name in ("kept_rows", *own.keys() - {"kept_rows"})]
+
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.named_parameters(module)]
+
+    def whole(self, module: nn.Module) -> Frozen:
+        store: Frozen = self.stored(module)()
+        return store
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        return tuple(self.stored(module).shape[1:])
+
+    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None) -> None:
+        self.stored(module).write(expert_ids, rows)
+
+    def substitutes(
+        self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        raise NotImplementedError("a weight in few bits is no parameter that could be substituted")
 
 
 @dataclass(frozen=True)
@@ -178,6 +214,17 @@ class ListedWeight:
 
 
 ExpertWeight = StackedWeight | ListedWeight
+
+
+def fused_weights(module: Any, has_gate: bool, has_bias: bool) -> tuple[StackedWeight, ...]:
+    """The weights of fused experts: up projection, down projection and their biases."""
+    up_proj = "gate_up_proj" if has_gate else "up_proj"
+    names = [up_proj, "down_proj"]
+    if has_bias:
+        names += [f"{up_proj}_bias", "down_proj_bias"]
+    stored = {name: module._modules[own] for name, own in STORED.items() if name in names and own in module._modules}
+    num_experts = whole_shape(stored.get("down_proj") or module.down_proj)[0]
+    return tuple((StoredWeight if name in stored else StackedWeight)(name, name, num_experts) for name in names)
 
 
 def _index(expert_ids: Sequence[int], index: Tensor | None, device: torch.device) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .frozen_store import Frozen
+
 
 def add_deltas(rows: Tensor, deltas: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor:
     """Adds the deltas of one or more adapters to rows of a base weight.
@@ -33,7 +35,7 @@ def add_deltas(rows: Tensor, deltas: Sequence[tuple[Tensor | None, Tensor]]) -> 
     return total.to(rows.dtype)
 
 
-def rows_with_delta(weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
+def rows_with_delta(weight: Frozen, ids: Tensor, delta: Tensor) -> Tensor:
     """`add_deltas(weight[ids], [(None, delta)])`, with fewer copies.
 
     Args:
@@ -66,7 +68,7 @@ def connected(output: Tensor, deltas: Iterable[Tensor]) -> Tensor:
 
 class _RowsWithDelta(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Frozen, ids: Tensor, delta: Tensor) -> Tensor:
         return _sum_with_delta(weight, ids, delta)
 
     @staticmethod
@@ -74,7 +76,7 @@ class _RowsWithDelta(torch.autograd.Function):
         return None, None, grad_outputs[0]  # autograd casts it to the delta's dtype
 
 
-def _sum_with_delta(weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
+def _sum_with_delta(weight: Frozen, ids: Tensor, delta: Tensor) -> Tensor:
     rows = weight.index_select(0, ids)
     if rows.device.type != "cpu" or rows.dtype == delta.dtype:
         return rows.add_(delta)
@@ -84,6 +86,6 @@ def _sum_with_delta(weight: Tensor, ids: Tensor, delta: Tensor) -> Tensor:
     return rows
 
 
-def effective_weights(frozen: Tensor, trained: Tensor, trained_ids: Tensor | None) -> Tensor:
+def effective_weights(frozen: Frozen, trained: Tensor, trained_ids: Tensor | None) -> Tensor:
     """The weights of the trained experts, from themselves or their deltas."""
     return trained if trained_ids is None else _sum_with_delta(frozen, trained_ids, trained)

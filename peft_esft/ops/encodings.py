@@ -135,20 +135,20 @@ def exact_delta(rows: Tensor, trained: Tensor) -> tuple[Tensor, int]:
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     delta = (trained.double() - rows.double()).to(wide)
-    wrong = _differs(add_deltas(rows, [(None, delta)]), trained)
+    wrong = differs(add_deltas(rows, [(None, delta)]), trained)
     if not bool(wrong.any()):
         return delta, 0
     nearest = delta[wrong]
     best, left = nearest.clone(), torch.ones_like(nearest, dtype=torch.bool)
     for direction in (-torch.inf, torch.inf):
         other = torch.nextafter(nearest, torch.full_like(nearest, direction))
-        right = ~_differs(add_deltas(rows[wrong], [(None, other)]), trained[wrong])
+        right = ~differs(add_deltas(rows[wrong], [(None, other)]), trained[wrong])
         best, left = torch.where(right, other, best), left & ~right
     delta[wrong] = best
     return delta, int(left.sum())
 
 
-def _differs(left: Tensor, right: Tensor) -> Tensor:
+def differs(left: Tensor, right: Tensor) -> Tensor:
     """Where two tensors differ in their bits; zeros of either sign count as different."""
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[left.dtype.itemsize]
     return left.contiguous().view(integers) != right.contiguous().view(integers)

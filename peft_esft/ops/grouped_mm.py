@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from .frozen_store import Frozen, FrozenStore
+
 
 _GROUPED_MM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPED_MM_ALIGNMENT = 16  # bytes; what `torch.nn.functional.grouped_mm` asks of every stride
@@ -52,7 +54,7 @@ def ends_on_host(ends: Tensor, num_rows: int, dtype: torch.dtype) -> list[int] |
 def grouped_mm(
     inputs: Tensor,
     tokens: Tensor | None,
-    frozen: Tensor,
+    frozen: Frozen,
     trained: Tensor,
     ends: Tensor,
     host_ends: list[int] | None,
@@ -72,6 +74,11 @@ def grouped_mm(
     Returns:
         `[R, out]`, zero for rows that are in no group.
     """
+    if isinstance(frozen, FrozenStore):
+        # One matrix exists at a time, which no kernel can do.
+        host_ends = ends.tolist() if host_ends is None else host_ends
+        store, trained = (frozen.transpose(1, 2), trained.transpose(1, 2)) if is_flipped else (frozen, trained)
+        return _loop_mm(inputs, tokens, store, trained, host_ends)
     num_rows, num_groups = (inputs if tokens is None else tokens).shape[0], ends.shape[0]
     has_kernel, is_looped = _has_kernel(inputs, frozen, trained), inputs.device.type in _LOOPED_DEVICES
     has_few_rows = host_ends is None and not is_looped and num_rows <= _few_rows(has_kernel, num_groups)
@@ -132,7 +139,7 @@ def _gathered_mm(rows: Tensor, matrices: Tensor, places: Tensor) -> Tensor:
         return torch.bmm(rows[:, None], matrices.index_select(0, places))[:, 0]
 
 
-def _loop_mm(inputs: Tensor, tokens: Tensor | None, frozen: Tensor, trained: Tensor, ends: list[int]) -> Tensor:
+def _loop_mm(inputs: Tensor, tokens: Tensor | None, frozen: Frozen, trained: Tensor, ends: list[int]) -> Tensor:
     """One group after the other. On the CPU, as torch's kernel there; each of many rows is gathered in its turn."""
     if tokens is not None and (inputs.device.type not in _LOOPED_DEVICES or tokens.shape[0] <= _GATHERED_ROWS):
         inputs, tokens = inputs.index_select(0, tokens), None

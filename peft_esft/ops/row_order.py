@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .deltas import effective_weights, rows_with_delta
+from .frozen_store import Frozen, keep_for_backward
 from .grouped_mm import ends_on_host, grouped_mm, grouped_outer
 
 
@@ -39,7 +40,7 @@ class RowOrder:
     def linear(
         self,
         inputs: Tensor,
-        frozen: Tensor,
+        frozen: Frozen,
         trained: Tensor,
         trained_ids: Tensor | None,
         is_transposed: bool,
@@ -56,7 +57,7 @@ class RowOrder:
         self,
         rows: Tensor,
         weights: Tensor,
-        frozen: Tensor,
+        frozen: Frozen,
         trained: Tensor,
         trained_ids: Tensor | None,
         is_transposed: bool,
@@ -119,7 +120,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         inputs: Tensor,
-        frozen: Tensor,
+        frozen: Frozen,
         trained: Tensor,
         trained_ids: Tensor | None,
         tokens: Tensor | None,
@@ -129,7 +130,8 @@ class _Linear(torch.autograd.Function):
         is_transposed: bool,
     ) -> Tensor:
         kept = inputs if ctx.needs_input_grad[2] else None
-        ctx.save_for_backward(kept, frozen, trained, trained_ids, tokens, places, ends)
+        constant = keep_for_backward(ctx, frozen)
+        ctx.save_for_backward(kept, constant, trained, trained_ids, tokens, places, ends)
         ctx.host_ends, ctx.is_transposed = host_ends, is_transposed
         weights = effective_weights(frozen, trained, trained_ids)
         return grouped_mm(inputs, tokens, frozen, weights, ends, host_ends, not is_transposed)
@@ -137,7 +139,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        inputs, frozen, trained, trained_ids, tokens, places, ends = ctx.saved_tensors
+        inputs, constant, trained, trained_ids, tokens, places, ends = ctx.saved_tensors
+        frozen = constant if ctx.store is None else ctx.store
         grad = grad_outputs[0].contiguous()
         grad_inputs = grad_trained = None
         if ctx.needs_input_grad[0]:
@@ -164,7 +167,7 @@ class _LinearAndSum(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         weights: Tensor,
-        frozen: Tensor,
+        frozen: Frozen,
         trained: Tensor,
         trained_ids: Tensor | None,
         pairs: Tensor,
@@ -176,7 +179,8 @@ class _LinearAndSum(torch.autograd.Function):
     ) -> Tensor:
         is_needed = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         kept = rows if is_needed else None
-        ctx.save_for_backward(kept, weights, frozen, trained, trained_ids, pairs, tokens, places, ends)
+        constant = keep_for_backward(ctx, frozen)
+        ctx.save_for_backward(kept, weights, constant, trained, trained_ids, pairs, tokens, places, ends)
         ctx.host_ends, ctx.is_transposed = host_ends, is_transposed
         weight_of_row = weights.reshape(-1).index_select(0, pairs)[:, None]
         matrices = effective_weights(frozen, trained, trained_ids)
@@ -189,7 +193,8 @@ class _LinearAndSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        rows, weights, frozen, trained, trained_ids, pairs, tokens, places, ends = ctx.saved_tensors
+        rows, weights, constant, trained, trained_ids, pairs, tokens, places, ends = ctx.saved_tensors
+        frozen = constant if ctx.store is None else ctx.store
         grad = grad_outputs[0].to(frozen.dtype).contiguous()
         weight_of_row = weights.reshape(-1).index_select(0, pairs)[:, None]
         grad_rows = grad_weights = grad_trained = None

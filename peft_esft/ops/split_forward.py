@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .frozen_store import Frozen
 from .row_order import order_rows
 
 
 @dataclass(frozen=True)
-class ExpertWeights:
-    """The fused weights of some experts.
+class FrozenWeights:
+    """The fused weights of all experts, which are constants.
 
     Attributes:
         up: `[experts, 2I, H]`, or `[experts, H, 2I]` if transposed; `I` in place of `2I` for experts without a gate.
@@ -26,10 +27,18 @@ class ExpertWeights:
         down_bias: `[experts, H]` or None.
     """
 
-    up: Tensor
-    down: Tensor
+    up: Frozen
+    down: Frozen
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ExpertWeights(FrozenWeights):
+    """The same of some experts, as tensors."""
+
+    up: Tensor
+    down: Tensor
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ def split_experts_forward(
     top_k_weights: Tensor,
     *,
     trained: ExpertWeights,
-    frozen: ExpertWeights,
+    frozen: FrozenWeights,
     slots: Tensor,
     body: ExpertBody,
     trained_ids: Tensor | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..moe.architectures import READABLE_DTYPES
 from ..moe.containers import ExpertsContainer
-from ..moe.weights import is_spread
+from ..moe.weights import ExpertWeight, StoredWeight, is_spread
 from .adapter_file import is_hub_name
 from .config import ESFTConfig
 
@@ -42,11 +42,25 @@ def record_base(
 
 def fingerprint_container(container: ExpertsContainer, expert_ids: list[int]) -> str | None:
     """The fingerprint of some experts' rows; None if they cannot be read here (meta, sharded, merged)."""
-    parameters = container.parameters()
+    parameters = [parameter for weight in container.weights for parameter in _own_parameters(weight, container)]
     if getattr(container.wrapper_or_module, "merged", False) or not all(map(_is_readable, parameters)):
         return None
     ids = expert_ids[:EXPERTS]
-    return fingerprint([weight.rows(container.module, ids) for weight in container.weights])
+    forms = {
+        stored.format.name
+        for weight in container.weights
+        if isinstance(weight, StoredWeight) and (stored := weight.stored(container.module))
+        if not set(ids) <= set(stored.kept_ids)
+    }
+    value = fingerprint([weight.rows(container.module, ids) for weight in container.weights])
+    # Rows in few bits are never those of a base in full precision.
+    return f"{'+'.join(sorted(forms))}:{value.partition(':')[2]}" if forms else value
+
+
+def _own_parameters(weight: ExpertWeight, container: ExpertsContainer) -> list[nn.Parameter]:
+    """The parameters whose dtype is the rows'."""
+    own = weight.parameters(container.module)
+    return own[:1] if isinstance(weight, StoredWeight) else own
 
 
 def _is_readable(parameter: Tensor) -> bool:
@@ -147,5 +161,8 @@ def differing_paths(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> 
     return [
         path
         for path in known
-        if path in present and known[path] != present[path] and known[path][:5] == present[path][:5]
+        # The prefix tells the form: rows in other forms are other numbers of the same base.
+        if path in present
+        and known[path] != present[path]
+        and known[path].partition(":")[0] == present[path].partition(":")[0]
     ]

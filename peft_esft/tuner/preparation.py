@@ -20,7 +20,12 @@ from .layers.layer import PREFIX
 from .mixed_batch import BASE
 from .other_classes import Prefixes, find_prefixes
 from .targets import full_modules, not_excluded, resolve_target_experts
-from .trainable import check_trainable, warn_of_replaced_kernels, warn_of_slow_layouts
+from .trainable import (
+    check_trainable,
+    warn_of_replaced_kernels,
+    warn_of_slow_layouts,
+    warn_of_unquantised_experts,
+)
 
 
 _CONTAINERS_BY_NAME = (nn.ParameterDict, BufferDict)
@@ -78,6 +83,7 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     check_rank(peft_config.rank, resolved.containers.values())
     warn_of_slow_layouts(resolved.containers.values())
     warn_of_replaced_kernels(resolved.containers.values())
+    warn_of_unquantised_experts(model, resolved.experts.values())
     return resolved
 
 

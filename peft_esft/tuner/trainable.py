@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..moe.architectures import READABLE_DTYPES
 from ..moe.containers import ExpertsContainer
+from ..moe.weights import StoredWeight
 from .layers.offload import is_offloaded
 
 
@@ -31,6 +33,8 @@ def check_trainable(container: ExpertsContainer) -> None:
             "keep it on a device (device_map)"
         )
     for weight in container.weights:
+        if isinstance(weight, StoredWeight):
+            continue
         for parameter in weight.parameters(container.module):
             if isinstance(parameter, DTensor):
                 raise NotImplementedError(
@@ -38,12 +42,35 @@ def check_trainable(container: ExpertsContainer) -> None:
                     "the model. Of tensor parallelism only plans that leave experts whole are supported: expert "
                     "parallelism, DistributedConfig(ep_size=...)."
                 )
+            if type(parameter.data) is not Tensor:
+                raise NotImplementedError(
+                    f"{container.path}.{weight.name} is a {type(parameter.data).__name__}, a tensor of another "
+                    "package (torchao's quantised ones are), whose rows cannot be read. Load the model without "
+                    "quantising its experts, and call peft_esft.quantize_experts(model)"
+                )
             if parameter.dtype not in READABLE_DTYPES:
                 raise NotImplementedError(
                     f"{container.path}.{weight.name} has dtype {parameter.dtype}, a quantised form that cannot be "
                     f"read. Load the model in one of {[str(dtype) for dtype in READABLE_DTYPES]} (dtype=...; or "
-                    "dequantize=True in its quantization config)."
+                    "dequantize=True in its quantization config). peft_esft.quantize_experts(model) then keeps them "
+                    "in 4 or 8 bits"
                 )
+
+
+def warn_of_unquantised_experts(model: Any, containers: Iterable[ExpertsContainer]) -> None:
+    """Says how many bytes of experts a quantiser left in full precision: all but this package's own pass over them."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    left = [c for c in containers if c.kind == "fused" and not any(isinstance(w, StoredWeight) for w in c.weights)]
+    if quantizer is None or not left:
+        return
+    method = quantizer.quantization_config.quant_method
+    size = sum(container.num_experts * container.nbytes_per_expert for container in left) / 1e9
+    warnings.warn(
+        f"the model was quantised ({getattr(method, 'value', method)}), but the experts of {len(left)} layers were "
+        f"not: they take {size:.3g} GB. peft_esft.quantize_experts(model, bits=4), before the adapter is attached, "
+        "brings them to 0.28 of that; ESFTQuantizationConfig does so while a model is loaded",
+        stacklevel=2,
+    )
 
 
 def warn_of_slow_layouts(containers: Iterable[ExpertsContainer]) -> None:

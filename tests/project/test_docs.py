@@ -25,7 +25,7 @@ from families import tiny_model
 from repository import ROOT
 
 
-HERE = ("choosing.md", "cli.md", "faq.md", "format.md", "index.md", "migration.md", "quickstart.md")
+HERE = ("choosing.md", "cli.md", "faq.md", "format.md", "index.md", "migration.md", "quantised.md", "quickstart.md")
 """The pages that this file runs."""
 ELSEWHERE = {
     "README.md": "test_examples.py",
@@ -91,6 +91,11 @@ def test_choosing(clone, capsys):
     (figure,) = (clone / "routing_files").glob("shares_token_verses.svg")
     assert "expert" in figure.read_text()
     assert capsys.readouterr().out
+
+
+def test_quantised(clone):
+    namespace = _run("quantised.md", {})
+    assert "nf4" not in str(namespace["model"]) and "int8" in str(namespace["model"])
 
 
 def test_the_api_page_has_every_public_name():

@@ -52,6 +52,12 @@ def test_registering_again_does_nothing_and_a_foreign_tuner_is_an_error():
     assert PEFT_TYPE_TO_TUNER_MAPPING["ESFT"] is ESFTModel
 
 
+@pytest.fixture(scope="module")
+def printed_by_peft():
+    """PEFT imports bitsandbytes where it is installed, which may say that a kernel is missing."""
+    return subprocess.run([sys.executable, "-c", "import peft"], capture_output=True, text=True, check=True).stderr
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -60,9 +66,9 @@ def test_registering_again_does_nothing_and_a_foreign_tuner_is_an_error():
         "import sys, peft_esft; assert 'matplotlib' not in sys.modules; print('ESFT')",
     ],
 )
-def test_import_in_a_fresh_process_is_quiet(code):
+def test_import_in_a_fresh_process_is_as_quiet_as_peft_s(code, printed_by_peft):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (result.stdout, result.stderr) == ("ESFT\n", "")
+    assert (result.stdout, result.stderr) == ("ESFT\n", printed_by_peft)
 
 
 def test_a_pickled_config_registers_the_tuner_in_a_fresh_process(tmp_path):

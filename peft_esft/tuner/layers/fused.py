@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...moe.weights import StackedWeight
-from ...ops.split_forward import ExpertBody, ExpertWeights, default_gate, split_experts_forward
+from ...moe.stored_experts import expert_body, frozen_weights, uncompiled_split_forward
+from ...moe.weights import StackedWeight, StoredWeight
+from ...ops.split_forward import ExpertWeights, split_experts_forward
 from ..mixed_batch import AdapterBatch
 from .layer import ESFTLayer
 from .records import ActiveAdapters
@@ -48,28 +49,20 @@ class FusedExperts(ESFTLayer):
     ) -> Tensor:
         device = hidden_states.device
         stacked = {name: weight for name, weight in self.weights.items() if isinstance(weight, StackedWeight)}
-        return split_experts_forward(
+        is_stored = any(isinstance(weight, StoredWeight) for weight in stacked.values())
+        forward = uncompiled_split_forward if is_stored else split_experts_forward
+        output: Tensor = forward(
             hidden_states,
             top_k_index,
             top_k_weights,
             trained=ExpertWeights(*(weights[name] for name in self.weight_names)),
             trained_ids=None if trained_ids is None else trained_ids.to(device),
-            frozen=ExpertWeights(*(weight.whole(base) for weight in stacked.values())),
+            frozen=frozen_weights(stacked.values(), base),
             slots=slots.to(device),
-            body=self._body(base),
+            body=expert_body(base, self.layout),
             adapter_of_token=None if batch is None else batch.adapter_of_row(hidden_states, self, self.path),
         )
-
-    def _body(self, base: Any) -> ExpertBody:
-        if not self.layout.has_gate:
-            activation = base.act_fn
-        else:
-            activation = base._apply_gate if hasattr(base, "_apply_gate") else partial(default_gate, base.act_fn)
-        return ExpertBody(
-            activation=activation,
-            is_transposed=self.layout.is_transposed,
-            post_expert_norm=base.post_expert_norm if self.layout.has_post_expert_norm else None,
-        )
+        return output
 
 
 def _with_hooks(module: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,164 @@
+"""The forms in which experts are kept in few bits: encoding, layout, and the matrix of one expert.
+
+A weight `[E, out, in]` is kept as a few tensors by name, each with the experts on its first dimension. A matrix is
+what the package that a form comes from dequantises it to, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+Tensors = Mapping[str, Tensor]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+class Format(Protocol):
+    """A form in which experts are kept."""
+
+    @property
+    def name(self) -> str:
+        """What the form is called in configs, fingerprints and messages."""
+
+    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The matrix of an expert, a new tensor of a shape and dtype."""
+
+
+class Encoder(Format, Protocol):
+    """A form that experts in full precision can be brought to."""
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+        """Dtype and shape of each tensor.
+
+        Args:
+            shape: of the weight, `[E, out, in]`.
+            dtype: of the matrices.
+        """
+
+    def encode(self, matrix: Tensor) -> dict[str, Tensor]:
+        """The tensors of one expert, without the dimension of the experts."""
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """NF4 or FP4 of bitsandbytes: two codes in a byte, a fp32 scale for each block.
+
+    Every expert is encoded by itself, so no block has weights of two.
+
+    Attributes:
+        name: "nf4" or "fp4".
+        blocksize: weights in a block.
+    """
+
+    name: str = "nf4"
+    blocksize: int = 64
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+        bitsandbytes()  # now, and not in the first forward pass
+        if dtype == torch.float64:
+            raise ValueError("bitsandbytes has no 4 bits of float64; load the model with dtype=torch.bfloat16")
+        weights = math.prod(shape[1:])
+        return {
+            "codes": (torch.uint8, (shape[0], -(-weights // 2))),
+            "scales": (torch.float32, (shape[0], -(-weights // self.blocksize))),
+        }
+
+    def encode(self, matrix: Tensor) -> dict[str, Tensor]:
+        codes, state = bitsandbytes().functional.quantize_4bit(
+            matrix.contiguous(), blocksize=self.blocksize, quant_type=self.name
+        )
+        return {"codes": codes.flatten(), "scales": state.absmax}
+
+    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        codes, scales = tensors["codes"][expert], tensors["scales"][expert]
+        # bitsandbytes' kernel for the CPU takes each row to begin with a block of its own, and reads wrong scales
+        # where rows are no multiple of a block. A single row has no such places.
+        rows = list(shape) if shape[-1] % self.blocksize == 0 else [math.prod(shape)]
+        # The operator and not `functional.dequantize_4bit`: that one wants a state object, made anew in each call.
+        matrix: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            codes.view(-1, 1), scales, self.blocksize, self.name, rows, dtype
+        )
+        return matrix.view(shape)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Eight bits: a signed code for each weight, and a scale in the weights' dtype for each row `[in]`.
+
+    The product of code and scale is rounded once, to the weights' dtype; that of fp32 numbers takes 20 times as long.
+    """
+
+    name: str = "int8"
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+        return {"codes": (torch.int8, tuple(shape)), "scales": (dtype, (*shape[:-1], 1))}
+
+    def encode(self, matrix: Tensor) -> dict[str, Tensor]:
+        wide = matrix.float()
+        scales = (wide.abs().amax(-1, keepdim=True) / 127).to(matrix.dtype)
+        codes = torch.where(scales > 0, wide / scales, 0.0).round_().clamp_(-127, 127)
+        return {"codes": codes.to(torch.int8), "scales": scales}
+
+    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return tensors["codes"][expert].to(dtype).mul_(tensors["scales"][expert].to(dtype))
+
+
+@dataclass(frozen=True)
+class BlockFP8:
+    """fp8 of transformers' `FP8Experts`: codes in float8, a scale for each block of a matrix.
+
+    Attributes:
+        block_size: rows and columns of a block.
+        name: what the form is called.
+    """
+
+    block_size: tuple[int, int]
+    name: str = "fp8"
+
+    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        # transformers has no public function for it. This one is what its backward pass uses.
+        from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+        codes, scales = tensors["codes"][expert], tensors["scales"][expert]
+        matrix: Tensor = _dequantize_fp8_weight(codes, scales, list(self.block_size), dtype)
+        return matrix
+
+
+ENCODERS: dict[str, Encoder] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": Int8()}
+"""The forms that `quantize_experts` can bring experts to."""
+
+
+def encoder(bits: int, quant_type: str) -> Encoder:
+    """The form for a number of bits.
+
+    Args:
+        bits: 4 or 8.
+        quant_type: "nf4" or "fp4", of 4 bits.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name = quant_type if bits == 4 else "int8"
+    if bits not in (4, 8) or quant_type not in ("nf4", "fp4"):
+        raise ValueError(
+            f"experts cannot be quantised with {bits=} and {quant_type=}: bits is 4 or 8, quant_type is 'nf4' or 'fp4'"
+        )
+    return ENCODERS[name]
+
+
+def bitsandbytes() -> Any:
+    """The package, which is optional. Importing it registers the operators that decode."""
+    try:
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ImportError(
+            "experts in 4 bits need bitsandbytes: pip install 'peft-esft[quant]'. Experts in 8 bits (bits=8) need "
+            "nothing else"
+        ) from error
+    return bitsandbytes

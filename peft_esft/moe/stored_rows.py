@@ -1,0 +1,115 @@
+"""A weight of experts that is kept in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.encodings import differs
+from ..ops.frozen_store import FrozenStore
+from .formats import Encoder, Format
+
+
+STORED = {"gate_up_proj": "stored_in", "up_proj": "stored_in", "down_proj": "stored_out"}
+"""The name of the `StoredRows` of each weight. transformers' conversions of checkpoints go by parts of names, and
+would take any name with "up_proj" in it for the dense weight's."""
+
+
+class StoredRows(nn.Module):
+    """A weight `[E, out, in]` of experts in few bits.
+
+    Rows that are written to, by merging, lie over the codes in full precision: nothing is ever encoded again, and a
+    row that is written back is bit for bit what it was.
+
+    Attributes:
+        format: how the weight is kept.
+        shape: `[E, out, in]`.
+        kept_ids: the experts that are in full precision.
+        kept_rows: their matrices `[k, out, in]`, whose dtype and device are those of all matrices.
+    """
+
+    def __init__(
+        self, format: Format, shape: Sequence[int], dtype: torch.dtype, tensors: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__()
+        self.format, self.shape = format, torch.Size(shape)
+        for name, tensor in tensors.items():
+            # Parameters, which DDP does not send around in every step as it does buffers.
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self.tensor_names = tuple(tensors)
+        device = next(iter(tensors.values())).device
+        self.kept_ids: tuple[int, ...] = ()
+        self.kept_rows = nn.Parameter(torch.empty(0, *self.shape[1:], dtype=dtype, device=device), requires_grad=False)
+
+    @classmethod
+    @torch.no_grad()
+    def encoded(cls, format: Encoder, rows: Tensor, kept: Sequence[int] = ()) -> StoredRows:
+        """Brings a weight `[E, out, in]` to a form, one expert after the other.
+
+        Args:
+            format: the form.
+            rows: the weight.
+            kept: experts that stay in full precision.
+        """
+        layout = format.layout(tuple(rows.shape), rows.dtype).items()
+        tensors = {name: torch.empty(shape, dtype=dtype, device=rows.device) for name, (dtype, shape) in layout}
+        for expert, matrix in enumerate(rows):
+            for name, tensor in format.encode(matrix.detach()).items():
+                tensors[name][expert] = tensor
+        stored = cls(format, rows.shape, rows.dtype, tensors)
+        stored.write(kept, rows[list(kept)])
+        return stored
+
+    def forward(self) -> FrozenStore:
+        """The weight as it is now. A call, so that accelerate loads a weight that is offloaded."""
+        tensors = {name: self._parameters[name].data for name in self.tensor_names}  # type: ignore[union-attr]
+        rows = self.kept_rows.data
+        decode = partial(self.format.decode, tensors, shape=tuple(self.shape[1:]), dtype=rows.dtype)
+        kept = dict(zip(self.kept_ids, rows.unbind(), strict=True))
+        return FrozenStore(self.shape, rows.dtype, rows.device, decode, kept)
+
+    @torch.no_grad()
+    def write(self, expert_ids: Sequence[int], rows: Tensor) -> None:
+        """Puts rows `[n, out, in]` of some experts over the codes; one that the codes stand for is left to them."""
+        store = self()
+        kept = dict(store.kept)
+        for expert, row in zip(expert_ids, rows, strict=True):
+            own = row.to(store.dtype)
+            kept.pop(expert, None)
+            if bool(differs(store.decode(expert), own).any()):
+                kept[expert] = own
+        self.keep(kept)
+
+    def keep(self, rows: Mapping[int, Tensor]) -> None:
+        """Has the rows of these experts, and of no others, in full precision."""
+        ids = tuple(sorted(rows))
+        new = torch.stack([rows[expert] for expert in ids]) if ids else self.kept_rows.data[:0].clone()
+        self.kept_ids, self.kept_rows = ids, nn.Parameter(new, requires_grad=False)
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(parameter.nbytes for parameter in self.parameters())
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.kept_ids:
+            del destination[f"{prefix}kept_rows"]  # empty
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredRows:
+        """Moves all tensors; a change of dtype is one of the matrices' only. Scales would not survive it."""
+        super()._apply(lambda tensor: fn(tensor) if tensor is self.kept_rows else _moved(fn, tensor), recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        kept = f", {len(self.kept_ids)} experts in {self.kept_rows.dtype}" if self.kept_ids else ""
+        return f"{self.format.name}, {tuple(self.shape)}{kept}"
+
+
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What `fn` makes of a tensor, in the dtype that it had."""
+    integers = tensor.view(torch.uint8) if tensor.is_floating_point() else tensor
+    return fn(integers).view(tensor.dtype)

@@ -1,0 +1,434 @@
+"""Experts in few bits: `quantize_experts` for a model in memory, `ESFTQuantizationConfig` for `from_pretrained`.
+
+transformers' own registration of quantisers is used, so that such a model is saved and loaded like any other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..moe.containers import ExpertsContainer, find_experts
+from ..moe.foreign_experts import adopt, is_foreign
+from ..moe.formats import Encoder, encoder
+from ..moe.stored_experts import install
+from ..moe.stored_rows import STORED, StoredRows
+from ..moe.weights import StackedWeight, StoredWeight, is_spread
+from .layers.offload import is_offloaded
+from .targets import resolve_target_experts
+
+
+METHOD = "esft"
+_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@register_quantization_config(METHOD)
+class ESFTQuantizationConfig(QuantizationConfigMixin):
+    """Has `from_pretrained` bring fused experts to few bits while it loads them.
+
+    Other quantisers of transformers leave fused experts in bf16. The experts are then only read: adapters train deltas
+    in full precision over them.
+
+    Args:
+        bits: 4 (needs bitsandbytes, `pip install 'peft-esft[quant]'`) or 8.
+        keep: experts that stay in full precision, `{module path or layer index: expert ids}` as in `target_experts`.
+            Those that an adapter trains are then free of the error of quantising.
+        quant_type: of 4 bits, "nf4" or "fp4".
+        linears: for the other linear layers, such as attention's: bitsandbytes' config. None leaves them as they are.
+
+    Raises:
+        ValueError: for other values.
+
+    Example:
+        >>> config = ESFTQuantizationConfig(bits=4, linears=BitsAndBytesConfig(load_in_4bit=True))
+        >>> model = AutoModelForCausalLM.from_pretrained(name, quantization_config=config)
+    """
+
+    def __init__(
+        self,
+        bits: int = 4,
+        keep: Mapping[str | int, list[int]] | None = None,
+        quant_type: str = "nf4",
+        linears: BitsAndBytesConfig | dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        self.quant_method: Any = METHOD
+        self.bits, self.quant_type = bits, quant_type
+        self.keep = {str(key): [int(expert) for expert in ids] for key, ids in (keep or {}).items()}
+        self.linears = BitsAndBytesConfig.from_dict(linears) if isinstance(linears, dict) else linears
+        encoder(bits, quant_type)  # refuses unknown ones
+
+    @property
+    def format(self) -> Encoder:
+        """The form that experts are brought to."""
+        return encoder(self.bits, self.quant_type)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as it is written to `config.json`."""
+        own = {name: copy.deepcopy(value) for name, value in vars(self).items() if name != "linears"}
+        return own | ({} if self.linears is None else {"linears": self.linears.to_dict()})
+
+
+def quantize_experts(
+    model: nn.Module,
+    bits: int = 4,
+    keep: Mapping[str | int, list[int]] | None = None,
+    quant_type: str = "nf4",
+) -> nn.Module:
+    """Brings the fused experts of a model to few bits, in place, one weight after the other.
+
+    Args:
+        model: without adapters. `ESFTQuantizationConfig` does the same while a model is loaded, in less memory.
+        bits: see `ESFTQuantizationConfig`, as for the other arguments.
+        keep: experts that stay in full precision.
+        quant_type: of 4 bits.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if the model has no experts, or has adapters, or `keep` names experts that it does not have.
+        NotImplementedError: if its experts are not fused, or their weights cannot be read here.
+        ImportError: for 4 bits without bitsandbytes.
+
+    Example:
+        >>> model = quantize_experts(model, bits=4, keep=config.target_experts)
+    """
+    config = ESFTQuantizationConfig(bits, keep, quant_type)
+    containers = find_experts(model)
+    check_quantizable(model, containers)
+    kept = _kept_experts(config, containers)
+    for path, container in containers.items():
+        for weight in _matrices(container):
+            rows = cast(Tensor, weight.whole(container.module))
+            stored = StoredRows.encoded(config.format, rows, kept.get(path, ()))
+            _install(container, weight, stored)
+    if isinstance(model, PreTrainedModel):
+        _note_quantizer(model, config)
+    return model
+
+
+def adopt_quantized_experts(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Takes over experts that another package has quantised, in place and as they are: adapters can then be attached.
+
+    These are transformers' `FP8Experts`, and fused experts that `bitsandbytes.nn.parametrize` has brought to 4 bits.
+    Their matrices are what that package dequantises them to, bit for bit; activations are not quantised. The model
+    cannot be saved afterwards: the checkpoint that it was loaded from holds the same weights.
+
+    Args:
+        model: without adapters.
+        dtype: of the dequantised matrices; None means the model's.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: if no experts of the model are in such a form.
+        NotImplementedError: if they cannot be taken over, naming the first module and why. Modules before it are.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B-FP8")
+        >>> model = get_peft_model(adopt_quantized_experts(model), config)
+    """
+    foreign = {path: c for path, c in find_experts(model).items() if is_foreign(c.module)}
+    if not foreign:
+        raise ValueError(
+            f"{type(model).__name__} has no experts that another package has quantised; "
+            "quantize_experts(model) quantises plain ones"
+        )
+    declared = getattr(getattr(model, "config", None), "dtype", None)
+    for path, container in foreign.items():
+        adopt(path, container.module, dtype or declared or torch.bfloat16)
+    if isinstance(model, PreTrainedModel):
+        _note_quantizer(model, ESFTQuantizationConfig())
+        cast(ESFTQuantizer, model.hf_quantizer).is_adopted = True
+    return model
+
+
+def check_quantizable(model: nn.Module, containers: Mapping[str, ExpertsContainer], is_loading: bool = False) -> None:
+    """Refuses experts that cannot be brought to few bits, before anything changes.
+
+    Args:
+        model: the model.
+        containers: its experts.
+        is_loading: its weights are not there yet.
+
+    Raises:
+        ValueError: if there are no experts, or adapters are attached.
+        NotImplementedError: naming the first module and why.
+    """
+    if not containers:
+        raise ValueError(f"{type(model).__name__} has no experts container of a known kind, so none can be quantised")
+    for path, container in containers.items():
+        name = f"{path} ({type(container.module).__name__})"
+        if container.wrapper_or_module is not container.module:
+            raise ValueError(f"{path} has an adapter. Quantise the experts first, and attach adapters then")
+        if container.refusal is not None:
+            raise NotImplementedError(f"{name}: {container.refusal}")
+        if container.kind != "fused":
+            raise NotImplementedError(
+                f"{name} does not have its experts in fused parameters of a known layout, and only such experts can "
+                "be quantised; load the model in bfloat16 without quantising its experts"
+            )
+        for weight in _matrices(container):
+            _check_readable(f"{path}.{weight.name}", container, weight, is_loading)
+            if is_loading and {f"{path}.{weight.name}"} & set(cast(Any, model).all_tied_weights_keys):
+                raise NotImplementedError(
+                    f"{name} shares its weights with another module, which cannot be quantised while it is loaded. "
+                    "Load the model without a quantization_config, and call quantize_experts(model)"
+                )
+
+
+def _check_readable(name: str, container: ExpertsContainer, weight: StackedWeight, is_loading: bool) -> None:
+    if isinstance(weight, StoredWeight):
+        form = weight.stored(container.module).format.name
+        raise NotImplementedError(f"{name} is quantised already ({form}), and would lose precision once more")
+    parameter = weight.parameters(container.module)[0]
+    if type(parameter.data) is not Tensor or is_spread(parameter):
+        raise NotImplementedError(
+            f"{name} is a {type(parameter.data).__name__}, which cannot be quantised. Quantise the experts before the "
+            "model is sharded, and load it without another quantiser for its experts"
+        )
+    if not is_loading and (is_offloaded(container.module) or parameter.is_meta):
+        raise NotImplementedError(
+            f"{name} is not loaded (offloaded, or on the meta device). Load the model with "
+            "quantization_config=ESFTQuantizationConfig(...), or without device_map"
+        )
+    if not parameter.is_floating_point():
+        raise NotImplementedError(f"{name} has dtype {parameter.dtype}: it is quantised already")
+
+
+def _matrices(container: ExpertsContainer) -> list[StackedWeight]:
+    """The weights that are quantised: those of the projections, not their biases."""
+    return [w for w in container.weights if isinstance(w, StackedWeight) and len(w.shape(container.module)) == 2]
+
+
+def _kept_experts(config: ESFTQuantizationConfig, containers: Mapping[str, ExpertsContainer]) -> dict[str, list[int]]:
+    return resolve_target_experts(config.keep, dict(containers))
+
+
+def _install(container: ExpertsContainer, weight: StackedWeight, stored: StoredRows) -> None:
+    for place in container.places:
+        install(place.module, container.layout, weight.name, stored)
+
+
+def _note_quantizer(model: Any, config: ESFTQuantizationConfig) -> None:
+    """Has `save_pretrained` know of the experts, and of the quantiser that the model was loaded with."""
+    inner = getattr(model, "hf_quantizer", None)
+    if inner is not None:
+        config.linears = inner.quantization_config
+    model.hf_quantizer = ESFTQuantizer(config, pre_quantized=False, inner=inner)
+    model.config.quantization_config = config
+    model.is_quantized = True
+    if inner is None:
+        model.quantization_method = METHOD
+
+
+class _Quantize(ConversionOps):
+    """Quantises the weight of a layer's experts as soon as it is loaded, and puts it in its place."""
+
+    def __init__(self, quantizer: ESFTQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, **kwargs: Any) -> dict[str, Any]:
+        full_layer_name, missing_keys = kwargs["full_layer_name"], kwargs["missing_keys"]
+        quantizer, others = self.quantizer, {}
+        for name, value in input_dict.items():
+            path = name if name in quantizer.pending else full_layer_name
+            if path not in quantizer.pending:
+                others[name] = value
+                continue
+            container, weight, kept = quantizer.pending.pop(path)
+            rows = (value[0] if isinstance(value, list) else value)[: weight.num_experts]
+            quantizer.place(container, weight, StoredRows.encoded(quantizer.quantization_config.format, rows, kept))
+            if missing_keys is not None:
+                missing_keys.discard(path)
+        if others:
+            operation: ConversionOps = quantizer.linears.get_quantize_ops()
+            return operation.convert(others, *patterns, **kwargs)
+        return {}
+
+
+@register_quantizer(METHOD)
+class ESFTQuantizer(HfQuantizer):
+    """Loads experts in few bits, or quantises them while they are loaded; see `ESFTQuantizationConfig`.
+
+    Attributes:
+        linears: the quantiser for the other linear layers; None if there is none.
+        pending: the experts' weights that are not there yet, by parameter name.
+        is_adopted: the experts are in another package's form, which this config does not describe.
+        dtypes: those of the tensors that a quantised checkpoint has to have, by their names.
+    """
+
+    requires_calibration = False
+    is_adopted = False
+    quantization_config: ESFTQuantizationConfig
+
+    def __init__(
+        self, quantization_config: ESFTQuantizationConfig, inner: HfQuantizer | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(quantization_config, **kwargs)
+        linears = quantization_config.linears
+        if inner is None and linears is not None:
+            inner = AutoHfQuantizer.from_config(linears, pre_quantized=self.pre_quantized)
+        self.linears: Any = inner
+        self.pending: dict[str, tuple[ExpertsContainer, StackedWeight, list[int]]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values() and not self.pre_quantized:
+            raise ValueError(
+                "experts cannot be quantised while they are loaded to the disk; leave 'disk' out of device_map"
+            )
+        if self.linears is not None:
+            self.linears.validate_environment(*args, device_map=device_map, **kwargs)
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        containers = find_experts(model)
+        check_quantizable(model, containers, is_loading=True)
+        kept = _kept_experts(self.quantization_config, containers)
+        for path, container in containers.items():
+            for weight in _matrices(container):
+                own = kept.get(path, [])
+                if self.pre_quantized:
+                    stored = _skeleton(self.quantization_config.format, container, weight, own)
+                    self.place(container, weight, stored)
+                    for name, parameter in stored.named_parameters():
+                        self.dtypes[f"{path}.{STORED[weight.name]}.{name}"] = parameter.dtype
+                else:
+                    self.pending[f"{path}.{weight.name}"] = (container, weight, own)
+        if self.linears is not None:
+            self.linears._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.pending:
+            raise ValueError(
+                f"the checkpoint has no experts' weights {sorted(self.pending)[:3]}, so none were quantised"
+            )
+        if self.pre_quantized:
+            for path, module in model.named_modules():
+                if isinstance(module, StoredRows):
+                    _check_loaded(path, module)
+        if self.linears is not None:
+            self.linears._process_model_after_weight_loading(model, **kwargs)
+        return model
+
+    def place(self, container: ExpertsContainer, weight: StackedWeight, stored: StoredRows) -> None:
+        """Puts a weight into its module, which transformers then does not initialise."""
+        _install(container, weight, stored)
+        for place in container.places:
+            # The parent's too: some models initialise the experts with it.
+            place.module._is_hf_initialized = place.parent._is_hf_initialized = True
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        if param_name in self.pending:
+            return True
+        return self.linears is not None and self.linears.param_needs_quantization(model, param_name, **kwargs)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        if param_name in self.pending:
+            return 0.57 if self.quantization_config.bits == 4 else 1.01
+        if self.linears is not None:
+            size: float = self.linears.param_element_size(model, param_name, param)
+            return size
+        return param.element_size()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        (name, *_) = converter.target_patterns
+        if name in self.dtypes:
+            wanted = self.dtypes[name]
+            found = _DTYPES.get(param.get_dtype()) if hasattr(param, "get_dtype") else param.dtype
+            if found != wanted and not name.endswith("kept_rows"):
+                # The loader would cast, and codes or scales be others than those that were saved.
+                raise ValueError(f"{name} has dtype {found} in the checkpoint, and not {wanted}: it is damaged")
+            return wanted
+        inner: Any = self.linears or super()
+        new: torch.dtype | None = inner.get_new_dtype(converter, param, dtype)
+        return new
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self.linears is None else self.linears.update_dtype(dtype)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        return device_map if self.linears is None else self.linears.update_device_map(device_map)
+
+    def adjust_max_memory(self, max_memory: dict[str, int | str]) -> dict[str, int | str]:
+        return max_memory if self.linears is None else self.linears.adjust_max_memory(max_memory)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {} if self.linears is None else self.linears.get_load_operations()
+
+    def get_weight_conversions(self) -> list[Any]:
+        return [] if self.linears is None else self.linears.get_weight_conversions()
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        if self.linears is None:
+            return weight_conversions
+        return self.linears.update_weight_conversions(weight_conversions, model)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
+        """Has the config that is saved name the experts that are in full precision now, merged ones too."""
+        self.quantization_config.keep = {}
+        for path, container in find_experts(model).items():
+            if len(container.places) > 1:
+                raise NotImplementedError(
+                    f"{path} shares its weights with another module, and quantised weights that do cannot be saved. "
+                    "Save the model before its experts are quantised"
+                )
+            if kept := _join_kept(container):
+                self.quantization_config.keep[path] = kept
+        return (None, {}) if self.linears is None else self.linears.get_state_dict_and_metadata(model)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return not self.is_adopted and (self.linears is None or self.linears.is_serializable(*args, **kwargs))
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _skeleton(format: Encoder, container: ExpertsContainer, weight: StackedWeight, kept: list[int]) -> StoredRows:
+    """A weight without data, for the loader to fill."""
+    parameter = weight.parameters(container.module)[0]
+    shape = (weight.num_experts, *weight.shape(container.module))
+    layout = format.layout(shape, parameter.dtype)
+    tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
+    stored = StoredRows(format, shape, parameter.dtype, tensors)
+    stored.keep({expert: stored.kept_rows.new_empty(shape[1:]) for expert in kept})
+    return stored
+
+
+def _check_loaded(path: str, stored: StoredRows) -> None:
+    """Refuses a weight that the checkpoint does not have, or whose scales are no numbers."""
+    if not stored.kept_ids:
+        # Of no experts there is nothing in the file.
+        device = stored.get_parameter(stored.tensor_names[0]).device
+        stored.kept_rows = nn.Parameter(torch.empty_like(stored.kept_rows, device=device), requires_grad=False)
+    for name, parameter in stored.named_parameters():
+        if not (parameter.numel() == 0 or getattr(parameter, "_is_hf_initialized", False)):
+            raise ValueError(f"the checkpoint has no {path}.{name}: it is not one of this config's quantised experts")
+        if parameter.is_floating_point() and not parameter.isfinite().all():
+            raise ValueError(f"{path}.{name} has values that are not finite: the checkpoint is damaged")
+
+
+def _join_kept(container: ExpertsContainer) -> list[int]:
+    """Has all weights of a container keep the same experts in full precision, which changes no value."""
+    weights = [w.stored(container.module) for w in container.weights if isinstance(w, StoredWeight)]
+    ids = sorted({expert for stored in weights for expert in stored.kept_ids})
+    for stored in weights:
+        if list(stored.kept_ids) != ids:
+            store = stored()
+            stored.keep({expert: store[expert] for expert in ids})
+    return ids

@@ -1,0 +1,233 @@
+"""Adapters over experts in few bits: every operation equals the one over a dense base that holds the same numbers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+from peft_esft import ESFTConfig, find_experts, quantize_experts
+from peft_esft.moe.formats import ENCODERS
+from peft_esft.moe.stored_rows import StoredRows
+
+from families import tiny_model
+from oracle import config_for, deltas_of, random_tokens, task_loss
+from quantised import dense, dense_twin, same_bits
+
+
+KINDS = [(4, "nf4"), (4, "fp4"), (8, "nf4")]
+
+
+def bases(family: str, bits: int, quant_type: str = "nf4", dtype: torch.dtype = torch.bfloat16, **settings: object):
+    plain = tiny_model(family, dtype)
+    quantised = quantize_experts(copy.deepcopy(plain), bits=bits, quant_type=quant_type, **settings)
+    return quantised, dense_twin(plain, quantised)
+
+
+def adapted(model: torch.nn.Module, **settings: object) -> PeftModel:
+    torch.manual_seed(1)
+    wrapped = get_peft_model(model, config_for(model, init_weights=False, **settings))
+    wrapped.add_adapter("other", config_for(model, [6, 2], init_weights=False, **settings))
+    return wrapped.eval()
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, **settings: object) -> Tensor:
+    return model(input_ids=random_tokens(), **settings)[0]
+
+
+@pytest.mark.parametrize(("bits", "quant_type"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_operations_equal_those_over_the_dense_base(bits: int, quant_type: str, dtype: torch.dtype) -> None:
+    own, twin = map(adapted, bases("gpt_oss", bits, quant_type, dtype))
+
+    def compare(**settings: object) -> None:
+        # In fp32 the last bit of a product depends on where its operands lie in memory.
+        if dtype == torch.float32:
+            torch.testing.assert_close(logits(own, **settings), logits(twin, **settings), rtol=1e-4, atol=1e-5)
+        else:
+            assert same_bits(logits(own, **settings), logits(twin, **settings))
+
+    compare()
+    compare(adapter_names=["default", "other"])
+    compare(adapter_names=["__base__", "other"])
+    for model in (own, twin):
+        model.base_model.set_adapter(["default", "other"])
+    compare()
+    for model in (own, twin):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.7], "sum")
+        model.set_adapter("sum")
+    compare()
+    with own.base_model.hold(), twin.base_model.hold():
+        compare()
+    for model in (own, twin):
+        model.merge_adapter(["default", "sum"])
+    compare()
+    own.unmerge_adapter()
+    twin.unmerge_adapter()
+    own, twin = own.merge_and_unload(), twin.merge_and_unload()
+    compare()
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 3}], ids=["deltas", "low rank"])
+def test_steps_of_adamw_and_files_equal_those_over_the_dense_base(settings: dict[str, int], tmp_path: Path) -> None:
+    own, twin = (adapted(model, **settings).train() for model in bases("olmoe", 4))
+    for name, model in {"own": own, "twin": twin}.items():
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in range(4):
+            task_loss(model(input_ids=random_tokens(seed=step))[0]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(tmp_path / name)
+    for key, delta in deltas_of(own).items() if not settings else ():
+        assert same_bits(delta, deltas_of(twin)[key])
+    assert same_bits(logits(own), logits(twin))
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "own" / file).read_bytes() == (tmp_path / "twin" / file).read_bytes()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_bit(reentrant: bool) -> None:
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = adapted(bases("olmoe", 4)[0]).train()
+        if is_checkpointed:
+            model.enable_input_require_grads()
+            base = model.get_base_model()
+            enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+            enable({"use_reentrant": reentrant})
+        task_loss(model(input_ids=random_tokens())[0]).backward()
+        gradients.append({key: delta.grad for key, delta in deltas_of(model).items()})
+    for key, gradient in gradients[0].items():
+        assert gradient.any() and same_bits(gradient, gradients[1][key])
+
+
+def test_nothing_dequantised_is_kept_for_the_backward_pass() -> None:
+    model = adapted(bases("olmoe", 4)[0]).train()
+    shapes = {weight.shape(c.module) for c in find_experts(model).values() for weight in c.weights}
+    saved: list[torch.Size] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = task_loss(model(input_ids=random_tokens())[0])
+    loss.backward()
+    trained = {(3, *shape) for shape in shapes}
+    assert trained <= set(map(tuple, saved))  # the deltas
+    assert not {shape for shape in map(tuple, saved) if shape[-2:] in shapes and shape not in trained}
+
+
+def test_kept_experts_are_the_base_s_own_and_the_others_are_not() -> None:
+    plain = tiny_model("olmoe", torch.bfloat16)
+    quantised = quantize_experts(copy.deepcopy(plain), keep={0: [5, 1]})
+    for (path, container), own in zip(find_experts(plain).items(), find_experts(quantised).values(), strict=True):
+        for weight in container.weights:
+            before, after = weight.whole(container.module), dense(own, weight.name)
+            kept = [e for e in range(8) if same_bits(before[e], after[e])]
+            assert kept == ([1, 5] if "layers.0." in path else [])
+
+
+def test_parameters_are_frozen_and_take_the_bytes_that_are_promised() -> None:
+    plain = tiny_model("olmoe", torch.bfloat16)
+    before = sum(p.nbytes for c in find_experts(plain).values() for p in c.parameters())
+    for bits, share in ((4, 0.28125), (8, 0.5 + 1 / 24)):
+        quantised = quantize_experts(copy.deepcopy(plain), bits=bits)
+        after = sum(p.nbytes for c in find_experts(quantised).values() for p in c.parameters())
+        assert after / before == pytest.approx(share, abs=0.011)
+        assert not any(p.requires_grad for c in find_experts(quantised).values() for p in c.parameters())
+
+
+NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
+NF4 += [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (24, 40), (64, 128), (5, 7)], ids=str)
+def test_nf4_is_the_nearest_of_its_sixteen_values_for_rows_of_any_length(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, *shape)
+    store = StoredRows.encoded(ENCODERS["nf4"], rows)()
+    for expert in range(3):
+        blocks = torch.nn.functional.pad(rows[expert].flatten(), (0, -rows[0].numel() % 64)).view(-1, 64)
+        scales = blocks.abs().amax(1, keepdim=True)
+        nearest = (blocks[:, :, None] / scales[:, :, None] - torch.tensor(NF4)).abs().argmin(-1)
+        expected = (torch.tensor(NF4)[nearest] * scales).flatten()[: rows[0].numel()].view(shape)
+        assert (store[expert] - expected).abs().max() <= 1e-5  # no other value is so near
+
+
+def test_a_change_of_dtype_leaves_codes_and_scales_alone() -> None:
+    model, _ = bases("olmoe", 4)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "stored_" in name}
+    model.to(torch.float16)
+    state = model.state_dict()
+    assert before and all(same_bits(state[name], tensor) for name, tensor in before.items())
+    assert logits(model).dtype == torch.float16
+
+
+MERGES = st.lists(st.sampled_from(["default", "other", "both", "unmerge", "disable"]), max_size=6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(steps=MERGES, bits=st.sampled_from([4, 8]), keeps=st.booleans())
+def test_any_sequence_of_merges_leaves_the_base_as_it_was(steps: list[str], bits: int, keeps: bool) -> None:
+    base, _ = bases("olmoe", bits, keep={0: [5], 1: [6, 0]} if keeps else None)
+    own = adapted(base)
+    with own.disable_adapter():
+        before = logits(own)
+    state = {name: tensor.clone() for name, tensor in base.state_dict().items() if "stored_" in name}
+    unmerged = {}
+    for names in (["default"], ["other"], ["default", "other"]):
+        own.base_model.set_adapter(names)
+        unmerged[tuple(names)] = logits(own)
+    merged: list[str] = []
+    for step in steps:
+        if step == "unmerge" and merged:
+            own.unmerge_adapter()
+            merged = []
+        elif step == "disable":
+            with own.disable_adapter():
+                assert same_bits(logits(own), before)
+            merged = []
+        elif step != "unmerge":
+            wanted = ["default", "other"] if step == "both" else [step]
+            new = [name for name in wanted if name not in merged]
+            if new:
+                own.merge_adapter(new)
+                merged += new
+            assert same_bits(logits(own), unmerged[tuple(sorted(merged))])
+    if merged:
+        own.unmerge_adapter()
+    now = {name: tensor for name, tensor in base.state_dict().items() if "stored_" in name}
+    assert now.keys() == state.keys() and all(same_bits(now[name], state[name]) for name in now)
+
+
+def test_one_file_loads_on_both_bases_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    plain = tiny_model("olmoe", torch.bfloat16)
+    quantised = quantize_experts(copy.deepcopy(plain))
+    get_peft_model(copy.deepcopy(quantised), config_for(quantised, init_weights=False)).save_pretrained(tmp_path)
+    fingerprints = ESFTConfig.from_pretrained(tmp_path).base_fingerprint["rows"]
+    assert all(value.startswith("nf4:") for value in fingerprints.values())
+    recwarn.clear()
+    over_plain = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)
+    over_quantised = PeftModel.from_pretrained(quantised, tmp_path)
+    assert not [w for w in recwarn if "base with other weights" in str(w.message)]
+    assert not torch.equal(logits(over_plain), logits(over_quantised))
+    other = quantize_experts(tiny_model("olmoe", torch.bfloat16), bits=4)
+    with torch.no_grad():
+        other.model.layers[0].mlp.experts.stored_in.scales.mul_(2)
+    with pytest.warns(UserWarning, match="base with other weights"):
+        PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_kept_target_experts_have_the_fingerprint_of_the_plain_base() -> None:
+    plain = tiny_model("olmoe", torch.bfloat16)
+    quantised = quantize_experts(copy.deepcopy(plain), keep=config_for(plain).target_experts)
+    records = [get_peft_model(m, config_for(m)).peft_config["default"].base_fingerprint for m in (plain, quantised)]
+    assert records[0] == records[1]

@@ -1,0 +1,140 @@
+"""What cannot be quantised, loaded or saved is refused by its name, before anything changes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peft_esft import ESFTQuantizationConfig, quantize_experts
+
+from families import tiny_model
+from oracle import config_for
+from zoo import build
+
+
+FILE = "model.safetensors"
+SCALES = "model.layers.0.mlp.experts.stored_in.scales"
+CODES = "model.layers.0.mlp.experts.stored_out.codes"
+
+
+@pytest.mark.parametrize("values", [{"bits": 3}, {"bits": 4, "quant_type": "int8"}, {"bits": 8, "quant_type": "q"}])
+def test_unknown_forms_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="bits is 4 or 8"):
+        ESFTQuantizationConfig(**values)
+
+
+@pytest.mark.parametrize("model_type", ["dbrx", "llama4", "switch_transformers", "jetmoe"])
+def test_other_layouts_are_refused_by_name(model_type: str) -> None:
+    model = build(model_type, torch.bfloat16)
+    before = set(model.state_dict())
+    with pytest.raises(NotImplementedError, match=r"experts|moe|mlp"):
+        quantize_experts(model)
+    assert set(model.state_dict()) == before
+
+
+def test_experts_are_not_quantised_twice_nor_under_an_adapter() -> None:
+    model = tiny_model("olmoe", torch.bfloat16)
+    with pytest.raises(ValueError, match=re.escape("8 experts (0 to 7); there are none of id [9]")):
+        quantize_experts(model, keep={0: [9]})
+    with pytest.raises(ValueError, match="float64"):
+        quantize_experts(tiny_model("olmoe", torch.float64))
+    quantize_experts(model)
+    with pytest.raises(NotImplementedError, match="quantised already"):
+        quantize_experts(model, bits=8)
+    plain = tiny_model("olmoe", torch.bfloat16)
+    wrapped = get_peft_model(plain, config_for(plain))
+    with pytest.raises(ValueError, match="has an adapter"):
+        quantize_experts(wrapped)
+
+
+def test_models_without_data_are_refused() -> None:
+    with torch.device("meta"):
+        model = tiny_model("olmoe", torch.bfloat16)
+    with pytest.raises(NotImplementedError, match="not loaded"):
+        quantize_experts(model)
+
+
+def test_shared_experts_are_quantised_in_memory_and_neither_loaded_nor_saved(tmp_path: Path) -> None:
+    model = build("diffusion_gemma", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(NotImplementedError, match="call quantize_experts"):
+        type(model).from_pretrained(tmp_path, quantization_config=ESFTQuantizationConfig())
+    with pytest.raises(NotImplementedError, match="cannot be saved"):
+        quantize_experts(model).save_pretrained(tmp_path / "quantised")
+
+
+def damage_dtype(tensors: dict[str, Tensor]) -> None:
+    tensors[SCALES] = tensors[SCALES].to(torch.bfloat16)
+
+
+def damage_codes(tensors: dict[str, Tensor]) -> None:
+    tensors[CODES] = tensors[CODES].float()
+
+
+def damage_shape(tensors: dict[str, Tensor]) -> None:
+    tensors[CODES] = tensors[CODES][:, :-1].contiguous()
+
+
+def damage_value(tensors: dict[str, Tensor]) -> None:
+    tensors[SCALES][3, 1] = torch.nan
+
+
+def leave_out(tensors: dict[str, Tensor]) -> None:
+    del tensors[SCALES]
+
+
+def mix(tensors: dict[str, Tensor]) -> None:
+    tensors[CODES] = tensors[CODES].view(torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_dtype, "has dtype torch.bfloat16 in the checkpoint, and not torch.float32"),
+        (damage_codes, "has dtype torch.float32 in the checkpoint, and not torch.uint8"),
+        (mix, "has dtype torch.int8 in the checkpoint, and not torch.uint8"),
+        (damage_shape, "size mismatch|mismatch"),
+        (damage_value, "not finite"),
+        (leave_out, f"the checkpoint has no {re.escape(SCALES)}"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_damaged_checkpoints_are_refused(
+    damage: Callable[[dict[str, Tensor]], None], message: str, tmp_path: Path
+) -> None:
+    model = quantize_experts(tiny_model("olmoe", torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    damage(tensors)
+    save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("bits", 5, "bits is 4 or 8"),
+        ("bits", 8, "dtype torch.uint8 in the checkpoint, and not torch.int8"),
+        ("keep", {"0": [3]}, "kept_rows"),
+        ("keep", {"7": [3]}, "layer 7 has no experts container"),
+    ],
+)
+def test_configs_that_do_not_fit_the_checkpoint_are_refused(
+    field: str, value: object, message: str, tmp_path: Path
+) -> None:
+    model = quantize_experts(tiny_model("olmoe", torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
