@@ -1,6 +1,7 @@
 """Expert-Specialized Fine-Tuning (ESFT) for PEFT: train only the experts that a task uses.
 
-Importing the package registers the tuner type `ESFT` with PEFT: at once if PEFT is loaded, otherwise as soon as it is.
+Importing the package registers the tuner type `ESFT` with PEFT, and the quantisation of experts with transformers: at
+once if these are loaded, otherwise as soon as they are.
 The import itself loads neither PEFT nor torch; a name below loads what it needs when it is used first.
 """
 
@@ -12,7 +13,7 @@ from .versions import check_versions
 
 check_versions()  # before anything of PEFT or transformers is imported
 
-from .registration import after_import_of_peft, extend_peft_type, register  # noqa: E402
+from .registration import after_import, announce_quantization, extend_peft_type, register  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -96,4 +97,8 @@ def _register() -> None:
     register(ESFTConfig, ESFTModel)
 
 
-after_import_of_peft(_register)
+after_import("peft", _register)
+# Without it transformers would give a checkpoint with experts in few bits random ones.
+after_import(
+    "transformers.quantizers.auto", lambda: announce_quantization(lambda: __getattr__("ESFTQuantizationConfig"))
+)

@@ -15,29 +15,36 @@ from typing import Any, NamedTuple
 
 
 NAME = "ESFT"
+QUANTIZATION = "esft"
+"""The `quant_method` of a checkpoint with experts in few bits."""
 
 
-def after_import_of_peft(call: Callable[[], None]) -> None:
-    """Calls a function: now if PEFT is loaded, otherwise at the end of PEFT's import.
+def after_import(name: str, call: Callable[[], object]) -> None:
+    """Calls a function: now if a module is loaded, otherwise at the end of its import.
 
     This file imports PEFT in functions only, so that a program which never uses it waits neither for it nor for torch.
+
+    Args:
+        name: of the module.
+        call: the function.
     """
-    if "peft" in sys.modules:
+    if name in sys.modules:
         call()
     else:
-        sys.meta_path.insert(0, _PeftFinder(call))
+        sys.meta_path.insert(0, _Finder(name, call))
 
 
-class _PeftFinder(MetaPathFinder):
-    """Finds PEFT where Python would, and calls a function after PEFT's own code has run."""
+class _Finder(MetaPathFinder):
+    """Finds a module where Python would, and calls a function after the module's own code has run."""
 
-    def __init__(self, call: Callable[[], None]) -> None:
+    def __init__(self, name: str, call: Callable[[], object]) -> None:
+        self._name = name
         self._call = call
         self._is_searching = False
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
-        if fullname != "peft" or self._is_searching:
+        if fullname != self._name or self._is_searching:
             return None
         self._is_searching = True  # which asks this finder again
         try:
@@ -50,11 +57,40 @@ class _PeftFinder(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            sys.meta_path.remove(self)  # only now: programs also search PEFT to see whether it is installed
+            sys.meta_path.remove(self)  # only now: programs also search a module to see whether it is installed
             self._call()
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def announce_quantization(load: Callable[[], Any]) -> None:
+    """Tells transformers of the quantisation of experts, whose code is loaded when a config of it is read.
+
+    Args:
+        load: imports the config's class and returns it.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(QUANTIZATION, _LateConfig(load))  # type: ignore[arg-type]
+
+
+def register_quantization(config: type) -> None:
+    """Registers the config of the quantisation with transformers, in place of what announced it."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
+
+    AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANTIZATION, None)
+    register_quantization_config(QUANTIZATION)(config)
+
+
+class _LateConfig:
+    """Stands for a class of configs until transformers reads one from a checkpoint."""
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self._load = load
+
+    def from_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._load().from_dict(*args, **kwargs)
 
 
 def extend_peft_type() -> None:

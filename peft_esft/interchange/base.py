@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..moe.architectures import READABLE_DTYPES
 from ..moe.containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts, no_experts
 from ..moe.weights import ExpertWeight, ListedWeight, StackedWeight
+from ..registration import QUANTIZATION
 from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX
 from ..tuner.config import ESFTConfig
 from ..tuner.fingerprint import EXPERTS, check_num_experts, fingerprint, fingerprint_container
-from ..tuner.quantization import METHOD
 from ..tuner.targets import not_excluded, resolve_target_experts
 from .key_map import KeyMap, Source, mixed_weights
 from .repositories import local_folder
@@ -121,7 +121,7 @@ class Base:
             self.folder, self.files = checkpoint_of(model, revision, variant)
             self.model = empty_model(self.folder, head)
             quantised = getattr(self.model.config, "quantization_config", None) or {}
-            if isinstance(quantised, dict) and quantised.get("quant_method") == METHOD:
+            if isinstance(quantised, dict) and quantised.get("quant_method") == QUANTIZATION:
                 raise NotImplementedError(
                     f"the experts of {model} are quantised. Use the checkpoint that it was made from: adapters "
                     "that were trained over the one belong to the other too. In memory, merge_and_unload() keeps the "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
-from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -23,15 +23,14 @@ from ..moe.formats import Encoder, encoder
 from ..moe.stored_experts import install
 from ..moe.stored_rows import STORED, StoredRows
 from ..moe.weights import StackedWeight, StoredWeight, is_spread
+from ..registration import QUANTIZATION, register_quantization
 from .layers.offload import is_offloaded
 from .targets import resolve_target_experts
 
 
-METHOD = "esft"
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-@register_quantization_config(METHOD)
 class ESFTQuantizationConfig(QuantizationConfigMixin):
     """Has `from_pretrained` bring fused experts to few bits while it loads them.
 
@@ -61,7 +60,7 @@ class ESFTQuantizationConfig(QuantizationConfigMixin):
         linears: BitsAndBytesConfig | dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        self.quant_method: Any = METHOD
+        self.quant_method: Any = QUANTIZATION
         self.bits, self.quant_type = bits, quant_type
         self.keep = {str(key): [int(expert) for expert in ids] for key, ids in (keep or {}).items()}
         self.linears = BitsAndBytesConfig.from_dict(linears) if isinstance(linears, dict) else linears
@@ -230,7 +229,7 @@ def _note_quantizer(model: Any, config: ESFTQuantizationConfig) -> None:
     model.config.quantization_config = config
     model.is_quantized = True
     if inner is None:
-        model.quantization_method = METHOD
+        model.quantization_method = QUANTIZATION
 
 
 class _Quantize(ConversionOps):
@@ -258,7 +257,10 @@ class _Quantize(ConversionOps):
         return {}
 
 
-@register_quantizer(METHOD)
+register_quantization(ESFTQuantizationConfig)
+
+
+@register_quantizer(QUANTIZATION)
 class ESFTQuantizer(HfQuantizer):
     """Loads experts in few bits, or quantises them while they are loaded; see `ESFTQuantizationConfig`.
 

@@ -341,3 +341,15 @@ def test_kernels_that_the_split_forward_takes_the_place_of_are_named(implementat
     base.config._experts_implementation = implementation  # the kernels themselves need a GPU
     with pytest.warns(UserWarning, match=f"'{implementation}' is not used while an adapter is active"):
         get_peft_model(base, config_for(base))
+
+
+def test_a_checkpoint_in_few_bits_is_known_in_a_fresh_process_that_loads_no_adapter(tmp_path):
+    model = tiny_model("olmoe")
+    peft_esft.quantize_experts(model, bits=8)
+    model.save_pretrained(tmp_path)
+    code = (
+        "import peft_esft\nfrom transformers import AutoModelForCausalLM\n"
+        f"print(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}).model.layers[0].mlp.experts)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "StoredRows(int8" in result.stdout
