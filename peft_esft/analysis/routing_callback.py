@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..moe.containers import ExpertsContainer, find_experts
 from ..moe.routing import Routing
-from ..scoring.token_streams import IGNORED_LABEL
+from ..scoring.token_streams import enters_loss
 from ..scoring.watching import watch_place
 
 
@@ -81,7 +81,7 @@ class RoutingCallback(TrainerCallback):
     gradient checkpointing, the repetition of a forward pass is not counted. The counts of all processes are summed.
 
     Args:
-        answers_only: count only tokens whose `labels` entry is not -100.
+        answers_only: count only tokens whose output enters the loss, as `score_experts` does.
 
     Example:
         >>> trainer = SFTTrainer(base, arguments, train_dataset=rows, peft_config=config)
@@ -186,7 +186,8 @@ class RoutingCallback(TrainerCallback):
 
     def _begin(self, model: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         self._is_counting = model.training
-        self._counted = _counted_tokens(inputs, self.answers_only) if model.training else None
+        is_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        self._counted = _counted_tokens(inputs, self.answers_only, is_decoder) if model.training else None
 
     def _end(self, model: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
         self._is_counting, self._counted = False, None
@@ -237,10 +238,10 @@ def _trained_experts(model: Any) -> dict[str, list[int]]:
     return {path: sorted(ids) for path, ids in trained.items()}
 
 
-def _counted_tokens(inputs: Mapping[str, Any], answers_only: bool) -> Tensor | None:
+def _counted_tokens(inputs: Mapping[str, Any], answers_only: bool, is_decoder: bool) -> Tensor | None:
     mask, labels = inputs.get("attention_mask"), inputs.get("labels")
     if answers_only and isinstance(labels, Tensor):
-        return (labels != IGNORED_LABEL).reshape(-1)
+        return enters_loss(labels, is_decoder=is_decoder).reshape(-1)
     return mask.bool().reshape(-1) if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 

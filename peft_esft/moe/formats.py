@@ -158,7 +158,7 @@ def bitsandbytes() -> Any:
         import bitsandbytes.functional
     except ImportError as error:
         raise ImportError(
-            "experts in 4 bits need bitsandbytes: pip install 'peft-esft[quant]'. Experts in 8 bits (bits=8) need "
+            "experts in 4 bits need bitsandbytes: pip install bitsandbytes. Experts in 8 bits (bits=8) need "
             "nothing else"
         ) from error
     return bitsandbytes

@@ -89,11 +89,21 @@ def streams_of_batch(
             labels = _on_cpu(inputs, "labels", tokens.shape[:2])
             if labels is None:
                 raise ValueError(f"answers_only needs labels in every batch; this one has {sorted(inputs)}")
-            enters = labels != IGNORED_LABEL
-            counts = mask & (enters if name == "decoder" else functional.pad(enters[:, 1:], (0, 1)))
+            counts = mask & enters_loss(labels, is_decoder=name == "decoder")
         starts = _sample_starts(inputs, mask) if name == "text" else None
         streams[name] = TokenStream.from_mask(counts, starts, remaining[name], first_sample)
     return streams
+
+
+def enters_loss(labels: Tensor, *, is_decoder: bool = False) -> Tensor:
+    """Which tokens' outputs enter the loss, bool `[samples, length]`, see `streams_of_batch`.
+
+    Args:
+        labels: int64 `[samples, length]`.
+        is_decoder: of an encoder-decoder model.
+    """
+    counted = labels != IGNORED_LABEL
+    return counted if is_decoder else functional.pad(counted[:, 1:], (0, 1))
 
 
 def _first(inputs: Mapping[str, Any], *names: str) -> Tensor | None:

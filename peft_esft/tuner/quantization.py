@@ -38,7 +38,7 @@ class ESFTQuantizationConfig(QuantizationConfigMixin):
     in full precision over them.
 
     Args:
-        bits: 4 (needs bitsandbytes, `pip install 'peft-esft[quant]'`) or 8.
+        bits: 4 (needs bitsandbytes, `pip install bitsandbytes`) or 8.
         keep: experts that stay in full precision, `{module path or layer index: expert ids}` as in `target_experts`.
             Those that an adapter trains are then free of the error of quantising.
         quant_type: of 4 bits, "nf4" or "fp4".

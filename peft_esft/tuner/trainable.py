@@ -6,8 +6,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..moe.architectures import READABLE_DTYPES
 from ..moe.containers import ExpertsContainer
@@ -42,7 +42,7 @@ def check_trainable(container: ExpertsContainer) -> None:
                     "the model. Of tensor parallelism only plans that leave experts whole are supported: expert "
                     "parallelism, DistributedConfig(ep_size=...)."
                 )
-            if type(parameter.data) is not Tensor:
+            if is_traceable_wrapper_subclass(parameter.data):
                 raise NotImplementedError(
                     f"{container.path}.{weight.name} is a {type(parameter.data).__name__}, a tensor of another "
                     "package (torchao's quantised ones are), whose rows cannot be read. Load the model without "

@@ -18,7 +18,7 @@ from peft_esft.moe.stored_rows import StoredRows
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
-from quantised import dense, dense_twin, same_bits
+from stored_bases import dense, dense_twin, same_bits
 
 
 KINDS = [(4, "nf4"), (4, "fp4"), (8, "nf4")]

@@ -19,7 +19,7 @@ from peft_esft.interchange import merge_checkpoint
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
-from quantised import dense, dense_twin, same_bits
+from stored_bases import dense, dense_twin, same_bits
 from zoo import fill
 
 
@@ -180,8 +180,8 @@ def test_linear_layers_are_quantised_beside_the_experts_and_nothing_is_left_in_s
     both = loaded(tmp_path / "plain", ESFTQuantizationConfig(bits=4, linears=linears))
     assert type(both.model.layers[0].self_attn.q_proj).__name__ == "Linear4bit"
     assert same_bits(logits(both), logits(alone))
-    both.save_pretrained(tmp_path / "quantised")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised")
+    both.save_pretrained(tmp_path / "stored_bases")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "stored_bases")
     assert same_bits(logits(again), logits(both))
     assert isinstance(get_peft_model(again, config_for(again)), PeftModel)
 
@@ -201,11 +201,11 @@ def test_files_merge_into_the_plain_checkpoint_and_not_into_the_quantised_one(tm
     plain = aligned()
     plain.save_pretrained(tmp_path / "plain")
     model = quantize_experts(type(plain).from_pretrained(tmp_path / "plain", dtype=torch.bfloat16))
-    model.save_pretrained(tmp_path / "quantised")
+    model.save_pretrained(tmp_path / "stored_bases")
     wrapped = get_peft_model(model, config_for(model, init_weights=False))
     wrapped.save_pretrained(tmp_path / "adapter")
     with pytest.raises(NotImplementedError, match="Use the checkpoint that it was made from"):
-        merge_checkpoint(tmp_path / "quantised", tmp_path / "adapter", tmp_path / "merged")
+        merge_checkpoint(tmp_path / "stored_bases", tmp_path / "adapter", tmp_path / "merged")
     with pytest.warns(UserWarning, match="trained over experts in nf4"):
         merge_checkpoint(tmp_path / "plain", tmp_path / "adapter", tmp_path / "merged")
     merged = type(plain).from_pretrained(tmp_path / "merged")

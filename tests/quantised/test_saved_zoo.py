@@ -7,7 +7,7 @@ import torch
 
 from peft_esft import ESFTQuantizationConfig, quantize_experts
 
-from quantised import FUSED, TYPICAL, same_bits
+from stored_bases import FUSED, TYPICAL, same_bits
 from zoo import build, family
 
 
@@ -24,8 +24,8 @@ def test_quantising_while_loading_saving_and_loading_again_change_no_bit(model_t
     loaded = model_class.from_pretrained(
         tmp_path / "plain", dtype=torch.bfloat16, quantization_config=ESFTQuantizationConfig(bits=8)
     )
-    loaded.save_pretrained(tmp_path / "quantised")
-    again = model_class.from_pretrained(tmp_path / "quantised", dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "stored_bases")
+    again = model_class.from_pretrained(tmp_path / "stored_bases", dtype=torch.bfloat16)
     wanted = expected.state_dict()
     assert any("stored_" in name for name in wanted)
     for model in (loaded, again):

@@ -68,7 +68,7 @@ def test_shared_experts_are_quantised_in_memory_and_neither_loaded_nor_saved(tmp
     with pytest.raises(NotImplementedError, match="call quantize_experts"):
         type(model).from_pretrained(tmp_path, quantization_config=ESFTQuantizationConfig())
     with pytest.raises(NotImplementedError, match="cannot be saved"):
-        quantize_experts(model).save_pretrained(tmp_path / "quantised")
+        quantize_experts(model).save_pretrained(tmp_path / "stored_bases")
 
 
 def damage_dtype(tensors: dict[str, Tensor]) -> None:

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from peft_esft import quantize_experts
 
 from oracle import config_for, deltas_of, task_loss
-from quantised import FUSED, TYPICAL, dense_twin, same_bits
+from stored_bases import FUSED, TYPICAL, dense_twin, same_bits
 from zoo import build, family, inputs_for, output_of
 
 
