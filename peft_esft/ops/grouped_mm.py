@@ -27,6 +27,8 @@ _FEW_ROWS = 1024
 """Up to so many rows the kernel computes what will be thrown away rather than that the host waits."""
 _GATHERED_ROWS = 256
 """Up to so many rows are gathered at once on the CPU."""
+_DECODED_BYTES = 2**28
+"""About so many bytes of decoded matrices exist at once on an accelerator."""
 _LOOPED_DEVICES = ("cpu",)
 """Where torch's `grouped_mm` is itself a loop over all groups."""
 _LOOPED_ROWS = (0.5, 32)
@@ -75,10 +77,10 @@ def grouped_mm(
         `[R, out]`, zero for rows that are in no group.
     """
     if isinstance(frozen, FrozenStore):
-        # One matrix exists at a time, which no kernel can do.
         host_ends = ends.tolist() if host_ends is None else host_ends
         store, trained = (frozen.transpose(1, 2), trained.transpose(1, 2)) if is_flipped else (frozen, trained)
-        return _loop_mm(inputs, tokens, store, trained, host_ends)
+        multiply = _loop_mm if inputs.device.type in _LOOPED_DEVICES else _decoded_mm
+        return multiply(inputs, tokens, store, trained, host_ends)
     num_rows, num_groups = (inputs if tokens is None else tokens).shape[0], ends.shape[0]
     has_kernel, is_looped = _has_kernel(inputs, frozen, trained), inputs.device.type in _LOOPED_DEVICES
     has_few_rows = host_ends is None and not is_looped and num_rows <= _few_rows(has_kernel, num_groups)
@@ -110,6 +112,39 @@ def _many_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor, h
         result[start:end] = torch.nn.functional.grouped_mm(rows[start:end], trained, offs=offsets)
     result[end:] = 0
     return result
+
+
+def _decoded_mm(
+    inputs: Tensor, tokens: Tensor | None, store: FrozenStore, trained: Tensor, ends: list[int]
+) -> Tensor:
+    """On an accelerator: the experts that have rows are decoded some at a time, since each call of a kernel costs."""
+    rows = inputs if tokens is None else inputs.index_select(0, tokens)
+    result = rows.new_empty(rows.shape[0], store.shape[2])
+    groups = [group for group in _non_empty_groups(ends)[0] if group < store.shape[0]]
+    at_once = max(1, _DECODED_BYTES // (store.shape[1] * store.shape[2] * store.dtype.itemsize))
+    start = 0
+    for first in range(0, len(groups), at_once):
+        span = groups[first : first + at_once]
+        stop, own_ends = ends[span[-1]], [ends[group] - start for group in span]
+        _part_mm(rows[start:stop], store.matrices(span), own_ends, result[start:stop])
+        start = stop
+    _part_mm(rows[start : ends[-1]], trained, [end - start for end in ends[store.shape[0] :]], result[start : ends[-1]])
+    result[ends[-1] :] = 0
+    return result
+
+
+def _part_mm(rows: Tensor, matrices: Tensor, ends: list[int], result: Tensor) -> None:
+    """The products of rows in groups that follow one another, each with its matrix, written to `result`."""
+    if rows.shape[0] == 0:
+        return
+    if _has_kernel(rows, matrices):
+        offsets = torch.tensor(ends, dtype=torch.int32).to(rows.device, non_blocking=True)
+        result.copy_(torch.nn.functional.grouped_mm(rows, matrices, offs=offsets))
+        return
+    groups, sizes = _non_empty_groups(ends)
+    with torch.autocast(rows.device.type, enabled=False):
+        for group, own, target in zip(groups, rows.split(sizes), result.split(sizes), strict=True):
+            torch.mm(own, matrices[group], out=target)
 
 
 def _few_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor) -> Tensor:
