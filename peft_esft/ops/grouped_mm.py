@@ -85,6 +85,8 @@ def grouped_mm(
     has_kernel, is_looped = _has_kernel(inputs, frozen, trained), inputs.device.type in _LOOPED_DEVICES
     has_few_rows = host_ends is None and not is_looped and num_rows <= _few_rows(has_kernel, num_groups)
     if torch.compiler.is_compiling():
+        if has_few_rows and num_rows <= num_groups // 2:
+            return _fusible_mm(inputs, tokens, frozen, trained, ends, is_flipped)
         operator = torch.ops.peft_esft.few_rows_mm if has_few_rows else torch.ops.peft_esft.grouped_mm
         return operator(inputs, tokens, frozen, trained, ends, is_flipped)
     if is_flipped:
@@ -114,9 +116,7 @@ def _many_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor, h
     return result
 
 
-def _decoded_mm(
-    inputs: Tensor, tokens: Tensor | None, store: FrozenStore, trained: Tensor, ends: list[int]
-) -> Tensor:
+def _decoded_mm(inputs: Tensor, tokens: Tensor | None, store: FrozenStore, trained: Tensor, ends: list[int]) -> Tensor:
     """On an accelerator: the experts that have rows are decoded some at a time, since each call of a kernel costs."""
     rows = inputs if tokens is None else inputs.index_select(0, tokens)
     result = rows.new_empty(rows.shape[0], store.shape[2])
@@ -128,7 +128,9 @@ def _decoded_mm(
         stop, own_ends = ends[span[-1]], [ends[group] - start for group in span]
         _part_mm(rows[start:stop], store.matrices(span), own_ends, result[start:stop])
         start = stop
-    _part_mm(rows[start : ends[-1]], trained, [end - start for end in ends[store.shape[0] :]], result[start : ends[-1]])
+    _part_mm(
+        rows[start : ends[-1]], trained, [end - start for end in ends[store.shape[0] :]], result[start : ends[-1]]
+    )
     result[ends[-1] :] = 0
     return result
 
@@ -160,6 +162,24 @@ def _few_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor) ->
         of_trained = _gathered_mm(rows, trained, slots - num_frozen) if trained.shape[0] else result
     result = torch.where((row < ends[num_frozen - 1])[:, None], result, of_trained)
     return result.masked_fill_((row >= ends[-1])[:, None], 0)
+
+
+def _fusible_mm(
+    inputs: Tensor, tokens: Tensor | None, frozen: Tensor, trained: Tensor, ends: Tensor, is_flipped: bool
+) -> Tensor:
+    """The products as a multiplication and a sum, of which inductor makes one kernel that reads each matrix once."""
+    num_frozen, num_trained = frozen.shape[0], trained.shape[0]
+    row = torch.arange((inputs if tokens is None else tokens).shape[0], dtype=ends.dtype, device=ends.device)
+    slots = torch.searchsorted(ends, row, right=True)
+    matrices = frozen[slots.clamp(max=num_frozen - 1)]
+    if num_trained > 0:
+        of_trained = trained[(slots - num_frozen).clamp(0, num_trained - 1)]
+        matrices = torch.where((slots < num_frozen)[:, None, None], matrices, of_trained)
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    rows = (inputs if tokens is None else inputs[tokens]).to(wide)
+    factors = rows[:, None, :] if is_flipped else rows[:, :, None]
+    products = (factors * matrices.to(wide)).sum(2 if is_flipped else 1)
+    return products.masked_fill((row >= ends[-1])[:, None], 0).to(inputs.dtype)
 
 
 def _gathered_mm(rows: Tensor, matrices: Tensor, places: Tensor) -> Tensor:
