@@ -1,9 +1,9 @@
 # %% [markdown]
 # # A tour: from scoring to switching
 #
-# This tour trains two adapters, one for each of two tasks, over one frozen mixture-of-experts model of 11 M parameters.
-# It finds the experts that each task uses, trains them, saves them, and serves both tasks from one base model. It needs
-# a clone of the repository and matplotlib, and no network. It takes a minute on a CPU.
+# This tour trains two adapters, one for each of two tasks, over one frozen mixture-of-experts model of 11 M
+# parameters. It finds the experts that each task uses, trains them, saves them, and serves both tasks from one base
+# model. It needs a clone of the repository and matplotlib, and no network. It takes a minute on a CPU.
 #
 # `examples/tour.ipynb` is the notebook, `examples/tour.py` the same as a script.
 
@@ -64,8 +64,8 @@ figure.savefig("tour_output/experts.png")
 # %% [markdown]
 # ## 2. Train them
 #
-# `get_peft_model` is PEFT's function. It adds trainable fp32 deltas to the selected experts; the base is only read. Here
-# a plain loop trains them. `Trainer` and TRL work as well.
+# `get_peft_model` is PEFT's function. It adds trainable fp32 deltas to the selected experts; the base is only read.
+# Here a plain loop trains them. `Trainer` and TRL work as well.
 
 
 # %%
