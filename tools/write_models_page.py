@@ -127,7 +127,7 @@ GATE_NOTES = {
     "nllb_moe": "transformers 5.23 runs experts 0 and 1 only, whatever the router chooses; scores count what runs",
     "openai_privacy_filter": "multiplied by the number of experts after them",
     "step3p7": "a constant factor is applied after the experts",
-    "switch_transformers": "the gate is the probability of the choice; a token beyond an expert's capacity counts for none",
+    "switch_transformers": "the gate is the choice's probability; a token beyond an expert's capacity is not counted",
     "vitpose_backbone": "the gate is 1: the expert of an image is an input of the model",
     "zaya": "a skipped expert is sent as expert 0 with weight 0 and does not count",
 }
