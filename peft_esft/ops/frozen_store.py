@@ -41,7 +41,10 @@ class FrozenStore:
 
     def matrices(self, experts: Sequence[int]) -> Tensor:
         """The matrices of some experts, `[n, out, in]`, decoded in one go."""
-        matrices = self.decode(torch.tensor(experts).to(self.device, non_blocking=True))
+        if isinstance(experts, range):
+            matrices = self.decode(slice(experts.start, experts.stop))
+        else:
+            matrices = self.decode(torch.tensor(experts).to(self.device, non_blocking=True))
         for place, expert in enumerate(experts):
             if expert in self.kept:
                 matrices[place] = self.kept[expert]

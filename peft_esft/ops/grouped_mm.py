@@ -11,6 +11,7 @@ over the groups that have rows; of few rows the matrices are gathered, and nothi
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -120,14 +121,17 @@ def _decoded_mm(inputs: Tensor, tokens: Tensor | None, store: FrozenStore, train
     """On an accelerator: the experts that have rows are decoded some at a time, since each call of a kernel costs."""
     rows = inputs if tokens is None else inputs.index_select(0, tokens)
     result = rows.new_empty(rows.shape[0], store.shape[2])
-    groups = [group for group in _non_empty_groups(ends)[0] if group < store.shape[0]]
+    groups = _non_empty_groups(ends)[0]
     at_once = max(1, _DECODED_BYTES // (store.shape[1] * store.shape[2] * store.dtype.itemsize))
     start = 0
-    for first in range(0, len(groups), at_once):
-        span = groups[first : first + at_once]
-        stop, own_ends = ends[span[-1]], [ends[group] - start for group in span]
-        _part_mm(rows[start:stop], store.matrices(span), own_ends, result[start:stop])
-        start = stop
+    for first in range(0, store.shape[0], at_once):
+        own: Sequence[int] = [group for group in groups if first <= group < min(first + at_once, store.shape[0])]
+        if own:
+            if 2 * len(own) > own[-1] - own[0]:
+                own = range(own[0], own[-1] + 1)  # their codes need no copy, which is worth some decoding in vain
+            stop, own_ends = ends[own[-1]], [ends[group] - start for group in own]
+            _part_mm(rows[start:stop], store.matrices(own), own_ends, result[start:stop])
+            start = stop
     _part_mm(
         rows[start : ends[-1]], trained, [end - start for end in ends[store.shape[0] :]], result[start : ends[-1]]
     )
