@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_esft import ESFTConfig, find_experts
-from peft_esft.scoring.memory_estimate import ModelSizes, Setup, activation_bytes, estimate, num_trained
+from peft_esft.scoring.memory_estimate import Setup, estimate, num_trained
+from peft_esft.scoring.model_sizes import ModelSizes
 
 from reporting import peak_of, versions, write_results
 from scoring import build_model
@@ -146,7 +147,7 @@ def row(name: str, computed: float, measured: float) -> dict[str, object]:
 def main() -> None:
     model = build_model()
     sizes = ModelSizes.of(model)
-    setup = Setup(PROCESSES, 0, tokens=TOKENS[0] * TOKENS[1], share=TRAINED / 64, rank=RANK, element=4)
+    setup = Setup(PROCESSES, 0, tokens=TOKENS[0] * TOKENS[1], share=TRAINED / 64, lora_rank=RANK, base="fp32")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -161,7 +162,7 @@ def main() -> None:
     rows.append(
         row(
             "one process, ESFT: peak of a step, gradients included",
-            activation_bytes(sizes, setup) + gradients,
+            estimate(sizes, setup).activations + gradients,
             peak(torch.randint(4096, TOKENS)),
         )
     )
