@@ -15,7 +15,6 @@ from datasets import disable_progress_bars
 from peft import get_peft_model
 from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.chat_template_utils import get_training_chat_template
@@ -24,13 +23,13 @@ from ..analysis.routing_callback import RoutingCallback
 from ..checkpoints import last_complete_checkpoint, save_adapter
 from ..moe.containers import find_experts
 from ..scoring.measure import score_experts
-from ..scoring.memory_estimate import OPTIMIZERS, BaseFormat, Engine, Setup, estimate
 from ..scoring.model_sizes import ModelSizes
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
 from ..tuner.quantization import ESFTQuantizationConfig
 from .stopping import StopOnSignal
 from .train_options import PAPER_LEARNING_RATE, TrainOptions
+from .training_memory import memory_of_training
 from .training_rows import TrainingRows, read_rows
 
 
@@ -119,9 +118,9 @@ class Finetuning:
         """What will be done: the numbers that `describe` writes out."""
         sizes = self.sizes
         chosen = [len(ids) for ids in self.config.adapted_experts.values()]
+        tokens = self.settings.per_device_train_batch_size * (self.settings.max_length or self._longest_row())
+        element = self.trainer.model.get_base_model().dtype.itemsize
         trained = self.num_trained
-        setup = self.setup()
-        engine: Engine = "one GPU" if setup.gpus == 1 else "DDP"
         return {
             "model": self.own.model_name_or_path,
             "parameters": sizes.total,
@@ -138,8 +137,8 @@ class Finetuning:
             "rank": self.own.rank,
             "trained_parameters": trained,
             "learning_rate": self.settings.learning_rate,
-            "memory_estimate_bytes": estimate(sizes, setup, "ESFT", engine).total,
-            "tokens_in_a_batch": setup.tokens,
+            "memory_estimate_bytes": memory_of_training(self.own, self.settings, sizes, trained, tokens, element),
+            "tokens_in_a_batch": tokens,
             "steps": self.steps,
             "rows_in_a_step": self.settings.train_batch_size
             * self.settings.gradient_accumulation_steps
@@ -147,15 +146,6 @@ class Finetuning:
             "out": self.settings.output_dir,
             "notes": self.notes,
         }
-
-    def setup(self) -> Setup:
-        """What the estimate of memory is for: the chosen experts, on each process a GPU that holds the model."""
-        base = self.trainer.model.get_base_model()
-        per_expert = {path: c.parameters_per_expert for path, c in find_experts(base).items()}
-        chosen = sum(len(ids) * per_expert[path] for path, ids in self.config.adapted_experts.items())
-        return training_setup(
-            self.own, self.settings, base, self._longest_row(), share=min(1.0, chosen / self.sizes.experts)
-        )
 
     def run(self) -> dict[str, Any]:
         """Trains, measures and saves.
@@ -259,24 +249,6 @@ def load_model(own: TrainOptions, settings: SFTConfig) -> PreTrainedModel:
     if own.bits is not None:
         kwargs["quantization_config"] = ESFTQuantizationConfig(bits=own.bits)
     return AutoModelForCausalLM.from_pretrained(str(own.model_name_or_path), **kwargs)
-
-
-def training_setup(
-    own: TrainOptions, settings: SFTConfig, model: PreTrainedModel, longest_row: int, **more: Any
-) -> Setup:
-    """The options as an estimate of memory takes them. Optimizers that it does not know count as AdamW."""
-    dense: BaseFormat = "fp32" if model.dtype == torch.float32 else "bf16"
-    optim = OptimizerNames(settings.optim).value
-    optim = {"adamw_bnb_8bit": "adamw_8bit"}.get(optim, optim)
-    return Setup(
-        gpus=settings.world_size,
-        tokens=settings.per_device_train_batch_size * (settings.max_length or longest_row),
-        rank=own.rank,
-        base=dense if own.bits is None else "int8" if own.bits == 8 else "nf4",
-        optim=optim if optim in OPTIMIZERS else "adamw_torch",
-        accumulates=settings.gradient_accumulation_steps > 1,
-        **more,
-    )
 
 
 def _scores_of_file(own: TrainOptions, settings: SFTConfig) -> ExpertScores | None:
