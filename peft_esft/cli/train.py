@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -96,6 +97,8 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
 
     own, settings = parse(options.arguments)
     is_first = settings.process_index == 0
+    if not is_first:
+        warnings.simplefilter("ignore")  # the first process has the same ones
     try:
         with redirect_stdout(sys.stderr):  # the libraries' logs; what is asked for goes to the standard output
             tuning = Finetuning.prepare(own, settings)

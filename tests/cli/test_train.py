@@ -322,12 +322,11 @@ def test_a_run_that_is_ended_goes_on_where_it_was(number, chat, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    """DDP on the CPU: twice the rows a step; all processes choose the same experts."""
+    """DDP on the CPU: twice the rows a step; all processes choose the same experts, and the first alone speaks."""
     chat = write(tmp_path / "chat.jsonl", conversations(24)[:20])  # as many rows as fill the batches of both
     held_out = write(tmp_path / "eval.jsonl", conversations(24)[20:])
-    # On a CPU `accelerate launch` starts one process; for GPUs it starts them with this launcher.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["-m", "peft_esft", "train"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(ROOT / "examples" / "accelerate" / "ddp.yaml"), "-m", "peft_esft", "train"]
     out = tmp_path / "law"
     common = ["--learning-rate", "1e-3", "--max-steps", "4", "--logging-steps", "1", "--eval", held_out]
     common += ["--lr-scheduler-type", "constant"]
@@ -338,6 +337,9 @@ def test_two_processes_train_as_one(tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("loss on 4 held-out rows") == 1
+    assert found.stderr.count("of 4 rows") == found.stderr.count("took") == 1, found.stderr
+    warnings = [line for line in found.stderr.splitlines() if line.startswith("peft-esft: warning")]
+    assert len(warnings) == len(set(warnings))
     alone = [MODEL, chat, "--out", str(tmp_path / "one"), "--per-device-train-batch-size", "4", *common]
     assert main(["train", *alone]) == 0
     both = json.loads((out / "train_report.json").read_text())
