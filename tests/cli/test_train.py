@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,9 @@ def test_defaults_and_other_options_of_trl(tmp_path):
         assert (own.model_name_or_path, own.dataset_name, own.top_p) == ("M", "D", 0.1)
         assert (settings.output_dir, settings.learning_rate, settings.max_length) == ("y", 3e-5, 99)
     assert parse(["--config", str(recipe), "--learning-rate", "1e-4", "N"])[1].learning_rate == 1e-4
+    recipe.write_text("model_name_or_path: M\nbudget: 0.05\n")
+    own, _ = parse(["--config", str(recipe), "--out", "x", "rows.jsonl"])  # DATA, as the recipe names the model
+    assert (own.model_name_or_path, own.dataset_name, own.budget) == ("M", "rows.jsonl", 0.05)
 
 
 @pytest.mark.parametrize(
@@ -277,6 +281,24 @@ def test_given_scores_choose_and_a_rank_is_kept(chat, tmp_path, capsys):
     scores = str(tmp_path / "a" / "scores.json")
     assert main(["train", MODEL, str(VERSES), "--out", str(tmp_path / "b"), "--experts", scores, "--dry-run"]) == 0
     assert f"{sum(map(len, config.target_experts.values()))} in all" in capsys.readouterr().out
+
+
+def test_a_budget_says_how_many_experts_are_trained(chat, tmp_path, capsys):
+    first = ["train", MODEL, chat, "--out", str(tmp_path / "a"), "--budget", "0.05", "--dry-run"]
+    assert main(first) == 0
+    text = capsys.readouterr().out
+    assert "12 in all; token score, budget 0.05, " in text and f"trained  {12 * 3 * 64 * 192:,} " in text
+    assert main([*first, "--bits", "4"]) == 0
+    stored = capsys.readouterr().out
+    line = text.splitlines()[0]
+    assert stored.startswith(line)  # the size of the model, and not of its codes
+
+    def memory(text):
+        return float(re.search(r"memory +([\d.]+) GB", text)[1])
+
+    assert memory(stored) < memory(text)
+    assert main([*first, "--top-p", "0.2"]) == 1
+    assert "top_p" in capsys.readouterr().err
 
 
 def run(*arguments, **more):
