@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,14 @@ from ..analysis.routing_callback import RoutingCallback
 from ..checkpoints import last_complete_checkpoint, save_adapter
 from ..moe.containers import find_experts
 from ..scoring.measure import score_experts
+from ..scoring.memory_size import bytes_of
 from ..scoring.model_sizes import ModelSizes
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
 from ..tuner.quantization import ESFTQuantizationConfig
 from .stopping import StopOnSignal
 from .train_options import PAPER_LEARNING_RATE, TrainOptions
-from .training_memory import memory_of_training
+from .training_memory import memory_of_training, training_setup
 from .training_rows import TrainingRows, read_rows
 
 
@@ -119,7 +120,7 @@ class Finetuning:
         """What will be done: the numbers that `describe` writes out."""
         sizes = self.sizes
         chosen = [len(ids) for ids in self.config.adapted_experts.values()]
-        tokens = self.settings.per_device_train_batch_size * (self.settings.max_length or self._longest_row())
+        tokens = _tokens_in_a_batch(self.trainer)
         element = self.trainer.model.get_base_model().dtype.itemsize
         trained = self.num_trained
         return {
@@ -188,9 +189,6 @@ class Finetuning:
             (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         trainer.accelerator.wait_for_everyone()
         return report
-
-    def _longest_row(self) -> int:
-        return max(map(len, self.trainer.train_dataset["input_ids"]))
 
 
 def _quieten(settings: SFTConfig) -> None:
@@ -311,11 +309,18 @@ def _trainer(
                 max_tokens=own.score_tokens,
                 progress=not settings.disable_tqdm and settings.process_index == 0,
             )
+    budget: Any = own.budget
+    if isinstance(budget, str):
+        sizes = ModelSizes.of(model)
+        scores = replace(scores, sizes=sizes)
+        tokens, element = _tokens_in_a_batch(trainer), model.dtype.itemsize
+        memory = bytes_of("--budget", budget)
+        budget = training_setup(own, settings, sizes, tokens, element, memory=memory)
     config = ESFTConfig.from_scores(
         scores,
         metric=own.metric,
         top_p=own.top_p,
-        budget=own.budget,
+        budget=budget,
         rank=own.rank,
         task=Path(str(own.dataset_name)).stem,
         task_type="CAUSAL_LM",
@@ -326,6 +331,11 @@ def _trainer(
     trainer.model.set_adapter("default")
     trainer.model.delete_adapter(SCORING)
     return trainer, scores
+
+
+def _tokens_in_a_batch(trainer: Trainer) -> int:
+    longest: int = trainer.args.max_length or max(map(len, trainer.train_dataset["input_ids"]))
+    return trainer.args.per_device_train_batch_size * longest
 
 
 def _placed(trainer: Trainer) -> Iterable[dict[str, Any]]:
@@ -344,7 +354,8 @@ def describe(plan: dict[str, Any]) -> str:
     least, most = plan["experts_in_a_layer"]
     each = str(least) if least == most else f"{least} to {most}"
     choice, rate = plan["choice"], plan["learning_rate"]
-    chosen_by = f"top_p {choice['top_p']:g}" if choice["budget"] is None else f"budget {choice['budget']:g}"
+    given = {name: choice[name] for name in ("top_p", "budget") if choice[name] is not None}
+    chosen_by = ", ".join(f"{name} {x if isinstance(x, str) else f'{x:.3g}'}" for name, x in given.items())
     paper = (
         "; the paper's, for a model of 16 B parameters: smaller ones take more" if rate == PAPER_LEARNING_RATE else ""
     )

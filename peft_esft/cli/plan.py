@@ -8,16 +8,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .select import METRICS
+from .select import BASES, METRICS, OPTIMIZERS
 
 
 if TYPE_CHECKING:
     from ..scoring.memory_estimate import Estimate, Setup
     from ..scoring.model_sizes import ModelSizes
 
-BASES = ("fp32", "bf16", "int8", "nf4")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
-"""Names of `scoring.memory_estimate`; here too, so that `--help` need not load torch."""
 SHOWN = 5  # ways to fit
 
 
@@ -45,7 +42,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Estimates all methods on all engines for each of the GPUs, and recommends an engine."""
     from ..interchange.base import empty_model
-    from ..scoring.memory_estimate import Setup, estimate, plan, recommended, what_would_fit
+    from ..scoring.memory_estimate import Setup, fits_on_gpus, plan, recommended, what_would_fit
     from ..scoring.model_sizes import ModelSizes
 
     model = empty_model(options.model)
@@ -65,8 +62,7 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
         estimates = plan(sizes, setup, options.optim)
         best = recommended(estimates)
         asked = replace(setup, rank=None)
-        fits = any(estimate(sizes, asked, "ESFT", own.engine).fits for own in estimates if own.engine != "offload")
-        ways = [] if fits else what_would_fit(sizes, asked)
+        ways = [] if fits_on_gpus(sizes, asked) else what_would_fit(sizes, asked)
         plans.append(
             {
                 "setup": asdict(setup),
@@ -107,6 +103,8 @@ def format_plan(
     sizes: ModelSizes, setup: Setup, estimates: Iterable[Estimate], best: Estimate | None, ways: list[Estimate]
 ) -> str:
     """Writes a plan as a table in plain text, with what is recommended or would fit."""
+    from ..scoring.memory_estimate import describe
+
     trained = setup.share * sizes.experts / 1e9
     lines = [
         f"{setup.gpus} x {setup.memory / 1e9:g} GB, {setup.tokens} tokens on each, gradient checkpointing; ESFT of "
@@ -129,10 +127,10 @@ def format_plan(
     lines += ["", "full: weights, gradients and both moments are in the precision of the column weights"]
     lines += [f"* {base}: {text}" for base, text in notes.items()]
     if best is not None:
-        lines.append(f"recommended for ESFT: {_describe(best, sizes)}")
+        lines.append(f"recommended for ESFT: {describe(best, sizes)}")
     if ways:
         lines.append(f"ESFT at full rank over {setup.base} weights does not fit. What would, with the fewest changes:")
-        lines += [f"  {_describe(way, sizes)}" for way in ways[:SHOWN]]
+        lines += [f"  {describe(way, sizes)}" for way in ways[:SHOWN]]
     elif best is None:
         lines.append("ESFT does not fit, not even with one expert in each layer, in 4 bits and of low rank")
     return "\n".join(lines)
@@ -140,12 +138,3 @@ def format_plan(
 
 def _rank(own: Estimate) -> int | None:
     return {"ESFT": own.setup.rank, "full": None}.get(own.method, own.setup.lora_rank)
-
-
-def _describe(own: Estimate, sizes: ModelSizes) -> str:
-    rank = f"rank {own.setup.rank}" if own.setup.rank else "full rank"
-    experts = round(own.setup.share * sizes.num_experts, 1)
-    return (
-        f"{own.engine}, {own.setup.base} base, {own.setup.optim}, {rank}, {experts:g} of {sizes.num_experts} experts "
-        f"a layer, {own.setup.tokens} tokens: {own.total / 1e9:.1f} GB"
-    )

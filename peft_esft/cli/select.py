@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,15 @@ from .kinds import ADAPTER_CONFIG
 
 METRICS = ("token", "gate", "gate_share")
 """The values of `scoring.scores.Metric`; named here too, so that `--help` need not load torch."""
+BASES = ("fp32", "bf16", "int8", "nf4")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
+"""Names of `scoring.memory_estimate`; here too, for the same reason."""
+MEMORY: dict[str, tuple[type, Any, Sequence[str] | None]] = {
+    "tokens": (int, 4096, None),
+    "base": (str, "bf16", BASES),
+    "optim": (str, "adamw_torch", OPTIMIZERS),
+}
+"""Type, default and values of the options that a budget of memory has."""
 BAR_WIDTH = 32
 
 
@@ -25,11 +35,15 @@ def add_parser(commands: Any) -> None:
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--top-p", type=float, help="share to cover in each layer (default: 0.2, for gate 0.1)")
     how.add_argument("--top-k", type=int, help="the same number of experts in every layer")
-    how.add_argument("--budget", type=float, help="share of all experts' parameters, spread by score")
+    how.add_argument("--budget", help="share of all experts' parameters, or memory of GPUs: 24GB, 2x24GB")
     how.add_argument("--preview", action="store_true", help="only show what several values of --top-p would cost")
     add("--min-experts", type=int, default=1, help="at least so many in each layer")
     add("--max-experts", type=int, help="at most so many in each layer")
+    add("--rank", type=int, help="rank of the deltas (default: full rank)")
     add("--out", type=Path, help="folder for an adapter_config.json with the selection")
+    group = parser.add_argument_group("what memory is filled with, as in `peft-esft plan`")
+    for name, (kind, default, choices) in MEMORY.items():
+        group.add_argument(f"--{name}", type=kind, choices=choices, help=f"(default: {default})")
 
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:
@@ -49,16 +63,41 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
         return [asdict(preview) for preview in previews], format_previews(previews)
     if out is not None:
         _check_config_folder(out)
-    names = ("metric", "top_p", "top_k", "budget", "min_experts", "max_experts")
-    settings = {name: getattr(options, name) for name in names}
+    names = ("metric", "top_p", "top_k", "min_experts", "max_experts")
+    settings = {name: getattr(options, name) for name in names} | {"budget": _budget(options)}
     selection = select_experts(scores, **settings)
     text = bars({path: (len(ids), scores.containers[path].num_experts) for path, ids in selection.items()})
     if out is not None:
         ESFTConfig.from_scores(
-            scores, base_model_name_or_path=scores.model, task_type=_task_type(scores.model), **settings
+            scores,
+            base_model_name_or_path=scores.model,
+            task_type=_task_type(scores.model),
+            rank=options.rank,
+            **settings,
         ).save_pretrained(str(out))
         text += f"\nwritten to {out}/{ADAPTER_CONFIG}; load it with ESFTConfig.from_pretrained"
     return selection, text
+
+
+def read_budget(text: str | float | None) -> str | float | None:
+    """A share of the experts as a number; memory, which has a unit, as it is."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+def _budget(options: argparse.Namespace) -> Any:
+    """The budget: a share, or a `Setup`."""
+    from ..scoring.memory_estimate import Setup
+
+    budget = read_budget(options.budget)
+    given = {name: getattr(options, name) for name in MEMORY if getattr(options, name) is not None}
+    if isinstance(budget, str):
+        return Setup.parse(budget, rank=options.rank, **given)
+    if given:
+        raise ValueError(f"--{', --'.join(given)} is only for a budget of memory, as in --budget 24GB")
+    return budget
 
 
 def _task_type(model: str | None) -> str | None:

@@ -18,7 +18,7 @@ OWN = {
     "--experts": ("FILE", "scores of `peft-esft score` to choose by; the training data is scored without it"),
     "--metric": ("NAME", "which score chooses: token, gate or gate_share (default: token)"),
     "--top-p": ("P", "share of the choices to cover in each layer (default: 0.2, for gate 0.1)"),
-    "--budget": ("SHARE", "share of all experts to train, spread by score, instead of --top-p"),
+    "--budget": ("SHARE", "share of all experts to train, or memory of a GPU to fill: 24GB; instead of --top-p"),
     "--score-tokens": ("N", "tokens to score (default: 131072)"),
     "--rank": ("R", "rank of the trained changes (default: full rank)"),
     "--bits": ("N", "store the frozen experts in so many bits"),

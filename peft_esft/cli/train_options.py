@@ -12,7 +12,9 @@ from typing import Any, NoReturn
 import torch
 from trl import SFTConfig, TrlParser
 
+from ..scoring.memory_size import bytes_of
 from ..scoring.scores import Metric
+from .select import read_budget
 
 
 PAPER_LEARNING_RATE = 1e-5
@@ -35,7 +37,7 @@ class TrainOptions:
     experts: str | None = field(default=None, metadata={"help": "file of scores"})
     metric: Metric = field(default="token", metadata={"help": "which score chooses"})
     top_p: float | None = field(default=None, metadata={"help": "share of the choices to cover in each layer"})
-    budget: float | None = field(default=None, metadata={"help": "share of all experts to train, instead of top_p"})
+    budget: str | None = field(default=None, metadata={"help": "share of all experts, or memory of a GPU"})
     score_tokens: int = field(default=131_072, metadata={"help": "tokens to score"})
     rank: int | None = field(default=None, metadata={"help": "rank of the deltas"})
     bits: int | None = field(default=None, metadata={"help": "bits of the frozen base's experts"})
@@ -53,10 +55,12 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SFTConfig]:
     """Parses the arguments after `peft-esft train`.
 
     Returns:
-        The command's own options and TRL's. `assistant_only_loss` is None if nobody set it.
+        The command's own options and TRL's. A budget that is a share is a number. `assistant_only_loss` is None if
+        nobody set it.
 
     Raises:
-        ValueError: if the recipe has keys that nothing takes, or a value is refused by TRL.
+        ValueError: if the recipe has keys that nothing takes, the budget is no share and no memory, or a value is
+            refused by TRL.
         SystemExit: for wrong usage, with code 2.
     """
     parser = _Parser((TrainOptions, SFTConfig), prog=PROGRAM, add_help=False, allow_abbrev=False)
@@ -71,6 +75,9 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SFTConfig]:
     if unknown := of_recipe[::2]:
         raise ValueError(f"the recipe has keys that nothing takes: {', '.join(unknown)}{_similar(unknown, known)}")
     _take_positionals(own, rest, parser)
+    own.budget = read_budget(own.budget)
+    if isinstance(own.budget, str):
+        bytes_of("--budget", own.budget)
     if settings.output_dir in (None, "trainer_output"):
         parser.error("the following arguments are required: --out (in a recipe: output_dir)")
     return own, settings

@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from ..scoring.memory_estimate import OPTIMIZERS, BaseFormat, Setup, estimate, num_trained
+from ..scoring.memory_estimate import OPTIMIZERS, BaseFormat, Engine, Setup, estimate, num_trained
 from ..scoring.model_sizes import ModelSizes
 from .train_options import TrainOptions
 
 
-def training_setup(own: TrainOptions, settings: SFTConfig, tokens: int, element: int, **more: Any) -> Setup:
+def training_setup(
+    own: TrainOptions, settings: SFTConfig, sizes: ModelSizes, tokens: int, element: int, **more: Any
+) -> Setup:
     """The options as an estimate takes them. Optimizers that it does not know count as torch's AdamW.
 
     Args:
         own: the options of the command.
         settings: TRL's options.
+        sizes: of the base.
         tokens: number of tokens in a batch.
         element: bytes of a weight of the base that is not in few bits.
         **more: other attributes of `Setup`.
     """
-    dense: BaseFormat = "fp32" if element == 4 else "bf16"
+    base: BaseFormat = "fp32" if element == 4 else "bf16"
+    if sizes.stored_as in ("int8", "nf4") or own.bits is not None:
+        base = "int8" if sizes.stored_as == "int8" or own.bits == 8 else "nf4"
+    engines: tuple[Engine, Engine] = ("DDP", "FSDP2")
     name = OptimizerNames(settings.optim).value
     optim = {"adamw_bnb_8bit": "adamw_8bit"}.get(name, name)
     return Setup(
         gpus=settings.world_size,
         tokens=tokens,
         rank=own.rank,
-        base=dense if own.bits is None else "int8" if own.bits == 8 else "nf4",
+        base=base,
         optim=optim if optim in OPTIMIZERS else "adamw_torch",
+        engine="one GPU" if settings.world_size == 1 else engines[os.environ.get("ACCELERATE_USE_FSDP") == "true"],
         accumulates=settings.gradient_accumulation_steps > 1,
         **more,
     )
@@ -39,7 +47,7 @@ def training_setup(own: TrainOptions, settings: SFTConfig, tokens: int, element:
 def memory_of_training(
     own: TrainOptions, settings: SFTConfig, sizes: ModelSizes, trained: int, tokens: int, element: int
 ) -> float:
-    """Estimates the bytes that one GPU holds, with gradient checkpointing; each GPU has the whole model.
+    """Estimates the bytes that one GPU holds, with gradient checkpointing. Under ZeRO it is those of DDP.
 
     Args:
         own: the options of the command.
@@ -50,5 +58,5 @@ def memory_of_training(
         element: bytes of a weight of the base that is not in few bits.
     """
     every = num_trained(sizes, Setup(share=1.0, rank=own.rank), "ESFT")
-    setup = training_setup(own, settings, tokens, element, share=min(1.0, trained / every))
-    return estimate(sizes, setup, "ESFT", "one GPU" if setup.gpus == 1 else "DDP").total
+    setup = training_setup(own, settings, sizes, tokens, element, share=min(1.0, trained / every))
+    return estimate(sizes, setup, "ESFT", setup.engine or "one GPU").total

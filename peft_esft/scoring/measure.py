@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from ..moe.containers import ExpertsContainer, find_experts, no_experts
 from ..moe.routing import Routing
 from .batches import batch_size_of, check_batch, is_encoder_decoder, text_batches, to_device, with_decoder_inputs
+from .model_sizes import ModelSizes
 from .processes import ProcessShare, batches_in_step
 from .scores import Averaging, ContainerScores, ExpertScores, HalfCounts
 from .token_streams import TokenStream, streams_of_batch
@@ -197,6 +198,7 @@ def score_experts(
         revision=getattr(config, "_commit_hash", None),
         answers_only=answers_only,
         halves=counter.halves(),
+        sizes=_sizes_of(model),
     )
     scores = reduce(operator.add, share.gather(scores))
     # From here on, all processes see the same scores, so all refuse them or none does.
@@ -210,6 +212,13 @@ def score_experts(
             "is likely: score the model in bf16 or fp32. Otherwise look for NaN in its weights and in the batches"
         )
     return scores
+
+
+def _sizes_of(model: nn.Module) -> ModelSizes | None:
+    try:
+        return ModelSizes.of(model)
+    except ValueError:  # a router that does not say how many experts it chooses can be scored all the same
+        return None
 
 
 class _Counter:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any, Literal, get_args
 
-from ..moe.architectures import ADOPTABLE, KNOWN_CONTAINERS
 from .memory_size import bytes_of
 from .model_sizes import ModelSizes
 
@@ -49,6 +48,7 @@ class Setup:
         optim: the optimizer, by its name in transformers' `TrainingArguments`. "adamw_torch" is also what
             `torch.optim.AdamW` does by itself: on a GPU it computes on all weights at once (`foreach`).
         lora_rank: rank of LoRA, for comparison.
+        engine: the only engine to think of; None for all that suit the number of GPUs.
         accumulates: gradients of earlier forward passes are kept, as with gradient_accumulation_steps above 1.
 
     Raises:
@@ -63,6 +63,7 @@ class Setup:
     base: BaseFormat = "bf16"
     optim: Optimizer = "adamw_torch"
     lora_rank: int = 16
+    engine: Engine | None = None
     accumulates: bool = False
 
     def __post_init__(self) -> None:
@@ -91,6 +92,12 @@ class Setup:
         except ValueError:
             raise ValueError(f"{gpus!r} is no memory of GPUs; expected for example 24GB or 8x80GB") from None
         return cls(gpus=int(match[1] or 1), memory=memory, **settings)
+
+    @property
+    def hardware(self) -> str:
+        """The GPUs in the form that `parse` reads."""
+        memory = f"{self.memory / 1e9:g}GB"
+        return memory if self.gpus == 1 else f"{self.gpus}x{memory}"
 
     @property
     def element(self) -> int:
@@ -239,6 +246,8 @@ def _weights_of_a_layer(sizes: ModelSizes, setup: Setup, method: Method) -> floa
 
 def _obstacle(base: BaseFormat) -> str | None:
     """The package's own refusal of experts that stay as the checkpoint has them."""
+    from ..moe.architectures import ADOPTABLE, KNOWN_CONTAINERS  # here: choosing experts loads no model's code
+
     refusal = KNOWN_CONTAINERS[_CONTAINER_OF[base]].refusal if base in _CONTAINER_OF else None
     return None if refusal is None or refusal.startswith(ADOPTABLE) else refusal
 
@@ -323,7 +332,25 @@ def what_would_fit(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
     return found[min(found)] if found else []
 
 
+def fits_on_gpus(sizes: ModelSizes, setup: Setup) -> bool:
+    """True if ESFT fits on some engine but offload, whose steps are slow."""
+    engines = [engine for engine in _engines(sizes, setup) if engine != "offload" and _is_tried(setup, engine)]
+    return any(estimate(sizes, setup, "ESFT", engine).fits for engine in engines)
+
+
+def describe(own: Estimate, sizes: ModelSizes) -> str:
+    """Writes an estimate of ESFT as one line."""
+    rank = "full rank" if own.setup.rank is None else f"rank {own.setup.rank}"
+    experts = round(own.setup.share * sizes.num_experts, 1)
+    return (
+        f"{own.engine}, {own.setup.base} base, {own.setup.optim}, {rank}, {experts:g} of {sizes.num_experts} experts "
+        f"a layer, {own.setup.tokens} tokens: {own.total / 1e9:.3g} GB"
+    )
+
+
 def _engines(sizes: ModelSizes, setup: Setup) -> tuple[Engine, ...]:
+    if setup.engine is not None:
+        return (setup.engine,)
     if setup.gpus == 1:
         return ("one GPU", "offload")
     return ("DDP", "FSDP2", "EP") if sizes.num_experts % setup.gpus == 0 else ("DDP", "FSDP2")

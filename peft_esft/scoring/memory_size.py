@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import operator
 
-from accelerate.utils import convert_file_size_to_int
-
 
 def bytes_of(name: str, size: int | str) -> int:
     """A size in bytes.
@@ -17,6 +15,8 @@ def bytes_of(name: str, size: int | str) -> int:
     Raises:
         ValueError: if it is something else, or less than one byte. A text without a unit is likely to have lost it.
     """
+    from accelerate.utils import convert_file_size_to_int  # which takes seconds to load
+
     try:
         number = convert_file_size_to_int(size.upper()) if isinstance(size, str) else operator.index(size)
     except (ValueError, TypeError):

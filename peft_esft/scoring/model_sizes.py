@@ -6,13 +6,13 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
 
-from ..moe.containers import ExpertsContainer, find_experts
-from ..moe.stored_rows import StoredRows
-from ..moe.weights import whole_shape
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..moe.containers import ExpertsContainer
 
 
 _TOP_K_FIELDS = "num_experts_per_tok top_k moe_top_k moe_topk moe_k top_k_experts experts_per_token"
@@ -38,7 +38,8 @@ class ModelSizes:
         attention_per_rank: LoRA factors of rank 1 on the matrices of attention.
         scored_heads: attention heads that keep a score for each pair of tokens, because torch's own attention cannot
             compute them; 0 where it can.
-        stored_as: how the checkpoint keeps weights, if its config says that they are quantised: "mxfp4", ...
+        stored_as: the form of the experts if they are in few bits ("nf4", ...), or else what the config says of the
+            checkpoint's weights ("mxfp4", ...); None if nothing is quantised.
     """
 
     total: int
@@ -78,6 +79,9 @@ class ModelSizes:
         Raises:
             ValueError: if the model has no routed experts.
         """
+        # Here and below: scores have sizes, and are read by commands that load no model.
+        from ..moe.containers import find_experts
+
         unwrap: Any = getattr(model, "get_base_model", None)
         model = model if unwrap is None else unwrap()
         containers = find_experts(model)
@@ -114,12 +118,15 @@ class ModelSizes:
             scored_heads=0
             if getattr(model, "_supports_sdpa", True)
             else getattr(text_config, "num_attention_heads", 0),
-            stored_as=_stored_as(config),
+            stored_as=_stored_as(model, config),
         )
 
 
 def _shapes(module: nn.Module, path: str = "") -> Iterator[tuple[str, Any, tuple[int, ...]]]:
     """Name, identity and shape of each weight; of quantised weights as if they were not, of adapters none."""
+    from ..moe.stored_rows import StoredRows
+    from ..moe.weights import whole_shape
+
     # An adapter's layer stands around the module that it changes, or a copy of it that is trained.
     module = getattr(module, "base_layer", getattr(module, "original_module", module))
     if isinstance(module, StoredRows):
@@ -157,7 +164,12 @@ def _top_k(container: ExpertsContainer, config: Any) -> int:
     raise ValueError(f"how many experts {container.path} chooses for a token is not known")
 
 
-def _stored_as(config: Any) -> str | None:
+def _stored_as(model: nn.Module, config: Any) -> str | None:
+    from ..moe.stored_rows import StoredRows
+
+    for module in model.modules():
+        if isinstance(module, StoredRows):
+            return module.format.name
     quantization = getattr(config, "quantization_config", None) or {}
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
     return None if method is None else str(getattr(method, "value", method))

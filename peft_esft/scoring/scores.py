@@ -14,6 +14,8 @@ import torch
 from huggingface_hub.dataclasses import type_validator
 from torch import Tensor
 
+from .model_sizes import ModelSizes
+
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,6 +105,7 @@ class ExpertScores:
         revision: its commit on the Hub, if it came from there.
         answers_only: only tokens that are trained on were counted.
         halves: the counts of two disjoint halves of the samples, each time that the tokens doubled and at the end.
+        sizes: of the model, for a budget of memory; None if they were not counted.
     """
 
     containers: dict[str, ContainerScores]
@@ -113,6 +116,7 @@ class ExpertScores:
     revision: str | None = None
     answers_only: bool = False
     halves: list[HalfCounts] = field(default_factory=list, repr=False)
+    sizes: ModelSizes | None = field(default=None, repr=False)
 
     def token(self) -> dict[str, Tensor]:
         """Token selection ratio `r_i` (arXiv 2407.01906, equation 6), float64 `[E]`; sums to 1 over a container."""
@@ -189,6 +193,7 @@ class ExpertScores:
             num_samples=self.num_samples + other.num_samples,
             model=self.model if self.model == other.model else None,
             revision=self.revision if self.revision == other.revision else None,
+            sizes=self.sizes or other.sizes,
             halves=self.halves + [self.halves[-1] + half for half in other.halves] if self.halves else other.halves,
         )
 
@@ -233,7 +238,9 @@ class ExpertScores:
             raise ValueError(f"{path} is not a file written by ExpertScores.save") from error
         if version != FORMAT_VERSION:
             raise ValueError(f"{path} has format version {version}; this release reads version {FORMAT_VERSION}")
-        scores: ExpertScores = _read(cls, record, str(path), containers=dict[str, dict[str, Any]], halves=list)
+        record.setdefault("sizes", None)  # files from before there were any
+        in_file = {"containers": dict[str, dict[str, Any]], "halves": list, "sizes": dict[str, Any] | None}
+        scores: ExpertScores = _read(cls, record, str(path), **in_file)
         if not record["containers"]:
             raise ValueError(f"{path}: containers is malformed: it is empty")
         containers = {
@@ -251,7 +258,8 @@ class ExpertScores:
             lengths = {len(row) for row in chain(sums, *pairs) if row is not None}
             if lengths != {container.num_experts} or any(len(rows) != 2 for rows in pairs):
                 raise ValueError(f"{path}: {name} has {container.num_experts} experts, but rows of another length")
-        return replace(scores, containers=containers, halves=halves)
+        sizes = None if record["sizes"] is None else _read_sizes(record["sizes"], f"{path}: sizes")
+        return replace(scores, containers=containers, halves=halves, sizes=sizes)
 
     def __repr__(self) -> str:
         shapes = sorted({(c.num_experts, c.top_k) for c in self.containers.values()})
@@ -284,6 +292,16 @@ def _read(kind: Any, values: Any, where: str, **in_file: Any) -> Any:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {name} is malformed: {str(values[name])[:100]}") from error
     return kind(**values)
+
+
+def _read_sizes(values: dict[str, Any], where: str) -> ModelSizes:
+    sizes: ModelSizes = _read(ModelSizes, values, where, units=list[int], unit_experts=list[int])
+    units, experts = tuple(sizes.units), tuple(sizes.unit_experts)
+    least = min((*units, *experts, sizes.scored_heads), default=0)
+    counts = (sizes.total, sizes.expert, sizes.num_experts, sizes.top_k, sum(experts))
+    if least < 0 or min(counts) < 1 or len(units) != len(experts) or sum(experts) > sizes.total:
+        raise ValueError(f"{where} is malformed: {str(values)[:100]}")
+    return replace(sizes, units=units, unit_experts=experts)
 
 
 def _check_values(value: Any) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
+from .memory_estimate import Setup, describe, estimate, fits_on_gpus, what_would_fit
 from .scores import ExpertScores, Metric
 
 
@@ -27,7 +30,7 @@ def select_experts(
     top_p: float | None = None,
     metric: Metric = "token",
     top_k: int | None = None,
-    budget: float | None = None,
+    budget: float | str | Setup | None = None,
     min_experts: int = 1,
     max_experts: int | None = None,
 ) -> Selection:
@@ -42,8 +45,10 @@ def select_experts(
             gate mass (metric "gate_share") to cover; None means 0.2, 0.1 and 0.2, unless `top_k` or `budget` is given.
         metric: which of the scores to use. Ignored if `scores` is a plain mapping, apart from the default of top_p.
         top_k: the same number of experts in every container, instead of `top_p`.
-        budget: share of all experts' parameters to train, instead of `top_p`. The highest scores of the whole model
-            are taken as long as they fit. Experts of a plain mapping count as equally large.
+        budget: a share of all experts' parameters, or memory, instead of `top_p`. Of a share, the highest scores of
+            the whole model are taken as long as they fit; experts of a plain mapping count as equally large. Memory
+            of GPUs such as "24GB" or "2x24GB", or a `memory_estimate.Setup` which also says the optimizer, the rank,
+            the form of the base and the tokens, gives the largest `top_p` whose selection can be trained there.
         min_experts: the fewest experts of a container.
         max_experts: the most experts of a container.
 
@@ -53,15 +58,16 @@ def select_experts(
 
     Raises:
         ValueError: if a setting is of the wrong type or out of range, two ways of choosing are asked for at once, the
-            budget does not hold `min_experts` of every container, or a score is negative or not finite.
+            budget does not hold `min_experts` of every container, or a score is negative or not finite. If memory does
+            not hold them, the error says what would.
+
+    Example:
+        >>> select_experts(scores, budget="24GB")
     """
     if metric not in get_args(Metric):
         raise ValueError(f"metric is {metric!r}; it is one of {get_args(Metric)}")
     _check_numbers({"top_p": top_p, "top_k": top_k, "budget": budget}, min_experts, max_experts)
-    if not isinstance(scores, Mapping | ExpertScores):
-        raise ValueError(f"scores are a {type(scores).__name__}; they are ExpertScores or a dict {{path: scores [E]}}")
-    table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
-    rows = {path: score_row(path, values) for path, values in table.items()}
+    rows = _rows(scores, metric)
     unused = [path for path, row in rows.items() if not bool(row.any())]
     if unused:
         warnings.warn(
@@ -71,8 +77,11 @@ def select_experts(
         )
         rows = {path: row for path, row in rows.items() if path not in unused}
     orders = {path: ranking(row) for path, row in rows.items()}
-    bounds = {path: (min(min_experts, len(row)), min(max_experts or len(row), len(row))) for path, row in rows.items()}
-    if budget is not None:
+    bounds = _bounds(rows, min_experts, max_experts)
+    if isinstance(budget, str | Setup):
+        share = top_p_for_memory(scores, budget, metric=metric, min_experts=min_experts, max_experts=max_experts)
+        counts = {path: _count_by_top_p(row[orders[path]], share) for path, row in rows.items()}
+    elif budget is not None:
         sizes = dict.fromkeys(rows, 1) if isinstance(scores, Mapping) else scores.parameters_per_expert()
         counts = _counts_by_budget(rows, bounds, sizes, budget)
     elif top_k is not None:
@@ -81,7 +90,79 @@ def select_experts(
         top_p = DEFAULT_TOP_P[metric] if top_p is None else top_p
         counts = {path: _count_by_top_p(row[orders[path]], top_p) for path, row in rows.items()}
         _warn_of_odd_sums(rows, counts, top_p, metric)
-    return {path: orders[path][: min(max(counts[path], bounds[path][0]), bounds[path][1])].tolist() for path in rows}
+    return {path: orders[path][: _within(counts[path], bounds[path])].tolist() for path in rows}
+
+
+def top_p_for_memory(
+    scores: ExpertScores | Mapping[str, Tensor | Sequence[float]],
+    budget: str | Setup,
+    *,
+    metric: Metric = "token",
+    min_experts: int = 1,
+    max_experts: int | None = None,
+) -> float:
+    """Finds the largest `top_p` whose selection can be trained in some memory, by the estimate of `peft-esft plan`.
+
+    Args:
+        scores: what `score_experts` returned.
+        budget: memory of GPUs, see `select_experts`.
+        metric: see `select_experts`.
+        min_experts: of each container.
+        max_experts: of each container.
+
+    Returns:
+        A share above 0 and at most 1.
+
+    Raises:
+        ValueError: if the scores do not say how large the model is, or not even the fewest experts fit.
+    """
+    setup = Setup.parse(budget) if isinstance(budget, str) else budget
+    if not isinstance(scores, ExpertScores) or scores.sizes is None:
+        raise ValueError(
+            f"a budget of {setup.hardware} needs the sizes of the model, which these scores do not have: give what "
+            "score_experts of this version returns, or a budget that is a share of the experts"
+        )
+    sizes, per_expert = scores.sizes, scores.parameters_per_expert()
+    rows = {path: row for path, row in _rows(scores, metric).items() if bool(row.any())}
+    bounds = _bounds(rows, min_experts, max_experts)
+    falling = {path: row.sort(descending=True).values for path, row in rows.items()}
+    shares = sorted({min(1.0, share) for row in falling.values() for share in row.cumsum(0).tolist()})
+
+    def filled(top_p: float) -> Setup:
+        counts = {path: _within(_count_by_top_p(row, top_p), bounds[path]) for path, row in falling.items()}
+        trained = sum(count * per_expert[path] for path, count in counts.items())
+        return replace(setup, share=min(1.0, trained / sizes.experts))
+
+    if not shares:
+        raise ValueError("no token of the scored data reached any container, so there is nothing to choose from")
+    fitting = bisect_left(shares, True, key=lambda share: not fits_on_gpus(sizes, filled(share)))
+    if fitting == 0:
+        least = filled(shares[0])
+        own, name = estimate(sizes, least), scores.model or "the model"
+        ways = "; ".join(describe(way, sizes) for way in what_would_fit(sizes, least)[:4])
+        raise ValueError(
+            f"a budget of {setup.hardware} does not hold {name} and the fewest experts to train. On one GPU they take "
+            f"{own.total / 1e9:.3g} GB, {own.base / 1e9:.3g} of them for the base in {setup.base}, and a tenth of a "
+            f"GPU is kept free. What would fit: {ways or 'nothing that is known'}"
+        )
+    return shares[fitting - 1]
+
+
+def _rows(scores: Any, metric: Metric) -> dict[str, Tensor]:
+    """The scores of each container, float64 `[E]`."""
+    if not isinstance(scores, Mapping | ExpertScores):
+        raise ValueError(f"scores are a {type(scores).__name__}; they are ExpertScores or a dict {{path: scores [E]}}")
+    table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
+    return {path: score_row(path, values) for path, values in table.items()}
+
+
+def _bounds(rows: Mapping[str, Tensor], least: int, most: int | None) -> dict[str, tuple[int, int]]:
+    """The fewest and the most experts of each container."""
+    return {path: (min(least, len(row)), min(most or len(row), len(row))) for path, row in rows.items()}
+
+
+def _within(count: int, bounds: tuple[int, int]) -> int:
+    return min(max(count, bounds[0]), bounds[1])
 
 
 def ranking(row: Tensor) -> Tensor:
@@ -111,6 +192,8 @@ def _check_numbers(ways: Mapping[str, Any], min_experts: int, max_experts: int |
     given = {name: value for name, value in ways.items() if value is not None}
     if len(given) > 1:
         raise ValueError(f"{given} are different ways of choosing; give one of them")
+    if isinstance(given.get("budget"), str | Setup):
+        del given["budget"]
     for name, value in (given | {"min_experts": min_experts, "max_experts": max_experts}).items():
         is_share = name in ("top_p", "budget")
         is_number = isinstance(value, Real if is_share else Integral) and not isinstance(value, bool)

@@ -20,8 +20,9 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from ..ops.encodings import FORMS
+from ..scoring.memory_estimate import Setup
 from ..scoring.scores import ExpertScores, Metric
-from ..scoring.selection import DEFAULT_TOP_P, select_experts
+from ..scoring.selection import DEFAULT_TOP_P, select_experts, top_p_for_memory
 from .adapter_file import KEY_PREFIX, Header, find_header, find_hub_header, finish_file, read_header
 from .file_contents import check_experts, check_foreign, foreign_keys
 from .model_card import write_card
@@ -314,7 +315,7 @@ class ESFTConfig(PeftConfig):
         metric: Metric = "token",
         top_p: float | None = None,
         top_k: int | None = None,
-        budget: float | None = None,
+        budget: float | str | Setup | None = None,
         min_experts: int = 1,
         max_experts: int | None = None,
         task: str | None = None,
@@ -328,7 +329,7 @@ class ESFTConfig(PeftConfig):
                 latter as a share of the layer's.
             top_p: the share that the chosen experts cover; None means 0.2, the paper's 0.1 for "gate".
             top_k: see `select_experts`, as for the next three.
-            budget: share of the experts' parameters.
+            budget: share of the experts' parameters, or memory such as "24GB", for deltas of the config's `rank`.
             min_experts: of each container.
             max_experts: of each container.
             task: what the adapter is for, in words; kept for the model card.
@@ -348,6 +349,9 @@ class ESFTConfig(PeftConfig):
                 f"scores are a {type(scores).__name__}, which does not say what was scored; give what score_experts "
                 "returns, or choose by yourself: ESFTConfig(target_experts=select_experts(scores))"
             )
+        memory = None
+        if isinstance(budget, str | Setup):
+            budget = memory = _setup_of(budget, kwargs)
         target_experts = select_experts(
             scores,
             metric=metric,
@@ -357,14 +361,17 @@ class ESFTConfig(PeftConfig):
             min_experts=min_experts,
             max_experts=max_experts,
         )
-        if top_p is None and top_k is None and budget is None:
+        if memory is not None:
+            top_p = top_p_for_memory(scores, memory, metric=metric, min_experts=min_experts, max_experts=max_experts)
+        elif top_p is None and top_k is None and budget is None:
             top_p = DEFAULT_TOP_P[metric]
         kinds = {"top_p": float, "top_k": int, "budget": float, "max_experts": int}  # numpy's numbers become Python's
-        rule = {"top_p": top_p, "top_k": top_k, "budget": budget, "max_experts": max_experts}
+        rule = {"top_p": top_p, "top_k": top_k, "budget": None if memory else budget, "max_experts": max_experts}
         selection = {
             **({} if task is None else {"task": task}),
             "metric": metric,
             **{name: kinds[name](value) for name, value in rule.items() if value is not None},
+            **({} if memory is None else {"budget": memory.hardware}),
             **({"min_experts": int(min_experts)} if min_experts > 1 else {}),
             "averaging": scores.averaging,
             "num_tokens": scores.num_tokens,
@@ -372,6 +379,23 @@ class ESFTConfig(PeftConfig):
             "num_experts": {path: scores.containers[path].num_experts for path in target_experts},
         }
         return cls(target_experts=target_experts, selection=selection, **kwargs)
+
+
+def _setup_of(budget: str | Setup, fields: dict[str, Any]) -> Setup:
+    """A budget of memory, for deltas of the config's rank.
+
+    Raises:
+        ValueError: if the config trains more than experts, which the budget does not count, or has another rank.
+    """
+    more = ("train_shared_experts", "train_non_expert_modules", "modules_to_save", "trainable_token_indices")
+    if others := [name for name in more if fields.get(name)]:
+        raise ValueError(f"a budget of memory counts experts alone, not {', '.join(others)}; give top_p instead")
+    rank = fields.get("rank")
+    if isinstance(budget, str):
+        return Setup.parse(budget, rank=rank)
+    if budget.rank != rank:
+        raise ValueError(f"the budget is for rank {budget.rank}, and the config has rank={rank}; give both the same")
+    return budget
 
 
 def _check_types(config: ESFTConfig) -> None:

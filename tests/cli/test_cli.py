@@ -10,6 +10,7 @@ from peft import get_peft_model
 
 from peft_esft import ESFTConfig, ExpertScores, select_experts
 from peft_esft.cli.main import main
+from peft_esft.scoring.memory_estimate import Setup
 from peft_esft.scoring.preview import format_previews, preview_selections
 
 import tasks
@@ -55,6 +56,27 @@ def test_select_prints_what_the_library_selects(scored, capsys, tmp_path):
     assert config.target_experts == select_experts(ExpertScores.load(scored))
     assert config.selection["num_tokens"] == 2000
     assert (config.base_model_name_or_path, config.task_type) == (MODEL, "CAUSAL_LM")
+
+
+def test_select_fills_memory(scored, capsys, tmp_path):
+    scores = ExpertScores.load(scored)
+    options = ["--tokens", "64", "--base", "nf4", "--optim", "adamw_8bit"]
+    assert main(["select", scored, "--json", "--budget", "40MB", *options]) == 0
+    memory = Setup(memory=40e6, tokens=64, base="nf4", optim="adamw_8bit")
+    assert json.loads(capsys.readouterr().out) == select_experts(scores, budget=memory)
+    command = ["select", scored, "--budget", "60MB", "--tokens", "64", "--rank", "4"]
+    assert main([*command, "--out", str(tmp_path / "law")]) == 0
+    config = ESFTConfig.from_pretrained(str(tmp_path / "law"))
+    assert (config.rank, config.selection["budget"]) == (4, "0.06GB")
+    assert config.target_experts == select_experts(scores, budget=Setup(memory=60e6, tokens=64, rank=4))
+    capsys.readouterr()
+    for flags, message in (
+        (["--budget", "0.5", "--tokens", "64"], "--tokens is only for a budget of memory"),
+        (["--budget", "1MB", "--tokens", "64"], "does not hold"),
+        (["--budget", "lots"], "'lots' is no memory of GPUs"),
+    ):
+        assert main(["select", scored, *flags]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_answers_alone_are_scored(capsys, tmp_path):

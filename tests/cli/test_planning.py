@@ -11,8 +11,8 @@ import torch
 from peft import get_peft_model
 
 from peft_esft import quantize_experts
-from peft_esft.cli import plan as plan_command
 from peft_esft.cli.main import main
+from peft_esft.cli.select import BASES, OPTIMIZERS
 from peft_esft.moe.architectures import ADOPTABLE, KNOWN_CONTAINERS
 from peft_esft.moe.formats import ENCODERS
 from peft_esft.scoring import memory_estimate
@@ -76,7 +76,7 @@ def test_sizes_are_those_of_the_model(family):
 def test_sizes_of_a_quantised_model_are_those_of_the_plain_one(bits):
     plain = tiny_model("olmoe")
     sizes = ModelSizes.of(quantize_experts(tiny_model("olmoe"), bits=bits))
-    assert sizes == replace(ModelSizes.of(plain), stored_as="esft")
+    assert sizes == replace(ModelSizes.of(plain), stored_as="nf4" if bits == 4 else "int8")
 
 
 def test_bytes_of_a_base_are_those_of_its_form():
@@ -190,8 +190,8 @@ def test_gpt_oss_is_planned_as_it_is_stored_if_the_package_can_train_so():
 
 
 def test_the_commands_names_are_those_of_the_estimates():
-    assert plan_command.OPTIMIZERS == memory_estimate.OPTIMIZERS
-    assert {*plan_command.BASES, "mxfp4"} == {*memory_estimate.BASE_FORMATS}
+    assert OPTIMIZERS == memory_estimate.OPTIMIZERS
+    assert {*BASES, "mxfp4"} == {*memory_estimate.BASE_FORMATS}
 
 
 @pytest.mark.parametrize(

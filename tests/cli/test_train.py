@@ -301,6 +301,22 @@ def test_a_budget_says_how_many_experts_are_trained(chat, tmp_path, capsys):
     assert "top_p" in capsys.readouterr().err
 
 
+def test_a_budget_of_memory_is_filled(chat, tmp_path, capsys):
+    first = ["train", MODEL, chat, "--out", str(tmp_path / "a"), "--max-length", "64", "--dry-run", "--json"]
+    trained = []
+    for flags in (["--bits", "4"], ["--bits", "4", "--optim", "adamw_8bit"]):
+        assert main([*first, "--budget", "60MB", *flags]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        assert 0.7 * 0.9 * 60e6 < plan["memory_estimate_bytes"] <= 0.9 * 60e6
+        assert plan["choice"]["budget"] == "0.06GB" and 0 < plan["choice"]["top_p"] <= 1
+        trained.append(plan["trained_parameters"])
+    assert trained[0] < trained[1]
+    assert main([*first, "--budget", "1MB"]) == 1
+    assert "does not hold" in capsys.readouterr().err
+    assert main([*first, "--budget", "much"]) == 1
+    assert "--budget is 'much'" in capsys.readouterr().err
+
+
 def run(*arguments, **more):
     command = [sys.executable, "-m", "peft_esft", "train", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

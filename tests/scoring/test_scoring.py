@@ -16,6 +16,7 @@ from peft_esft.cli.main import main
 from peft_esft.moe.routing import Routing
 from peft_esft.scoring import measure as scoring
 from peft_esft.scoring.measure import RoutingAccumulator
+from peft_esft.scoring.model_sizes import ModelSizes
 from peft_esft.scoring.scores import ContainerScores
 from peft_esft.scoring.token_streams import TokenStream, streams_of_batch
 
@@ -263,6 +264,18 @@ def test_bad_input_is_refused(tmp_path):
 PATH = "model.layers.0.mlp.experts"
 
 
+def test_scores_have_the_sizes_of_the_model_and_are_read_without(tmp_path):
+    file, model = tmp_path / "scores.json", tiny_model("olmoe")
+    scores = score_experts(model, [{"input_ids": random_tokens()}], progress=False)
+    scores.save(file)
+    assert scores.sizes == ModelSizes.of(model) == ExpertScores.load(file).sizes
+    record = json.loads(file.read_text())
+    del record["sizes"]  # as an earlier version wrote it
+    file.write_text(json.dumps(record))
+    earlier = ExpertScores.load(file)
+    assert earlier.sizes is None and (earlier + scores).sizes == scores.sizes
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -292,6 +305,11 @@ PATH = "model.layers.0.mlp.experts"
         (lambda record: record.update(model=3), "model is malformed"),
         (lambda record: record.update(answers_only=1), "answers_only is malformed"),
         (lambda record: record.pop("halves"), "holds the fields"),
+        (lambda record: record.update(sizes=[]), "sizes is malformed"),
+        (lambda record: record["sizes"].pop("units"), "sizes holds the fields"),
+        (lambda record: record["sizes"].update(total=0), "sizes is malformed"),
+        (lambda record: record["sizes"].update(unit_experts=[3]), "sizes is malformed"),
+        (lambda record: record["sizes"].update(units=[-1, -1]), "sizes is malformed"),
     ],
 )
 def test_a_malformed_score_file_is_refused_with_its_fault(change, message, tmp_path, capsys):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_esft import random_experts, select_experts
+from peft_esft import ESFTConfig, random_experts, select_experts
+from peft_esft.scoring.memory_estimate import Setup, estimate
+from peft_esft.scoring.model_sizes import ModelSizes
 from peft_esft.scoring.scores import ContainerScores, ExpertScores
+from peft_esft.scoring.selection import top_p_for_memory
 
 from golden import FOLDER as GOLDEN
 
@@ -141,6 +145,109 @@ def test_a_budget_is_kept_and_spent_on_the_highest_scores(rows, percent, least):
     taken = [scores[path][e] for path, ids in selection.items() for e in ids[least:]]
     left = [score for path, row in scores.items() for e, score in enumerate(row) if e not in selection[path]]
     assert not taken or not left or min(taken) >= max(left)
+
+
+def scored_model(rows, size=1_000):
+    """Scores of a model with a container for each row, whose experts have `size` weights."""
+    containers = {
+        f"layer {number}": ContainerScores(1, 10, 1, [1] * len(row), None, [v / sum(row) for v in row], None, size)
+        for number, row in enumerate(rows)
+    }
+    experts = tuple(len(row) * size for row in rows)
+    total = sum(experts) + 500 * (len(rows) + 1)
+    units = tuple(own + 500 for own in experts)
+    sizes = ModelSizes(total, units, experts, size, 60, max(map(len, rows)), 1, 20, 16, 30, 40, 10)
+    return ExpertScores(containers, num_tokens=10, num_samples=1, sizes=sizes)
+
+
+def chosen_share(scores, selection):
+    return sum(map(len, selection.values())) * 1_000 / scores.sizes.experts
+
+
+@settings(deadline=None)
+@given(
+    st.lists(scores_rows, min_size=1, max_size=4),
+    st.lists(st.integers(10_000, 2_000_000), min_size=2, max_size=2),
+    st.sampled_from(["bf16", "int8", "nf4"]),
+    st.sampled_from([None, 2]),
+    st.sampled_from(["adamw_torch", "adamw_8bit"]),
+    st.integers(1, 3),
+)
+def test_what_is_chosen_for_memory_fits_and_the_next_larger_choice_does_not(rows, budgets, base, rank, optim, least):
+    scores = scored_model(rows)
+    chosen = []
+    for memory in sorted(budgets):
+        setup = Setup(memory=memory, tokens=4, base=base, rank=rank, optim=optim)
+        most = {path: c.num_experts for path, c in scores.containers.items()}
+        try:
+            selection = select_experts(scores, budget=setup, min_experts=least)
+        except ValueError as refused:
+            error = str(refused)
+            fewest = sum(min(least, count) for count in most.values()) * 1_000 / scores.sizes.experts
+            assert "does not hold the model" in error and "What would fit" in error
+            assert not estimate(scores.sizes, replace(setup, share=fewest)).fits
+            chosen.append({path: [] for path in most})
+            continue
+        top_p = top_p_for_memory(scores, setup, min_experts=least)
+        assert select_experts(scores, top_p=top_p, min_experts=least) == selection
+        assert estimate(scores.sizes, replace(setup, share=chosen_share(scores, selection))).fits
+        chosen.append(selection)
+        shares = sorted(value for row in scores.token().values() for value in ranked(row).cumsum(0).tolist())
+        larger = [p for p in shares if p > top_p + 1e-9]
+        if larger and larger[0] <= 1:
+            more = select_experts(scores, top_p=larger[0], min_experts=least)
+            if more != selection:
+                assert not estimate(scores.sizes, replace(setup, share=chosen_share(scores, more))).fits
+    smaller, larger_choice = chosen
+    assert all(larger_choice[path][: len(ids)] == ids for path, ids in smaller.items())
+
+
+def ranked(row):
+    return row.sort(descending=True).values
+
+
+LARGE = {"rows": [[0.4, 0.3, 0.2, 0.1]] * 2, "size": 100_000_000}
+
+
+def test_memory_as_text_is_that_of_one_or_several_gpus():
+    scores = scored_model(**LARGE)
+    assert select_experts(scores, budget="12GB") == {"layer 0": [0, 1], "layer 1": [0, 1]}
+    assert select_experts(scores, budget="12GB") == select_experts(scores, budget=Setup(memory=12e9))
+    assert select_experts(scores, budget="80GB") == {"layer 0": [0, 1, 2, 3], "layer 1": [0, 1, 2, 3]}
+    assert select_experts(scores, budget="80GB", max_experts=1) == {"layer 0": [0], "layer 1": [0]}
+    assert select_experts(scores, budget="2x12GB") == select_experts(scores, budget="80GB")  # each has half of it
+    copies = Setup(gpus=2, memory=12e9, engine="DDP")
+    assert select_experts(scores, budget=copies) == {"layer 0": [0], "layer 1": [0]}
+    message = r"budget of 5GB does not hold the model .* take 5.6 GB, 1.6 of them for the base in bf16.* nf4 base"
+    with pytest.raises(ValueError, match=message):
+        select_experts(scores, budget="5GB")
+
+
+@pytest.mark.parametrize("kind", ["mapping", "without sizes"])
+def test_a_budget_of_memory_needs_the_models_sizes(kind):
+    scores = replace(scored_model([[0.5, 0.5]]), sizes=None) if kind == "without sizes" else {"layer": [0.5, 0.5]}
+    with pytest.raises(ValueError, match="a budget of 24GB needs the sizes of the model"):
+        select_experts(scores, budget="24GB")
+
+
+def test_a_budget_of_memory_is_one_way_of_choosing():
+    scores = scored_model([[0.5, 0.5]])
+    with pytest.raises(ValueError, match="different ways of choosing"):
+        select_experts(scores, budget="24GB", top_p=0.2)
+    with pytest.raises(ValueError, match="'24' is no memory of GPUs"):
+        select_experts(scores, budget="24")
+
+
+def test_a_config_fills_memory_with_deltas_of_its_rank():
+    scores = scored_model(**LARGE)
+    full, low = (ESFTConfig.from_scores(scores, budget="12GB", rank=rank) for rank in (None, 1))
+    assert [sum(map(len, own.target_experts.values())) for own in (full, low)] == [4, 8]
+    assert full.selection["budget"] == "12GB" and full.selection["top_p"] == pytest.approx(0.7)
+    assert low.rank == 1 and low.selection["top_p"] == 1
+    with pytest.raises(ValueError, match="for rank None, and the config has rank=2"):
+        ESFTConfig.from_scores(scores, budget=Setup(memory=12e9), rank=2)
+    with pytest.raises(ValueError, match="counts experts alone, not train_shared_experts, train_non_expert_modules"):
+        ESFTConfig.specialise(scores, budget="12GB")
 
 
 def test_random_experts_are_as_many_and_reproducible():
