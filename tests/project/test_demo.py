@@ -1,0 +1,33 @@
+"""`make demo` does what it says: `examples/demo.py` fails if one of its checks does."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from repository import ROOT
+
+
+@pytest.mark.slow
+def test_the_demo_shows_the_commands_and_every_check_holds(tmp_path):
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "examples" / "demo.py")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "FAILED" not in done.stdout
+    for command in ("peft-esft train ", "| peft-esft chat ", "/adapter sections", "peft-esft merge "):
+        assert command in done.stdout
+    last = done.stdout.strip().splitlines()[-3:]
+    assert all(line.endswith(".") for line in last) and last[0].startswith("You have seen")
+
+    told = " ".join((ROOT / "README.md").read_text().partition("The demo trains")[2].partition("## ")[0].split())
+    for name, what in (("sections", "headings"), ("help_desk", "a shop's help desk")):
+        loss = json.loads((tmp_path / "demo_output" / name / "train_report.json").read_text())["held_out_loss"]
+        before, after = map(float, re.search(rf"from (\d\.\d\d) to (\d\.\d\d) \({what}", told).groups())
+        assert before == pytest.approx(loss["before"], abs=0.02) and after == pytest.approx(loss["after"], rel=0.2)
