@@ -26,7 +26,8 @@ from peft_esft import ESFTConfig, find_experts, select_experts  # noqa: E402
 from peft_esft.cli.train_options import TrainOptions, parse  # noqa: E402
 from peft_esft.cli.training_memory import memory_of_training  # noqa: E402
 from peft_esft.interchange.base import empty_model  # noqa: E402
-from peft_esft.scoring.memory_estimate import RESERVE, ModelSizes  # noqa: E402
+from peft_esft.scoring.memory_estimate import RESERVE  # noqa: E402
+from peft_esft.scoring.model_sizes import ModelSizes  # noqa: E402
 
 
 RECIPES = ROOT / "examples" / "recipes"
@@ -91,7 +92,7 @@ def compute(own: TrainOptions, settings: SFTConfig, model: nn.Module) -> Compute
     adapted = get_peft_model(model, config)
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     tokens = settings.per_device_train_batch_size * settings.max_length
-    memory = memory_of_training(own, sizes, trained, tokens, element=2)
+    memory = memory_of_training(own, settings, sizes, trained, tokens, element=2)
     return Computed(sum(map(len, selection.values())), trained, tokens, memory)
 
 

@@ -23,7 +23,7 @@ from ..analysis.routing_callback import RoutingCallback
 from ..checkpoints import last_complete_checkpoint, save_adapter
 from ..moe.containers import find_experts
 from ..scoring.measure import score_experts
-from ..scoring.memory_estimate import ModelSizes
+from ..scoring.model_sizes import ModelSizes
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
 from ..tuner.quantization import ESFTQuantizationConfig
@@ -91,7 +91,7 @@ class Finetuning:
         model = load_model(own, settings)
         if not find_experts(model):
             raise ValueError(f"{own.model_name_or_path} is not a mixture of experts: {type(model).__name__} has none")
-        sizes = ModelSizes.of(model if own.bits is None else _without_weights(model))
+        sizes = ModelSizes.of(model)
         trainer, scores = _trainer(own, settings, rows, tokenizer, model, scores)
         return cls(own, settings, rows, sizes, trainer, scores, notes)
 
@@ -120,7 +120,7 @@ class Finetuning:
         sizes = self.sizes
         chosen = [len(ids) for ids in self.config.adapted_experts.values()]
         tokens = self.settings.per_device_train_batch_size * (self.settings.max_length or self._longest_row())
-        element = next(self.trainer.model.get_base_model().parameters()).element_size()
+        element = self.trainer.model.get_base_model().dtype.itemsize
         trained = self.num_trained
         return {
             "model": self.own.model_name_or_path,
@@ -138,7 +138,7 @@ class Finetuning:
             "rank": self.own.rank,
             "trained_parameters": trained,
             "learning_rate": self.settings.learning_rate,
-            "memory_estimate_bytes": memory_of_training(self.own, sizes, trained, tokens, element),
+            "memory_estimate_bytes": memory_of_training(self.own, self.settings, sizes, trained, tokens, element),
             "tokens_in_a_batch": tokens,
             "steps": self.steps,
             "rows_in_a_step": self.settings.train_batch_size
@@ -250,12 +250,6 @@ def load_model(own: TrainOptions, settings: SFTConfig) -> PreTrainedModel:
     if own.bits is not None:
         kwargs["quantization_config"] = ESFTQuantizationConfig(bits=own.bits)
     return AutoModelForCausalLM.from_pretrained(str(own.model_name_or_path), **kwargs)
-
-
-def _without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as its config describes it, on the meta device: weights in few bits are other tensors."""
-    with torch.device("meta"):
-        return type(model)._from_config(model.config)
 
 
 def _scores_of_file(own: TrainOptions, settings: SFTConfig) -> ExpertScores | None:
