@@ -11,7 +11,7 @@ CORE_TESTS = tests/tuner/test_plugin.py tests/tuner/test_adapters.py tests/tuner
 
 .PHONY: demo test test-slow test-oldest test-newest test-vllm contract mutation lint types docs package bench paper selection clean
 
-demo: $(VENV)/.installed ## the main job on the embedded model, in a few minutes
+demo: $(VENV)/.installed ## the main job on the embedded model, by commands, in two minutes
 	$(RUN) examples/demo.py
 
 test: $(VENV)/.installed ## the default test suite

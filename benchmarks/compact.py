@@ -2,7 +2,7 @@
 
     python benchmarks/compact.py [TASK ...]
 
-For each task an adapter is trained as in examples/demo.py, once over the fp32 base and published for the bf16 base.
+For each task an adapter is trained for 200 steps, once over the fp32 base and published for the bf16 base.
 Reported are bytes for each trained weight, the task's metrics on held-out examples, the loss on general text, and the
 share of effective weights that equal those of the fp32 deltas bit for bit.
 """
@@ -19,17 +19,14 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "tiny_moe"))
-
-from demo import train
 
 from peft_esft import ESFTConfig, ESFTLayer, score_experts
 from peft_esft.interchange import compact
 from peft_esft.ops.encodings import FORMS
 
 from reporting import versions, write_results
-from tasks import FOLDER, TASKS, batches, evaluate, general_loss, load_base, load_task
+from tasks import FOLDER, TASKS, batches, evaluate, general_loss, load_base, load_task, train
 
 
 def effective(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -56,7 +53,7 @@ def measure(task: str, folder: Path) -> list[dict[str, object]]:
     config = ESFTConfig.from_scores(scores, metric="token", top_p=0.2, task_type="CAUSAL_LM")
     model = get_peft_model(copy.deepcopy(base), config)
     with torch.enable_grad():
-        train(model, tokenizer, training, task)
+        train(model, tokenizer, training)
     model.save_pretrained(folder / "delta")
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     published = AutoModelForCausalLM.from_pretrained(FOLDER / "model", dtype=torch.bfloat16)
@@ -98,7 +95,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows += measure(task, Path(folder))
     setting = (
-        "The embedded model in bf16; adapters of examples/demo.py (experts that take 20 % of the choices, 200 steps "
+        "The embedded model in bf16; adapters (experts that take 20 % of the choices, 200 steps "
         "over the fp32 base). Rows of 64 and 192 weights share a scale; those of a large model are ten times as "
         "long."
     )

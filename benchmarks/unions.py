@@ -2,7 +2,7 @@
 
     python benchmarks/unions.py [--steps 200] [--seeds 3]
 
-Adapters of four tasks are trained as in examples/demo.py, at two learning rates; those of an earlier call are taken
+Adapters of four tasks are trained, at two learning rates; those of an earlier call are taken
 from `--adapters`. Of each pair the union is made in several ways.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import torch
@@ -77,6 +77,22 @@ def endless_batches(
     """Pass after pass over the examples, each in another order: that of the seeds from `1000 * seed` on."""
     for order in count(1000 * seed):
         yield from batches(examples, tokenizer, batch_size, seed=order)
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[tuple[str, str]],
+    steps: int = 200,
+    learning_rate: float = 1e-3,
+) -> None:
+    """Trains what is trainable of a model, by a plain loop with AdamW and a constant learning rate."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    model.train()
+    for batch in islice(endless_batches(examples, tokenizer), steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 @torch.no_grad()

@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _plain_warnings():
             check_kinds(options)
             record, text = options.run(options)
-        print(json.dumps(record, indent=1) if options.json else text, flush=True)
+        if output := json.dumps(record, indent=1) if options.json else text:
+            print(output, flush=True)
     except BrokenPipeError:
         _discard_output()
         return BROKEN_PIPE

@@ -77,10 +77,15 @@ def test_every_page_with_examples_is_run_by_a_test():
 def test_quickstart(clone, capsys, recwarn):
     namespace = _run("quickstart.md", {})
     assert namespace["after"] < 0.5 * namespace["before"]
-    assert (clone / "verses_adapter" / "adapter_model.safetensors").stat().st_size < 2.1e6
-    (shown,) = _blocks(ROOT / "docs" / "quickstart.md", "text")
+    assert (clone / "sections_adapter" / "adapter_model.safetensors").stat().st_size < 2.3e6
+    shown, trained, answered = _blocks(ROOT / "docs" / "quickstart.md", "text")
+    printed = capsys.readouterr().out
+    losses = [re.findall(r"\d\.\d\d", text.split("loss on held-out answers:")[1]) for text in (printed, trained)]
+    assert [float(loss) for loss in losses[0][:2]] == pytest.approx([float(loss) for loss in losses[1]], rel=0.1)
+    assert printed.endswith(answered)
+    answers = [line.split(" | expected: ") for line in answered.splitlines()]
+    assert len(answers) == 3 and all(answer == expected for answer, expected in answers)
     (command,) = [line for line in _blocks(ROOT / "docs" / "quickstart.md", "sh") if "peft-esft select" in line]
-    capsys.readouterr()
     assert main(shlex.split(command)[1:]) == 0
     assert capsys.readouterr().out == shown
 
