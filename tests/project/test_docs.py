@@ -31,6 +31,7 @@ ELSEWHERE = {
     "README.md": "test_examples.py",
     "analysis.md": "test_examples.py",
     "converting.md": "test_interchange_docs.py",
+    "engines.md": "test_trainers.py",
     "serving.md": "test_examples.py",
     "sharing.md": "test_interchange_docs.py",
     "tour.md": "test_tour.py",
