@@ -191,7 +191,7 @@ def test_a_training_step_waits_once_a_layer():
     assert waits_in(lambda: step(model)) <= base + model.config.num_hidden_layers
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32:UserWarning")
 def test_generate_with_a_static_cache():
     model = adapted(dtype=torch.float32, task_type="CAUSAL_LM")
     tokens = random_tokens(2, 5).to(DEVICE)
