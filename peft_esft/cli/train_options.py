@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SFTConfig]:
     if unknown := [text.partition("=")[0] for text in rest if text.startswith("--")]:
         parser.error(f"unrecognized arguments: {', '.join(unknown)}{_similar(unknown, known)}")
     if unknown := of_recipe[::2]:
-        raise ValueError(f"the recipe has keys that nothing takes: {', '.join(unknown)}{_similar(unknown, known)}")
+        raise ValueError(f"the recipe has unknown keys: {', '.join(unknown)}{_similar(unknown, known)}")
     _take_positionals(own, rest, parser)
     if settings.output_dir in (None, "trainer_output"):
         parser.error("the following arguments are required: --out (in a recipe: output_dir)")
