@@ -45,7 +45,7 @@ COMBINATIONS: dict[str, dict[str, Any]] = {
 SETTING = (
     "Embedded model, adapters of ESFT-Token with p 0.2. kept: what an adapter keeps of its gain over the base "
     "in the union, first task / second task, mean over the seeds (exact answers; French: right next tokens). sum: "
-    "both active. ties, pruned: add_weighted_adapter with half of the changes. shared: experts a layer that both "
+    "both active. ties, pruned: add_weighted_adapter with half of the changes. shared: experts per layer that both "
     "train. on the other's: share of a task's choices that fall on the experts of the other's adapter, in per cent."
 )
 

@@ -66,7 +66,7 @@ def main(results: Results, task: str, timing: Timing) -> str:
     """Task, general text, and cost of every method."""
     base = results.base(task)
     header = [
-        "method", MEASURE[METRIC[task]], "loss", "general loss", "general tokens right, %", "experts a layer",
+        "method", MEASURE[METRIC[task]], "loss", "general loss", "general tokens right, %", "experts per layer",
         "trained parameters", "saved MB", "time", "lr", "seeds",
     ]  # fmt: skip
     rows = [["base", *_quality([base]), "", "0", "", "", "", ""]]
@@ -191,7 +191,7 @@ def top_p(results: Results, task: str) -> str:
                     *_shares(results, task, records), f"{records[0]['lr']:g}", str(len(records)),
                 ]
             )  # fmt: skip
-    header = ["p", "experts a layer", "trained parameters", *_quality_header(task), *SHARES, "lr", "seeds"]
+    header = ["p", "experts per layer", "trained parameters", *_quality_header(task), *SHARES, "lr", "seeds"]
     return markdown(header, rows) if len(rows) > 1 else ""
 
 
@@ -215,7 +215,7 @@ def granularity(results: Results, task: str) -> str:
         "group size",
         "method",
         *_quality_header(task),
-        "experts a layer",
+        "experts per layer",
         *SHARES,
         "seeds",
     ]

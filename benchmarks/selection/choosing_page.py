@@ -284,7 +284,7 @@ def _share(evidence: Evidence, setting: Setting) -> float:
 
 
 def _trained_share(record: Record) -> float:
-    """Both bases have 64 experts a layer."""
+    """Both bases have 64 experts per layer."""
     experts = record["experts"]
     return 1.0 if experts is None else fmean(len(ids) / 64 for ids in experts)
 

@@ -2,7 +2,7 @@
 
 usage: benchmark.py [--rounds 7] [--hidden 512]      (in vLLM's environment)
 
-A random OLMoE is built, and adapters of 8 of 64 experts a layer. Every engine has its own process and waits while
+A random OLMoE is built, and adapters of 8 of 64 experts per layer. Every engine has its own process and waits while
 another one is measured. Each round measures all of them once, so that load from elsewhere hits all alike. CPU time
 hardly depends on that load if OMP_NUM_THREADS is 1; with more threads their waiting counts too.
 """

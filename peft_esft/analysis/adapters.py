@@ -150,7 +150,7 @@ def _deltas(adapter: AdapterFolder, selection: Selection) -> Iterator[tuple[str,
         return
     folder = _folder_of_base(adapter.config)
     if folder is None:
-        raise FileNotFoundError(f"the base of {adapter.folder} is no folder of a model on this machine")
+        raise FileNotFoundError(f"the base of {adapter.folder} is not a folder of a model on this machine")
     base = Base(folder)
     for change in adapter.changes(base):
         if change.container.path in selection:

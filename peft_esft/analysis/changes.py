@@ -13,7 +13,7 @@ from ..scoring.scores import ExpertScores
 from ..tuner.layers.layer import ESFTLayer
 
 
-TINY = 1e-300  # divides in the place of 0
+TINY = 1e-300  # the divisor instead of 0
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ConflictReport:
 
     @property
     def shared_per_layer(self) -> float:
-        """Shared experts a container, on average."""
+        """Shared experts per experts module, on average."""
         return len(self.shared) / max(1, self.num_layers)
 
     def __str__(self) -> str:

@@ -109,7 +109,7 @@ class Dispersion:
 
     def __str__(self) -> str:
         of = "choices" if self.metric == "token" else "gate mass"
-        lines = [f"share of {of}   experts a layer (mean, fewest to most)   uniform"]
+        lines = [f"share of {of}   experts per layer (mean, fewest to most) uniform"]
         for share in SHARES:
             counts = [layer.experts_for(share) for layer in self.layers.values()]
             spread = f"{fmean(counts):.1f} ({min(counts)} to {max(counts)})"

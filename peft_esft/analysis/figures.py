@@ -109,8 +109,8 @@ def shares_plot(name: str, scores: ExpertScores, metric: Metric, share: float) -
     )
     return Plot(
         name=f"shares_{metric}_{_file_name(name)}",
-        title=f"{name}: {mean:.1f} of {result.num_experts:.0f} experts a layer take {share:.0%} of the {OF[metric]}; "
-        f"expert {layer.expert_ids[0]} of layer {label} alone takes {layer.top_share(1):.0%}",
+        title=f"{name}: {mean:.1f} of {result.num_experts:.0f} experts per layer take {share:.0%} of the {OF[metric]};"
+        f" expert {layer.expert_ids[0]} of layer {label} alone takes {layer.top_share(1):.0%}",
         caption=f"Each expert's share of its layer's {OF[metric]} (bright: large; the scale ends at the 99.5th "
         f"percentile). The dots mark the experts that together take {share:.0%}.",
         header=("container", "expert", "share", "marked"),
@@ -136,7 +136,7 @@ def overlap_plot(result: Overlap) -> Plot:
     noise = f"two halves of one task {_span(known, '.2f')}, " if known else ""
     return Plot(
         name="overlap",
-        title=f"Of their {top_k:g} most used experts a layer, {_two(result.tasks, 'tasks')} share "
+        title=f"Of their {top_k:g} most used experts per layer, {_two(result.tasks, 'tasks')} share "
         f"{_span(pairs, '.2f')}; {noise}chance {result.chance:.2f}",
         caption=f"Shared experts among the {top_k:g} most used, mean over the layers. The diagonal compares two "
         "disjoint halves of a task's own samples: less than that from another task may be noise."
@@ -233,7 +233,7 @@ def granularity_plot(result: Granularity) -> Plot:
 
     return Plot(
         name="granularity",
-        title=f"Experts in groups of {result.points[-1].size} must train {means[-1]:.1f} experts a layer for what "
+        title=f"Experts in groups of {result.points[-1].size} must train {means[-1]:.1f} experts per layer for what "
         f"{means[0]:.1f} do in groups of {result.points[0].size}; random groups {random[-1]:.1f}",
         caption=f"Experts to train for {result.top_p:.0%} of a layer's {OF[result.metric]}, mean over the layers. "
         "Thick line: groups of experts that are chosen together, mean over the tasks (thin lines). Broken line: "
@@ -273,7 +273,7 @@ def selection_plot(name: str, record: AdapterRecord) -> Plot:
 
     counts = [len(ids) for ids in record.selection.values()]
     of = f" of {max(record.num_experts.values())}" if record.num_experts.keys() == record.selection.keys() else ""
-    title = f"{name} trains {record.mean_experts:.1f}{of} experts a layer ({_span(counts, 'd')})"
+    title = f"{name} trains {record.mean_experts:.1f}{of} experts per layer ({_span(counts, 'd')})"
     if moved:
         label = layer_labels(list(cells))[list(cells).index(furthest)]
         title += f"; expert {expert} of layer {label} moved furthest ({value:.2g})"

@@ -1,4 +1,4 @@
-"""Binds experts into groups, and measures what coarser experts would cost (arXiv 2407.01906, section 5.4)."""
+"""Joins experts into groups, and measures what coarser experts would cost (arXiv 2407.01906, section 5.4)."""
 
 from __future__ import annotations
 
@@ -175,13 +175,13 @@ def similarity(counts: Tensor) -> Tensor:
 
 
 def group_experts(counts: Mapping[str, Tensor], size: int) -> Groups:
-    """Binds the experts of each container into groups of those that are chosen together.
+    """Joins the experts of each container into groups of those that are chosen together.
 
     Similarity is the cosine of the rows of the co-occurrence matrix, with its diagonal: on the embedded model, groups
-    bound without it make a worse coarse model (docs/analysis.md). Groups are bound greedily by mean pairwise
+    bound without it make a worse coarse model (docs/analysis.md). Groups are joined greedily by mean pairwise
     similarity, as in arXiv 2407.01906, section 5.4. A group grows from the most similar pair of free experts by the
     free expert with the highest mean similarity to it. Comparing all groups of 4 instead costs the same to within 0.1
-    experts a layer on DeepSeek-V2-Lite's routing.
+    experts per layer on DeepSeek-V2-Lite's routing.
 
     Args:
         counts: from `co_occurrence`, `{path: [E, E]}`.
@@ -198,7 +198,7 @@ def group_experts(counts: Mapping[str, Tensor], size: int) -> Groups:
 
 
 def random_groups(num_experts: Mapping[str, int], size: int, *, seed: int) -> Groups:
-    """Binds experts into groups at random, to compare with.
+    """Joins experts into groups at random, to compare with.
 
     Args:
         num_experts: number of experts of each container.

@@ -106,7 +106,7 @@ def _collect(subject: Any) -> tuple[dict[str, ExpertScores], dict[str, AdapterRe
         elif isinstance(item, str | Path):
             _add(tasks, name or _name_of_path(Path(item)), ExpertScores.load(item))
         else:
-            raise ValueError(f"a report is on scores or adapters, and {type(item).__name__} is neither")
+            raise ValueError(f"report takes scores and adapters; {type(item).__name__} is neither")
     return tasks, adapters
 
 
@@ -209,7 +209,7 @@ def _dispersion_section(
 
 
 def _cost_section(tasks: Mapping[str, ExpertScores]) -> Section:
-    header = ["selection by token", "experts a layer", "parameters", "of the experts'", "MB in fp32", "MB in bf16"]
+    header = ["selection by token", "experts per layer", "parameters", "of the experts'", "MB in fp32", "MB in bf16"]
     rows = [
         [
             f"{name}, top_p {preview.top_p:g}",
@@ -226,7 +226,7 @@ def _cost_section(tasks: Mapping[str, ExpertScores]) -> Section:
 
 
 def _adapter_section(adapters: Mapping[str, AdapterRecord]) -> Section:
-    header = ["adapter", "base", "layers", "experts a layer", "trained weights", "MB"]
+    header = ["adapter", "base", "layers", "experts per layer", "trained weights", "MB"]
     rows = [
         [
             name,

@@ -30,8 +30,8 @@ class SampleFile:
         ending = path.suffix.lower()
         if ending in TABLES + PICKLES + PACKED:
             remedy = "unpack it first" if ending in PACKED else CONVERT
-            problem = f"{path} is a {ending} file, whose lines are no samples"
-            raise ValueError(f"{problem}: {remedy}; or give a text file, a sample a line")
+            problem = f"{path} is a {ending} file, whose lines are not samples"
+            raise ValueError(f"{problem}: {remedy}; or give a text file with one sample per line")
         self._path, self._is_json = path, ending in (".jsonl", ".ndjson")
         self._number = 0  # of the line that was read last
         try:

@@ -69,5 +69,5 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
 
 def _at_least_1(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
     return int(text)

@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SFTConfig]:
     if unknown := [text.partition("=")[0] for text in rest if text.startswith("--")]:
         parser.error(f"unrecognized arguments: {', '.join(unknown)}{_similar(unknown, known)}")
     if unknown := of_recipe[::2]:
-        raise ValueError(f"the recipe has keys that nothing takes: {', '.join(unknown)}{_similar(unknown, known)}")
+        raise ValueError(f"the recipe has unknown keys: {', '.join(unknown)}{_similar(unknown, known)}")
     _take_positionals(own, rest, parser)
     own.budget = read_budget(own.budget)
     if isinstance(own.budget, str):

@@ -128,7 +128,7 @@ def _load(data: str, config: str | None) -> Mapping[str, Any]:
         return load_dataset(data, config)
     except Exception as error:  # the Hub's, and those of a dataset's own files
         reason = _first_line(error)
-        raise ValueError(f"{data!r} is no file or folder here, and not read as a dataset: {reason}") from error
+        raise ValueError(f"{data!r} is not a file or folder, and cannot be read as a dataset: {reason}") from error
 
 
 def _builder_of(path: Path) -> str:
@@ -137,7 +137,7 @@ def _builder_of(path: Path) -> str:
         endings.pop()
     builder = BUILDERS.get(endings[-1]) if endings else None
     if builder is None:
-        raise ValueError(f"{path} is not one of {', '.join(BUILDERS)}; nothing says how to read it")
+        raise ValueError(f"{path} is not one of {', '.join(BUILDERS)}; its format is not known")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     return builder

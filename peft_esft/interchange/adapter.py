@@ -183,7 +183,7 @@ def read_config(folder: Path) -> ESFTConfig:
     content = read_json(folder / CONFIG_NAME)
     if not isinstance(content, dict) or content.get("peft_type") != "ESFT":
         kind = content.get("peft_type") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{folder} is no ESFT adapter: its peft_type is {str(kind)[:100]!r}")
+        raise ValueError(f"{folder} is not an ESFT adapter: its peft_type is {str(kind)[:100]!r}")
     known = inspect.signature(ESFTConfig).parameters
     try:
         return ESFTConfig(**{name: value for name, value in content.items() if name in known})

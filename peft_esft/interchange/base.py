@@ -124,7 +124,7 @@ class Base:
             if isinstance(quantised, dict) and quantised.get("quant_method") == QUANTIZATION:
                 raise NotImplementedError(
                     f"the experts of {model} are quantised. Use the checkpoint that it was made from: adapters "
-                    "that were trained over the one belong to the other too. In memory, merge_and_unload() keeps the "
+                    "that were trained over the quantised one fit it too. In memory, merge_and_unload() keeps the "
                     "merged experts in full precision, and save_pretrained writes them so"
                 )
         self.experts = find_experts(self.model)

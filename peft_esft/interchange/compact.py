@@ -57,7 +57,7 @@ def compact(
     if base is None and form == "rows":
         base = adapter.config.base_model_name_or_path
         if base is None or not Path(base).is_dir():
-            raise ValueError(f"form 'rows' needs the base's weights, and {base!r} is no folder: give base=...")
+            raise ValueError(f"form 'rows' needs the base's weights, and {base!r} is not a folder: pass base=...")
     if base is None:
         adapter.check_alone()
     else:

@@ -91,8 +91,7 @@ def _warn_of_quantised_training(adapter: AdapterFolder) -> None:
     if forms:
         warnings.warn(
             f"the adapter was trained over experts in {', '.join(forms)}, and is merged into experts in full "
-            "precision. Its deltas are the same numbers; what it learned against the error of quantising goes with "
-            "them",
+            "precision. Its deltas stay the same, with what they learned to correct the error of quantising",
             stacklevel=3,
         )
 
@@ -126,7 +125,7 @@ def _whole_modules(base: Base, adapter: AdapterFolder, *, untie: bool) -> dict[s
             whole[_stored_key(base, name)] = key
             continue
         if len(sources) != 1 or sources[0].pattern is not None:
-            raise ValueError(f"{key} is no weight that the base's checkpoint stores as it is, so it cannot be merged")
+            raise ValueError(f"{key} cannot be merged: the base's checkpoint does not store it as one weight")
         whole[sources[0].key] = key
         shape, base_shape = adapter.files.entries[key].shape, base.files.entries[sources[0].key].shape
         if shape != base_shape:

@@ -94,7 +94,7 @@ def export_official(adapter_dir: str | Path, base: nn.Module | str | Path, out_d
     resolved = Base(base)
     adapter = AdapterFolder(adapter_dir).fitted_to(resolved)
     if adapter.other_tensors():
-        raise ValueError(f"the original code's files have no place for modules_to_save: {adapter.other_tensors()[:4]}")
+        raise ValueError(f"the original code's files cannot hold modules_to_save: {adapter.other_tensors()[:4]}")
     changes = adapter.changes(resolved)
     selection = {c.container.path: c.expert_ids for c in changes if c.container.path in resolved.experts}
     cfg = expert_cfg_from_selection(
@@ -134,7 +134,7 @@ def _keys_of_base(files: TensorFolder, base: Base) -> dict[str, str]:
         source = base.keys.source(key)
         name = known.get((source.parameter, source.pattern, source.expert)) if source is not None else None
         if name is None:
-            problems.append(f"{key} is no weight of {type(base.model).__name__}{_hint(key, base)}")
+            problems.append(f"{key} is not a weight of {type(base.model).__name__}{_hint(key, base)}")
         elif name in names:
             problems.append(f"{key} and {names[name]} are the same weight")
         else:

@@ -41,5 +41,5 @@ def local_folder(
     except OSError as error:
         at = "" if revision is None else f" at revision {revision}"
         raise FileNotFoundError(
-            f"{name} is no folder, and no repository of that name{at} is in the cache or can be downloaded: {error}"
+            f"{name} is not a folder, and no repository of that name{at} is in the cache or can be downloaded: {error}"
         ) from error

@@ -57,7 +57,7 @@ def text_batches(
     if isinstance(data, str):
         raise ValueError("data is a single string, whose samples would be its characters; give a list of texts")
     if isinstance(data, Mapping):
-        what = f"data is a {type(data).__name__} of {list(data)}, which is no sequence of samples"
+        what = f"data is a {type(data).__name__} of {list(data)}, which is not a sequence of samples"
         raise ValueError(f"{what}; give one of its splits, or a list of rows")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:
@@ -219,8 +219,8 @@ def _encode_answers(
     ids, marks = encoded["input_ids"][:max_length], encoded["assistant_masks"][:max_length]
     if not any(encoded["assistant_masks"]):
         raise RowError(
-            "no token of its messages is marked as an answer: it has no assistant's message, or the chat template no "
-            "{% generation %} marks. Give rows with prompt and completion"
+            "no token of its messages is marked as an answer: it has no assistant message, or the chat template has "
+            "no {% generation %} marks. Give rows with prompt and completion"
         )
     return ids, [token if mark else IGNORED_LABEL for token, mark in zip(ids, marks, strict=True)]
 

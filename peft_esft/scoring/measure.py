@@ -203,12 +203,14 @@ def score_experts(
     scores = reduce(operator.add, share.gather(scores))
     # From here on, all processes see the same scores, so all refuse them or none does.
     if scores.num_tokens == 0:
-        raise ValueError("the batches hold no token that counts; check that there are any, attention_mask and labels")
+        raise ValueError(
+            "no token of the batches counts; check that there are any, and their attention_mask and labels"
+        )
     broken = [path for path, own in scores.containers.items() if not math.isfinite(sum(own.gate_weight_sum or [0.0]))]
     if broken:
         raise ValueError(
             f"the routing weights in {len(broken)} of {len(scores.containers)} containers, the first of them "
-            f"{broken[0]}, are NaN or infinite for some tokens, so nothing can be said of these. In fp16 an overflow "
+            f"{broken[0]}, are NaN or infinite for some tokens, so these cannot be scored. In fp16 an overflow "
             "is likely: score the model in bf16 or fp32. Otherwise look for NaN in its weights and in the batches"
         )
     return scores
@@ -323,12 +325,12 @@ class _Counter:
         stream = self._streams.get(self._stream_name(path))
         if stream is not None and stream.sample_of_token.shape[0] == num_tokens:
             return stream
-        # Tokens that are not the text's: an image's, for example. All of them count if it is clear whose they are.
+        # Tokens that are not the text's: an image's, for example. All of them count if their samples are known.
         batch_size = 1 if self._batch_size == 1 else routing.batch_size
         if batch_size != self._batch_size or (stream is not None and not stream.counts_all):
             raise ValueError(
                 f"{path} sees {num_tokens} tokens of a batch of {self._batch_size} samples, which are not those of "
-                "input_ids; whose they are is not known. Score such data in batches of one sample, without padding"
+                "input_ids, so their samples are not known. Use batches of one sample, without padding"
             )
         if num_tokens not in self._other_streams:
             stands_for_text = not self._streams and not self._other_streams
@@ -343,8 +345,8 @@ class _Counter:
         stream = self._streams[self._stream_name(path)]
         if not stream.counts_all or (self.averaging == "sample" and len(stream.lengths) > 1):
             raise ValueError(
-                f"the router of {path} returns no choice of experts, so how many tokens each expert gets can be seen, "
-                "but not which. Score in batches of one sample, of which all tokens count; with averaging='token' "
+                f"the router of {path} does not return its choices: the number of tokens of each expert is known, but "
+                "not which tokens. Use batches of one sample in which all tokens count; with averaging='token', "
                 "batches may be larger"
             )
         return stream

@@ -75,7 +75,7 @@ def preview_selections(
 
 def format_previews(previews: Sequence[SelectionPreview]) -> str:
     """Writes previews as a table in plain text."""
-    lines = ["top_p   experts a container   parameters      share   adapter fp32 / bf16"]
+    lines = ["top_p   experts per layer     parameters      share   adapter fp32 / bf16"]
     for preview in previews:
         spread = f"{preview.mean:.1f} ({preview.fewest} to {preview.most})"
         sizes = " / ".join(f"{size:.1f} MB" for size in preview.megabytes.values())

@@ -226,8 +226,8 @@ def _counts_by_budget(
     left -= sum(counts[path] * sizes[path] for path in rows)
     if left < 0:
         raise ValueError(
-            f"budget={budget} of the experts' parameters does not hold {sum(counts.values())} experts, the least "
-            "number of every container together"
+            f"budget={budget} of the experts' parameters is less than {sum(counts.values())} experts, the smallest "
+            "number that min_experts allows"
         )
     candidates = [
         (-score, rank, path)
@@ -260,7 +260,7 @@ def _warn_of_odd_sums(rows: Mapping[str, Tensor], counts: Mapping[str, int], top
         warnings.warn(
             f"the gates of {len(renormalised)} of {len(rows)} containers sum to 1 or more, as those of routers that "
             f"renormalise them: top_p={top_p}, which the paper chose for gates that sum to 0.26 to 0.53, keeps "
-            f"{mean:.1f} experts a container on average. metric='token' with top_p=0.2 carries over to every router, "
+            f"{mean:.1f} experts per layer on average. metric='token' with top_p=0.2 works for every router, "
             "and metric='gate_share' takes top_p as a share of each layer's gates.",
             stacklevel=3,
         )

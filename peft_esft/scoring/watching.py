@@ -24,7 +24,9 @@ SeeExpertCall = Callable[[ExpertsContainer, int, int], None]
 
 
 def _refuse_expert_call(container: ExpertsContainer, expert_id: int, num_tokens: int) -> None:
-    raise ValueError(f"the router of {container.path} returns no choice of experts, so its tokens' cannot be seen")
+    raise ValueError(
+        f"the router of {container.path} does not return its choices, so its tokens' experts are not known"
+    )
 
 
 @contextmanager
@@ -89,7 +91,7 @@ def run_batches(
     def see_counted(container: ExpertsContainer, path: str, routing: Routing) -> None:
         length = routing.top_k_index.shape[0]
         if list(streams) != ["text"] or streams["text"].sample_of_token.shape[0] != length:
-            raise ValueError(f"{path} sees {length} tokens, and it is not sure that they are those of input_ids")
+            raise ValueError(f"{path} sees {length} tokens, which may not be those of input_ids")
         see(container.path, routing, streams["text"].on(routing.top_k_index.device)[0] >= 0)
 
     with watching_routing(model, containers, see_counted):

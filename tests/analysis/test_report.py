@@ -67,7 +67,7 @@ def test_titles_say_what_is_seen(golden_report):
         "needs 12.8"
     )
     assert "intent and translation share 0.92; two halves of one task 5.58 to 5.65, chance 0.56" in titles[5]
-    assert titles[7].startswith("Experts in groups of 8 must train 8.3 experts a layer for what 4.0 do")
+    assert titles[7].startswith("Experts in groups of 8 must train 8.3 experts per layer for what 4.0 do")
 
 
 def test_the_table_has_the_known_numbers(golden_report):
@@ -161,7 +161,7 @@ def test_adapters_of_a_model_and_their_folders(adapters, tmp_path):
     model, folder = adapters
     page = Page(report(model, tmp_path / "model.html").read_text())
     assert page.ids == ["selection_law", "selection_intent", "adapter_overlap"]
-    assert page.headings[0].startswith("law trains 3.0 of 8 experts a layer (3)")
+    assert page.headings[0].startswith("law trains 3.0 of 8 experts per layer (3)")
     trained = sum(p.numel() for n, p in model.named_parameters() if "esft_" in n and n.endswith(".law"))
     assert f"{trained:,}" in page.cells
     assert page.headings[2] == "Of the experts that law and intent train, both train 25%"
@@ -240,7 +240,7 @@ def test_experts_are_counted_by_the_config_then_by_the_base(tmp_path):
         assert read_adapter(tmp_path / "a").num_experts == ({path: container.num_experts} if known else {})
         page = Page(report(tmp_path / "a", tmp_path / "r.html").read_text())
         of = f" of {container.num_experts}" if known else ""
-        assert page.headings[0].startswith(f"a trains 1.0{of} experts a layer (1)")
+        assert page.headings[0].startswith(f"a trains 1.0{of} experts per layer (1)")
 
 
 def test_adapters_of_shared_experts_alone_have_a_row_and_no_figure(stored, tmp_path):
@@ -266,7 +266,7 @@ def test_layers_that_options_leave_out_hide_no_change(tmp_path):
 def test_a_selection_without_weights_is_shown(tmp_path):
     ESFTConfig(target_experts={"0": [3, 1], "1": [2]}).save_pretrained(str(tmp_path / "chosen"))
     text = report(tmp_path / "chosen", tmp_path / "r.html").read_text()
-    assert Page(text).headings[0] == "chosen trains 1.5 experts a layer (1 to 2)"
+    assert Page(text).headings[0] == "chosen trains 1.5 experts per layer (1 to 2)"
     assert "how far they moved is not known without their weights" in text
 
 
@@ -285,14 +285,14 @@ def test_what_cannot_be_reported_is_refused(tiny_scores, tmp_path, capsys):
     for subject, message in (
         ([], "nothing to report"),
         (torch.nn.Linear(1, 1), "no ESFT adapter"),
-        (3, "int is neither"),
+        (3, "report takes scores and adapters; int is neither"),
         ({"a": tiny_scores, "b": golden.scores_of_counts({"x": [1, 2]})}, "different models"),
     ):
         with pytest.raises(ValueError, match=message):
             report(subject, tmp_path / "r.html")
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(ValueError, match="no ESFT adapter: its peft_type is 'LORA'"):
+    with pytest.raises(ValueError, match="not an ESFT adapter: its peft_type is 'LORA'"):
         report(tmp_path / "lora", tmp_path / "r.html")
     assert main(["report", str(tmp_path / "missing.json")]) == 1
     assert "missing.json" in capsys.readouterr().err

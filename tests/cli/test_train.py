@@ -168,7 +168,7 @@ def test_help_names_the_options(capsys):
 def test_a_recipe_with_an_unknown_key_is_refused(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text("model_name_or_path: M\ndataset_name: D\noutput_dir: y\ntop_q: 0.1\n")
     assert main(["train", "--config", str(tmp_path / "r.yaml")]) == 1
-    assert "keys that nothing takes: --top_q; did you mean --top_p?" in capsys.readouterr().err
+    assert "unknown keys: --top_q; did you mean --top_p?" in capsys.readouterr().err
 
 
 FILES = {
@@ -226,7 +226,7 @@ def test_rows_that_name_their_split(tmp_path):
         ("a.jsonl", '{"messages": "hi"}\n' * 2, [], "expected a list of {role, content}"),
         ("a.jsonl", '{"text": "x"}\nnonsense', [], "cannot be read"),
         ("a.jsonl", "", [], "is empty"),
-        ("a.pdf", "x", [], "nothing says how to read it"),
+        ("a.pdf", "x", [], "its format is not known"),
         ("a.jsonl", '{"text": "x"}\n' * 2, ["prompt=question"], "has no column 'question'; it has text"),
         ("a.jsonl", '{"text": "x"}\n' * 2, ["question"], "expected KIND=COLUMN"),
         ("a.csv", "body,n\nx,1\ny,2\n", ["text=n"], "text is 1; expected a text"),

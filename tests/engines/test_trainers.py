@@ -206,9 +206,9 @@ def test_the_recipes_of_the_page_run(tmp_path, monkeypatch):
         "pairs": text_rows("prompt", "chosen", "rejected"),
         "tokenizer": tokenizer(),
     }
-    page = (ROOT / "docs" / "training.md").read_text()
-    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
-        exec(compile(block, "training.md", "exec"), namespace)
+    for page in ("training.md", "engines.md"):
+        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL):
+            exec(compile(block, page, "exec"), namespace)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert (tmp_path / "sft" / "adapter_model.safetensors").exists()
     assert "ref" in namespace["trainer"].model.peft_config

@@ -81,7 +81,7 @@ def test_names_on_the_hub(folder, hub, tmp_path):
 
 def test_what_is_not_there(folder, hub, tmp_path):
     hub(folder / "base", "someone/base", "b" * 40, "main")
-    with pytest.raises(FileNotFoundError, match="someone/model is no folder, and no repository of that name is"):
+    with pytest.raises(FileNotFoundError, match="someone/model is not a folder, and no repository of that name is"):
         merge_checkpoint("someone/model", folder / "adapter", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="of that name at revision v3 is in the cache"):
         merge_checkpoint("someone/base", folder / "adapter", tmp_path / "out", revision="v3")

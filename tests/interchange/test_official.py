@@ -261,15 +261,15 @@ def break_shared(tensors, cfg):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (break_off_by_one, r"layers\.2\.mlp.* is no weight of DeepseekV2ForCausalLM .*off by one"),
+        (break_off_by_one, r"layers\.2\.mlp.* is not a weight of DeepseekV2ForCausalLM .*off by one"),
         (break_layer, "layer 2 has no experts container"),
         (break_dense_layer, "layer 0 has no experts container"),
-        (break_expert, r"experts\.8\.\w+\.weight is no weight of"),
+        (break_expert, r"experts\.8\.\w+\.weight is not a weight of"),
         (break_selection, r"layers\.1\.mlp\.experts has 8 experts .*there are none of id \[9\]"),
         (break_unselected, r"experts\.6\.\w+\.weight is not selected"),
         (break_missing, r"experts\.6\.up_proj\.weight is missing"),
         (break_shape, r"down_proj\.weight has the shape \[24, 32\], the base's is \[32, 24\]"),
-        (break_name, "gates.weight is no weight of"),
+        (break_name, "gates.weight is not a weight of"),
         (break_nan, "not all finite"),
         (break_flag, "\"shared_experts\" is 'yes'"),
         (break_twice, "are the same weight"),

@@ -240,9 +240,9 @@ def test_bad_input_is_refused(tmp_path):
         score_experts(model, [batch], averaging="mean")
     with pytest.raises(ValueError, match="max_tokens is 0"):
         score_experts(model, [batch], max_tokens=0)
-    with pytest.raises(ValueError, match="no token that counts"):
+    with pytest.raises(ValueError, match="no token of the batches counts"):
         score_experts(model, [], progress=False)
-    with pytest.raises(ValueError, match="no token that counts"):
+    with pytest.raises(ValueError, match="no token of the batches counts"):
         score_experts(model, [{**batch, "attention_mask": torch.zeros(2, 12)}], progress=False)
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         score_experts(model, [{"pixels": batch["input_ids"]}], progress=False)

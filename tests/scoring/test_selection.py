@@ -70,7 +70,7 @@ def test_recorded_scores_are_read_by_the_metric_and_sized_by_their_experts():
     assert select_experts(scores, top_p=0.75, metric="gate_share") == {"small": [1, 0], "large": [2]}
     # Half of 36 parameters: one large expert and all small ones; a second large one would be too much.
     assert select_experts(scores, budget=0.5) == {"small": [0, 1, 2], "large": [0]}
-    with pytest.raises(ValueError, match="does not hold 2 experts"):
+    with pytest.raises(ValueError, match="is less than 2 experts"):
         select_experts(scores, budget=0.3)
 
 
@@ -135,7 +135,7 @@ def test_a_budget_is_kept_and_spent_on_the_highest_scores(rows, percent, least):
     scores = {f"layer {number}": [value / sum(row) for value in row] for number, row in enumerate(rows)}
     total = sum(map(len, rows))
     if sum(min(least, len(row)) for row in rows) > percent / 100 * total * (1 + 1e-9):
-        with pytest.raises(ValueError, match="does not hold"):
+        with pytest.raises(ValueError, match="is less than"):
             select_experts(scores, budget=percent / 100, min_experts=least)
         return
     selection = select_experts(scores, budget=percent / 100, min_experts=least)
@@ -272,7 +272,7 @@ def test_renormalised_gates_are_pointed_out_with_the_numbers():
         ({"a": [0.5, 0.5]}, {"top_p": 0.2, "top_k": 3}, "'top_p': 0.2, 'top_k': 3} are different ways of choosing"),
         ({"a": [0.5, 0.5]}, {"budget": 0.2, "top_k": 3}, "'top_k': 3, 'budget': 0.2} are different ways of choosing"),
         ({"a": [0.5, 0.5]}, {"budget": 2}, "budget is 2"),
-        ({"a": [0.5, 0.5]}, {"budget": 0.4}, "does not hold 1 experts"),
+        ({"a": [0.5, 0.5]}, {"budget": 0.4}, "is less than 1 experts"),
         ({"a": [0.5, 0.5]}, {"top_k": 0}, "top_k is 0"),
         ({"a": [0.5, 0.5]}, {"min_experts": 0}, "min_experts is 0"),
         ({"a": [0.5, 0.5]}, {"max_experts": 0}, "max_experts is 0"),
