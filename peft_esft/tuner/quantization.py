@@ -62,7 +62,7 @@ class ESFTQuantizationConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method: Any = QUANTIZATION
         self.bits, self.quant_type = bits, quant_type
-        self.keep = {str(key): [int(expert) for expert in ids] for key, ids in (keep or {}).items()}
+        self.keep = _checked_keep(keep or {})
         self.linears = BitsAndBytesConfig.from_dict(linears) if isinstance(linears, dict) else linears
         encoder(bits, quant_type)  # refuses unknown ones
 
@@ -75,6 +75,13 @@ class ESFTQuantizationConfig(QuantizationConfigMixin):
         """The config as it is written to `config.json`."""
         own = {name: copy.deepcopy(value) for name, value in vars(self).items() if name != "linears"}
         return own | ({} if self.linears is None else {"linears": self.linears.to_dict()})
+
+
+def _checked_keep(keep: Any) -> dict[str, list[int]]:
+    """A copy of `keep`, which may come from a file."""
+    if not isinstance(keep, Mapping) or any(isinstance(ids, str | int) for ids in keep.values()):
+        raise ValueError(f"keep is {keep!r}; expected {{module path or layer index: expert ids}}")
+    return {str(key): [int(expert) for expert in ids] for key, ids in keep.items()}
 
 
 def quantize_experts(
@@ -204,6 +211,15 @@ def _check_readable(name: str, container: ExpertsContainer, weight: StackedWeigh
         )
     if not parameter.is_floating_point():
         raise NotImplementedError(f"{name} has dtype {parameter.dtype}: it is quantised already")
+    if not is_loading and (refusals := _not_finite(name, cast(Tensor, weight.whole(container.module)))):
+        raise ValueError(refusals[0])
+
+
+def _not_finite(name: str, rows: Tensor) -> list[str]:
+    """What to say of experts `[E, ...]` with values that are no numbers: one such would spoil a block or a row."""
+    if all(bool(row.isfinite().all()) for row in rows.detach()):
+        return []
+    return [f"{name} has values that are not finite, and cannot be quantised: the model is damaged"]
 
 
 def _matrices(container: ExpertsContainer) -> list[StackedWeight]:
@@ -248,6 +264,7 @@ class _Quantize(ConversionOps):
                 continue
             container, weight, kept = quantizer.pending.pop(path)
             rows = (value[0] if isinstance(value, list) else value)[: weight.num_experts]
+            quantizer.refusals += _not_finite(path, rows)
             quantizer.place(container, weight, StoredRows.encoded(quantizer.quantization_config.format, rows, kept))
             if missing_keys is not None:
                 missing_keys.discard(path)
@@ -285,6 +302,7 @@ class ESFTQuantizer(HfQuantizer):
         self.linears: Any = inner
         self.pending: dict[str, tuple[ExpertsContainer, StackedWeight, list[int]]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self.refusals: list[str] = []  # raised at the end, as transformers only logs what a conversion raises
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values() and not self.pre_quantized:
@@ -312,6 +330,8 @@ class ESFTQuantizer(HfQuantizer):
             self.linears._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.refusals:
+            raise ValueError(self.refusals[0])
         if self.pending:
             raise ValueError(
                 f"the checkpoint has no experts' weights {sorted(self.pending)[:3]}, so none were quantised"
@@ -423,6 +443,8 @@ def _check_loaded(path: str, stored: StoredRows) -> None:
             raise ValueError(f"the checkpoint has no {path}.{name}: it is not one of this config's quantised experts")
         if parameter.is_floating_point() and not parameter.isfinite().all():
             raise ValueError(f"{path}.{name} has values that are not finite: the checkpoint is damaged")
+        if name == "scales" and (parameter < 0).any():
+            raise ValueError(f"{path}.{name} has negative scales: the checkpoint is damaged")
 
 
 def _join_kept(container: ExpertsContainer) -> list[int]:
