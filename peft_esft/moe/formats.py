@@ -30,8 +30,8 @@ class Format(Protocol):
         """The matrix of an expert, a new tensor of a shape and dtype."""
 
 
-class Encoder(Format, Protocol):
-    """A form that experts in full precision can be brought to."""
+class Loadable(Format, Protocol):
+    """A form that a checkpoint can have its experts in."""
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         """Dtype and shape of each tensor.
@@ -39,7 +39,14 @@ class Encoder(Format, Protocol):
         Args:
             shape: of the weight, `[E, out, in]`.
             dtype: of the matrices.
+
+        Raises:
+            ValueError: if such a weight cannot be kept in the form.
         """
+
+
+class Encoder(Loadable, Protocol):
+    """A form that experts in full precision can be brought to."""
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """The tensors of one expert, without the dimension of the experts."""
@@ -130,26 +137,52 @@ class BlockFP8:
         return matrix
 
 
+@dataclass(frozen=True)
+class MXFP4:
+    """MXFP4 of gpt-oss' checkpoints: two 4-bit floats in a byte, and the exponent of a power of two for 32 of them.
+
+    The weights are `[E, in, out]`. The codes, "blocks" in the checkpoint, are `[E, out, in / 32, 16]`.
+    """
+
+    name: str = "mxfp4"
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+        experts, width, out = shape
+        if width % 32:
+            raise ValueError(f"MXFP4 has blocks of 32 weights, of which matrices {list(shape[1:])} are no multiple")
+        blocks = (experts, out, width // 32)
+        return {"codes": (torch.uint8, (*blocks, 16)), "scales": (torch.uint8, blocks)}
+
+    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        codes, scales = tensors["codes"][expert, None], tensors["scales"][expert, None]
+        matrix: Tensor = convert_moe_packed_tensors(codes, scales, dtype=dtype)[0]
+        return matrix
+
+
 ENCODERS: dict[str, Encoder] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": Int8()}
 """The forms that `quantize_experts` can bring experts to."""
 
 
-def encoder(bits: int, quant_type: str) -> Encoder:
+def form_of(bits: int, quant_type: str) -> Loadable:
     """The form for a number of bits.
 
     Args:
         bits: 4 or 8.
-        quant_type: "nf4" or "fp4", of 4 bits.
+        quant_type: "nf4", "fp4" or "mxfp4", of 4 bits.
 
     Raises:
         ValueError: if there is none.
     """
-    name = quant_type if bits == 4 else "int8"
-    if bits not in (4, 8) or quant_type not in ("nf4", "fp4"):
+    known = ("nf4", "fp4", "mxfp4")
+    if bits not in (4, 8) or quant_type not in known or (bits, quant_type) == (8, "mxfp4"):
         raise ValueError(
-            f"experts cannot be quantised with {bits=} and {quant_type=}: bits is 4 or 8, quant_type is 'nf4' or 'fp4'"
+            f"experts cannot be quantised with {bits=} and {quant_type=}: bits is 4 or 8, quant_type is one of {known}"
         )
-    return ENCODERS[name]
+    if bits == 8:
+        return ENCODERS["int8"]
+    return MXFP4() if quant_type == "mxfp4" else ENCODERS[quant_type]
 
 
 def bitsandbytes() -> Any:
