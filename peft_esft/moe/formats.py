@@ -94,6 +94,10 @@ class FourBit:
         return matrix.view(shape)
 
 
+_TILE = 2**17
+"""So many weights stay in a core's cache between being cast and being scaled."""
+
+
 @dataclass(frozen=True)
 class Int8:
     """Eight bits: a signed code for each weight, and a scale in the weights' dtype for each row `[in]`.
@@ -113,7 +117,14 @@ class Int8:
         return {"codes": codes.to(torch.int8), "scales": scales}
 
     def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return tensors["codes"][expert].to(dtype).mul_(tensors["scales"][expert].to(dtype))
+        codes, scales = tensors["codes"][expert], tensors["scales"][expert].to(dtype)
+        if codes.device.type != "cpu":
+            return codes * scales
+        matrix = torch.empty(shape, dtype=dtype)
+        tile = max(1, _TILE // shape[-1])  # rows
+        for part, own_codes, own_scales in zip(matrix.split(tile), codes.split(tile), scales.split(tile), strict=True):
+            part.copy_(own_codes).mul_(own_scales)
+        return matrix
 
 
 @dataclass(frozen=True)
