@@ -15,6 +15,8 @@ from ..tuner.adapter_file import KEY_PREFIX, TOKENS_KEY
 from .adapter import AdapterFolder
 from .base import HEADS, Base, Head
 from .folders import new_folder
+from .merge_quantised import is_quantised, merge_quantised
+from .repositories import local_folder
 from .tensor_files import TensorFolder
 
 
@@ -38,8 +40,12 @@ def merge_checkpoint(
     files. A head that the adapter has and the base has not is added in a file of its own, and the config names the
     class that has it.
 
+    A base whose experts `peft_esft` quantised is loaded, in few bits. The adapter's experts are then written in full
+    precision, and nothing is quantised again.
+
     Args:
-        base_dir: folder or Hub name of the base model.
+        base_dir: folder or Hub name of the base model. For an adapter that was trained over quantised experts, this is
+            the checkpoint in full precision or the quantised one.
         adapter_dir: folder or Hub name of the adapter, of any form.
         out_dir: folder for the checkpoint; must not exist, or be empty.
         revision: of a base on the Hub.
@@ -55,8 +61,13 @@ def merge_checkpoint(
             Nothing is written then.
         FileExistsError: if `out_dir` holds something.
         OSError: if the base or the adapter is not found.
-        NotImplementedError: if the base is quantised.
+        NotImplementedError: if the base is quantised in another way, or is to be untied, or get more than experts.
     """
+    if is_quantised(folder := local_folder(base_dir, revision, variant=variant)):
+        if untie:
+            raise NotImplementedError(f"{base_dir} is quantised, and its head cannot be untied in the merge")
+        merge_quantised(folder, adapter_dir, out_dir, variant)
+        return Path(out_dir)
     adapter = AdapterFolder(adapter_dir)
     base = _base_of(base_dir, adapter, revision=revision, variant=variant)
     adapter = adapter.fitted_to(base)

@@ -146,7 +146,10 @@ KNOWN_CONTAINERS: dict[str, KnownContainer] = {
         refusal=f"{ADOPTABLE}; FineGrainedFP8Config(dequantize=True) loads them in full precision",
     ),
     "Mxfp4GptOssExperts": KnownContainer(
-        STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("Mxfp4Config(dequantize=True)")
+        STANDARD_CALL,
+        _FUSED_WEIGHTS,
+        refusal="transformers' MXFP4 kernels give no gradients. Load the checkpoint with ESFTQuantizationConfig("
+        'quant_type="mxfp4") in place of its own config (see docs/quantised.md), or with Mxfp4Config(dequantize=True)',
     ),
     "GgufExperts": KnownContainer(
         STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("GgufConfig(dequantize=True)")

@@ -32,8 +32,8 @@ class Format(Protocol):
         """The matrices of some experts, a new tensor `[n, *shape]` of a dtype."""
 
 
-class Encoder(Format, Protocol):
-    """A form that experts in full precision can be brought to."""
+class Loadable(Format, Protocol):
+    """A form that a checkpoint can have its experts in."""
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         """Dtype and shape of each tensor.
@@ -41,7 +41,14 @@ class Encoder(Format, Protocol):
         Args:
             shape: of the weight, `[E, out, in]`.
             dtype: of the matrices.
+
+        Raises:
+            ValueError: if such a weight cannot be kept in the form.
         """
+
+
+class Encoder(Loadable, Protocol):
+    """A form that experts in full precision can be brought to."""
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         """The tensors of one expert, without the dimension of the experts."""
@@ -97,6 +104,10 @@ class FourBit:
         return matrices.view(shape)
 
 
+_TILE = 2**17
+"""So many weights stay in a core's cache between being cast and being scaled."""
+
+
 @dataclass(frozen=True)
 class Int8:
     """Eight bits: a signed code for each weight, and a scale in the weights' dtype for each row `[in]`.
@@ -116,7 +127,15 @@ class Int8:
         return {"codes": codes.to(torch.int8), "scales": scales}
 
     def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return tensors["codes"][experts].to(dtype).mul_(tensors["scales"][experts].to(dtype))
+        codes, scales = tensors["codes"][experts], tensors["scales"][experts].to(dtype)
+        if codes.device.type != "cpu":
+            return codes * scales
+        matrices = torch.empty(codes.shape, dtype=dtype)
+        tile = max(1, _TILE // shape[-1])  # rows
+        parts = (tensor.flatten(0, 1).split(tile) for tensor in (matrices, codes, scales))
+        for part, own_codes, own_scales in zip(*parts, strict=True):
+            part.copy_(own_codes).mul_(own_scales)
+        return matrices
 
 
 @dataclass(frozen=True)
@@ -139,26 +158,51 @@ class BlockFP8:
         return torch.stack([_dequantize_fp8_weight(*own, list(self.block_size), dtype) for own in pairs])
 
 
+@dataclass(frozen=True)
+class MXFP4:
+    """MXFP4 of gpt-oss' checkpoints: two 4-bit floats in a byte, and the exponent of a power of two for 32 of them.
+
+    The weights are `[E, in, out]`. The codes, "blocks" in the checkpoint, are `[E, out, in / 32, 16]`.
+    """
+
+    name: str = "mxfp4"
+
+    def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
+        experts, width, out = shape
+        if width % 32:
+            raise ValueError(f"MXFP4 has blocks of 32 weights, of which matrices {list(shape[1:])} are no multiple")
+        blocks = (experts, out, width // 32)
+        return {"codes": (torch.uint8, (*blocks, 16)), "scales": (torch.uint8, blocks)}
+
+    def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        matrices: Tensor = convert_moe_packed_tensors(tensors["codes"][experts], tensors["scales"][experts], dtype=dtype)
+        return matrices
+
+
 ENCODERS: dict[str, Encoder] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": Int8()}
 """The forms that `quantize_experts` can bring experts to."""
 
 
-def encoder(bits: int, quant_type: str) -> Encoder:
+def form_of(bits: int, quant_type: str) -> Loadable:
     """The form for a number of bits.
 
     Args:
         bits: 4 or 8.
-        quant_type: "nf4" or "fp4", of 4 bits.
+        quant_type: "nf4", "fp4" or "mxfp4", of 4 bits.
 
     Raises:
         ValueError: if there is none.
     """
-    name = quant_type if bits == 4 else "int8"
-    if bits not in (4, 8) or quant_type not in ("nf4", "fp4"):
+    known = ("nf4", "fp4", "mxfp4")
+    if bits not in (4, 8) or quant_type not in known or (bits, quant_type) == (8, "mxfp4"):
         raise ValueError(
-            f"experts cannot be quantised with {bits=} and {quant_type=}: bits is 4 or 8, quant_type is 'nf4' or 'fp4'"
+            f"experts cannot be quantised with {bits=} and {quant_type=}: bits is 4 or 8, quant_type is one of {known}"
         )
-    return ENCODERS[name]
+    if bits == 8:
+        return ENCODERS["int8"]
+    return MXFP4() if quant_type == "mxfp4" else ENCODERS[quant_type]
 
 
 def bitsandbytes() -> Any:

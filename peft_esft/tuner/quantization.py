@@ -12,14 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers.auto import AutoHfQuantizer, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..moe.containers import ExpertsContainer, find_experts
 from ..moe.foreign_experts import adopt, is_foreign
-from ..moe.formats import Encoder, encoder
+from ..moe.formats import ENCODERS, Loadable, form_of
 from ..moe.stored_experts import install
 from ..moe.stored_rows import STORED, StoredRows
 from ..moe.weights import StackedWeight, StoredWeight, is_spread
@@ -29,6 +29,14 @@ from .targets import resolve_target_experts
 
 
 _DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+_MXFP4 = {
+    f"{weight}_{own}": f"{STORED[weight]}.{name}"
+    for weight in ("gate_up_proj", "down_proj")
+    for own, name in (("blocks", "codes"), ("scales", "scales"))
+}
+"""What gpt-oss' checkpoints call the tensors of a weight."""
 
 
 class ESFTQuantizationConfig(QuantizationConfigMixin):
@@ -41,7 +49,9 @@ class ESFTQuantizationConfig(QuantizationConfigMixin):
         bits: 4 (needs bitsandbytes, `pip install bitsandbytes`) or 8.
         keep: experts that stay in full precision, `{module path or layer index: expert ids}` as in `target_experts`.
             Those that an adapter trains are then free of the error of quantising.
-        quant_type: of 4 bits, "nf4" or "fp4".
+        quant_type: of 4 bits, "nf4" or "fp4"; or "mxfp4" for a checkpoint of gpt-oss, whose experts are in that form
+            and stay as they are. Its config has to be loaded without its own `quantization_config`, see
+            docs/quantised.md.
         linears: for the other linear layers, such as attention's: bitsandbytes' config. None leaves them as they are.
 
     Raises:
@@ -62,19 +72,26 @@ class ESFTQuantizationConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method: Any = QUANTIZATION
         self.bits, self.quant_type = bits, quant_type
-        self.keep = {str(key): [int(expert) for expert in ids] for key, ids in (keep or {}).items()}
+        self.keep = _checked_keep(keep or {})
         self.linears = BitsAndBytesConfig.from_dict(linears) if isinstance(linears, dict) else linears
-        encoder(bits, quant_type)  # refuses unknown ones
+        form_of(bits, quant_type)  # refuses unknown ones
 
     @property
-    def format(self) -> Encoder:
+    def format(self) -> Loadable:
         """The form that experts are brought to."""
-        return encoder(self.bits, self.quant_type)
+        return form_of(self.bits, self.quant_type)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it is written to `config.json`."""
         own = {name: copy.deepcopy(value) for name, value in vars(self).items() if name != "linears"}
         return own | ({} if self.linears is None else {"linears": self.linears.to_dict()})
+
+
+def _checked_keep(keep: Any) -> dict[str, list[int]]:
+    """A copy of `keep`, which may come from a file."""
+    if not isinstance(keep, Mapping) or any(isinstance(ids, str | int) for ids in keep.values()):
+        raise ValueError(f"keep is {keep!r}; expected {{module path or layer index: expert ids}}")
+    return {str(key): [int(expert) for expert in ids] for key, ids in keep.items()}
 
 
 def quantize_experts(
@@ -103,13 +120,15 @@ def quantize_experts(
         >>> model = quantize_experts(model, bits=4, keep=config.target_experts)
     """
     config = ESFTQuantizationConfig(bits, keep, quant_type)
+    if config.format.name not in ENCODERS:
+        raise ValueError(f"experts are not brought to {config.format.name}, but only loaded in it; 'nf4' is better")
     containers = find_experts(model)
     check_quantizable(model, containers)
     kept = _kept_experts(config, containers)
     for path, container in containers.items():
         for weight in _matrices(container):
             rows = cast(Tensor, weight.whole(container.module))
-            stored = StoredRows.encoded(config.format, rows, kept.get(path, ()))
+            stored = StoredRows.encoded(ENCODERS[config.format.name], rows, kept.get(path, ()))
             _install(container, weight, stored)
     if isinstance(model, PreTrainedModel):
         _note_quantizer(model, config)
@@ -204,6 +223,15 @@ def _check_readable(name: str, container: ExpertsContainer, weight: StackedWeigh
         )
     if not parameter.is_floating_point():
         raise NotImplementedError(f"{name} has dtype {parameter.dtype}: it is quantised already")
+    if not is_loading and (refusals := _not_finite(name, cast(Tensor, weight.whole(container.module)))):
+        raise ValueError(refusals[0])
+
+
+def _not_finite(name: str, rows: Tensor) -> list[str]:
+    """What to say of experts `[E, ...]` with values that are no numbers: one such would spoil a block or a row."""
+    if all(bool(row.isfinite().all()) for row in rows.detach()):
+        return []
+    return [f"{name} has values that are not finite, and cannot be quantised: the model is damaged"]
 
 
 def _matrices(container: ExpertsContainer) -> list[StackedWeight]:
@@ -248,7 +276,9 @@ class _Quantize(ConversionOps):
                 continue
             container, weight, kept = quantizer.pending.pop(path)
             rows = (value[0] if isinstance(value, list) else value)[: weight.num_experts]
-            quantizer.place(container, weight, StoredRows.encoded(quantizer.quantization_config.format, rows, kept))
+            quantizer.refusals += _not_finite(path, rows)
+            assert quantizer.encoder is not None  # others are not quantised here
+            quantizer.place(container, weight, StoredRows.encoded(quantizer.encoder, rows, kept))
             if missing_keys is not None:
                 missing_keys.discard(path)
         if others:
@@ -283,8 +313,12 @@ class ESFTQuantizer(HfQuantizer):
         if inner is None and linears is not None:
             inner = AutoHfQuantizer.from_config(linears, pre_quantized=self.pre_quantized)
         self.linears: Any = inner
+        self.encoder = ENCODERS.get(quantization_config.format.name)
+        self.is_original = self.encoder is None and not self.pre_quantized
+        self.pre_quantized |= self.is_original  # by someone else
         self.pending: dict[str, tuple[ExpertsContainer, StackedWeight, list[int]]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        self.refusals: list[str] = []  # raised at the end, as transformers only logs what a conversion raises
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         if isinstance(device_map, dict) and "disk" in device_map.values() and not self.pre_quantized:
@@ -298,6 +332,8 @@ class ESFTQuantizer(HfQuantizer):
         containers = find_experts(model)
         check_quantizable(model, containers, is_loading=True)
         kept = _kept_experts(self.quantization_config, containers)
+        if self.encoder is None:
+            self._check_mxfp4(containers, kept)
         for path, container in containers.items():
             for weight in _matrices(container):
                 own = kept.get(path, [])
@@ -312,6 +348,8 @@ class ESFTQuantizer(HfQuantizer):
             self.linears._process_model_before_weight_loading(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.refusals:
+            raise ValueError(self.refusals[0])
         if self.pending:
             raise ValueError(
                 f"the checkpoint has no experts' weights {sorted(self.pending)[:3]}, so none were quantised"
@@ -323,6 +361,24 @@ class ESFTQuantizer(HfQuantizer):
         if self.linears is not None:
             self.linears._process_model_after_weight_loading(model, **kwargs)
         return model
+
+    def _check_mxfp4(self, containers: Mapping[str, ExpertsContainer], kept: Mapping[str, list[int]]) -> None:
+        for path, container in containers.items():
+            if type(container.module).__name__ != "GptOssExperts":
+                raise NotImplementedError(
+                    f"{path} ({type(container.module).__name__}) cannot be loaded in MXFP4, which is the form of "
+                    "gpt-oss' experts. Use quant_type='nf4'"
+                )
+        if kept and self.is_original:
+            raise ValueError(
+                f"keep names experts of {next(iter(kept))}, of which the checkpoint has nothing better than MXFP4. "
+                "Leave keep out: they lose nothing more"
+            )
+        if self.linears is not None and self.is_original:
+            raise NotImplementedError(
+                "transformers does not quantise linear layers of a checkpoint whose experts are quantised already. "
+                "Leave linears out"
+            )
 
     def place(self, container: ExpertsContainer, weight: StackedWeight, stored: StoredRows) -> None:
         """Puts a weight into its module, which transformers then does not initialise."""
@@ -376,6 +432,8 @@ class ESFTQuantizer(HfQuantizer):
         return [] if self.linears is None else self.linears.get_weight_conversions()
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        if self.encoder is None:
+            weight_conversions = [*weight_conversions, *(WeightRenaming(own, name) for own, name in _MXFP4.items())]
         if self.linears is None:
             return weight_conversions
         return self.linears.update_weight_conversions(weight_conversions, model)
@@ -401,7 +459,7 @@ class ESFTQuantizer(HfQuantizer):
         return True
 
 
-def _skeleton(format: Encoder, container: ExpertsContainer, weight: StackedWeight, kept: list[int]) -> StoredRows:
+def _skeleton(format: Loadable, container: ExpertsContainer, weight: StackedWeight, kept: list[int]) -> StoredRows:
     """A weight without data, for the loader to fill."""
     parameter = weight.parameters(container.module)[0]
     shape = (weight.num_experts, *weight.shape(container.module))
@@ -423,6 +481,10 @@ def _check_loaded(path: str, stored: StoredRows) -> None:
             raise ValueError(f"the checkpoint has no {path}.{name}: it is not one of this config's quantised experts")
         if parameter.is_floating_point() and not parameter.isfinite().all():
             raise ValueError(f"{path}.{name} has values that are not finite: the checkpoint is damaged")
+        if name == "scales" and parameter.dtype == torch.uint8 and (parameter == 255).any():
+            raise ValueError(f"{path}.{name} has exponents that stand for no number: the checkpoint is damaged")
+        if name == "scales" and (parameter < 0).any():
+            raise ValueError(f"{path}.{name} has negative scales: the checkpoint is damaged")
 
 
 def _join_kept(container: ExpertsContainer) -> list[int]:

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.integrations.finegrained_fp8 import FP8Experts, _dequantize_fp8_weight
 
 from peft_esft import ESFTConfig, ESFTQuantizationConfig, adopt_quantized_experts, find_experts, quantize_experts
-from peft_esft.interchange import merge_checkpoint
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
@@ -195,19 +194,3 @@ def test_merged_experts_are_saved_in_full_precision(tmp_path: Path) -> None:
     again = type(merged).from_pretrained(tmp_path)
     assert again.config.quantization_config.keep == {path: [1, 5, 6] for path in find_experts(again)}
     assert same_bits(logits(again), expected)
-
-
-def test_files_merge_into_the_plain_checkpoint_and_not_into_the_quantised_one(tmp_path: Path) -> None:
-    plain = aligned()
-    plain.save_pretrained(tmp_path / "plain")
-    model = quantize_experts(type(plain).from_pretrained(tmp_path / "plain", dtype=torch.bfloat16))
-    model.save_pretrained(tmp_path / "stored_bases")
-    wrapped = get_peft_model(model, config_for(model, init_weights=False))
-    wrapped.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(NotImplementedError, match="Use the checkpoint that it was made from"):
-        merge_checkpoint(tmp_path / "stored_bases", tmp_path / "adapter", tmp_path / "merged")
-    with pytest.warns(UserWarning, match="trained over experts in nf4"):
-        merge_checkpoint(tmp_path / "plain", tmp_path / "adapter", tmp_path / "merged")
-    merged = type(plain).from_pretrained(tmp_path / "merged")
-    expected = PeftModel.from_pretrained(plain, tmp_path / "adapter")
-    assert same_bits(logits(merged), logits(expected))

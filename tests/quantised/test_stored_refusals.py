@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,6 +88,10 @@ def damage_value(tensors: dict[str, Tensor]) -> None:
     tensors[SCALES][3, 1] = torch.nan
 
 
+def damage_sign(tensors: dict[str, Tensor]) -> None:
+    tensors[SCALES][3, 1] *= -1
+
+
 def leave_out(tensors: dict[str, Tensor]) -> None:
     del tensors[SCALES]
 
@@ -103,6 +108,7 @@ def mix(tensors: dict[str, Tensor]) -> None:
         (mix, "has dtype torch.int8 in the checkpoint, and not torch.uint8"),
         (damage_shape, "size mismatch|mismatch"),
         (damage_value, "not finite"),
+        (damage_sign, "negative scales"),
         (leave_out, f"the checkpoint has no {re.escape(SCALES)}"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -126,6 +132,13 @@ def test_damaged_checkpoints_are_refused(
         ("bits", 8, "dtype torch.uint8 in the checkpoint, and not torch.int8"),
         ("keep", {"0": [3]}, "kept_rows"),
         ("keep", {"7": [3]}, "layer 7 has no experts container"),
+        ("keep", {"0": [99]}, "there are none of id"),
+        ("keep", {"0": [3, 3]}, "kept_rows"),
+        ("keep", [3], "keep"),
+        ("keep", {"0": 3}, "keep"),
+        ("bits", "4", "bits is 4 or 8"),
+        ("quant_type", None, "bits is 4 or 8"),
+        ("linears", {"load_in_4bit": "yes"}, "load_in_4bit must be a bool"),
     ],
 )
 def test_configs_that_do_not_fit_the_checkpoint_are_refused(
@@ -136,5 +149,30 @@ def test_configs_that_do_not_fit_the_checkpoint_are_refused(
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"][field] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises((ValueError, RuntimeError, TypeError), match=message):
         type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    model = quantize_experts(tiny_model("olmoe", torch.bfloat16))
+    model.save_pretrained(tmp_path)
+    content = (tmp_path / FILE).read_bytes()
+    for length in (len(content) - 100, len(content) // 2, 100, 4):
+        (tmp_path / FILE).write_bytes(content[:length])
+        with pytest.raises(SafetensorError, match=r"[Ii]ncomplete|header|small"):
+            type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_no_numbers_are_not_quantised(bits: int, value: float, tmp_path: Path) -> None:
+    model = tiny_model("olmoe", torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[3, 2, 1] = value
+    model.save_pretrained(tmp_path)
+    before = set(model.state_dict())
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj has values that are not finite"):
+        quantize_experts(model, bits=bits)
+    assert set(model.state_dict()) == before
+    with pytest.raises(ValueError, match=r"not finite"):
+        type(model).from_pretrained(tmp_path, quantization_config=ESFTQuantizationConfig(bits=bits))

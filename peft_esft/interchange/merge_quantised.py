@@ -1,0 +1,58 @@
+"""Merges an adapter into a checkpoint whose experts `peft_esft` keeps in few bits."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import transformers
+from peft import PeftModel
+
+from ..registration import QUANTIZATION
+from ..tuner.adapter_file import read_json
+from .adapter import AdapterFolder
+from .folders import new_folder
+
+
+def is_quantised(folder: Path) -> bool:
+    """True for a checkpoint that `save_pretrained` wrote of a model with quantised experts."""
+    file = folder / "config.json"
+    content = read_json(file) if file.is_file() else {}
+    quantisation = content.get("quantization_config") if isinstance(content, dict) else None
+    return isinstance(quantisation, dict) and quantisation.get("quant_method") == QUANTIZATION
+
+
+def merge_quantised(folder: Path, adapter_dir: str | Path, out_dir: str | Path, variant: str | None = None) -> None:
+    """Writes a quantised checkpoint with an adapter merged into it.
+
+    Nothing is quantised again: the adapter's experts are kept in full precision, as the config's `keep` then says, and
+    the codes of all others stay as they are. The model is loaded for it, in few bits.
+
+    Args:
+        folder: of the checkpoint.
+        adapter_dir: folder or Hub name of the adapter.
+        out_dir: see `merge_checkpoint`.
+        variant: of the checkpoint's weights.
+
+    Raises:
+        ValueError: if the adapter does not fit, or merged weights are not finite.
+        NotImplementedError: if the adapter has more than experts' weights.
+        FileExistsError: if `out_dir` holds something.
+    """
+    adapter = AdapterFolder(adapter_dir)
+    if others := adapter.other_tensors():
+        raise NotImplementedError(
+            f"the adapter has {others[0]}, and merges into a quantised checkpoint take experts alone. Merge into the "
+            "checkpoint that it was made from, or use merge_and_unload().save_pretrained(...)"
+        )
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or ["AutoModelForCausalLM"])[0]
+    model_class = getattr(transformers, name, transformers.AutoModelForCausalLM)
+    with new_folder(out_dir) as target:
+        model = model_class.from_pretrained(folder, variant=variant)
+        merged = PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload(safe_merge=True)
+        merged.save_pretrained(target, variant=variant)
+        for file in folder.iterdir():
+            is_weights = file.suffix in (".safetensors", ".bin") or ".index." in file.name
+            if file.is_file() and not is_weights and not (target / file.name).exists():
+                shutil.copyfile(file, target / file.name)
