@@ -25,7 +25,7 @@ from .held import RowBank, current_hold, join_stored_rows
 from .merging import merge, unmerge
 from .modes import plain_modes
 from .offload import compute_device, onloaded
-from .records import ActiveAdapters, ExpertIds, LayerAdapter, MergeRecord, StoredTensors
+from .records import ActiveAdapters, LayerAdapter, MergeRecord, StoredTensors
 
 
 PREFIX = "esft_"
@@ -92,9 +92,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     @property
-    def expert_ids(self) -> ExpertIds:
+    def expert_ids(self) -> dict[str, list[int]]:
         """The experts that each adapter changes, in the order of its rows."""
-        return ExpertIds(self.adapters)
+        return {name: list(adapter.expert_ids) for name, adapter in self.adapters.items()}
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]
@@ -287,14 +287,6 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Puts the base's own rows back: it is then bit for bit what it was."""
         unmerge(self)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base module, with the adapters merged into it if asked for."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        return self.get_base_layer()
 
     def refresh_active(self) -> None:
         """Puts together what a forward pass adds, from the adapters of the layer and which of them are active."""

@@ -105,12 +105,6 @@ class TiedLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """The source layer's unmerge changes these weights too."""
 
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base module."""
-        return self.get_base_layer()
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.source_layer.forward_through(self.base_layer, *args, **kwargs)
 
