@@ -177,7 +177,8 @@ class MXFP4:
     def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-        matrices: Tensor = convert_moe_packed_tensors(tensors["codes"][experts], tensors["scales"][experts], dtype=dtype)
+        codes, scales = tensors["codes"][experts], tensors["scales"][experts]
+        matrices: Tensor = convert_moe_packed_tensors(codes, scales, dtype=dtype)
         return matrices
 
 
