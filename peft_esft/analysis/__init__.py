@@ -7,6 +7,7 @@ Begin with the file that is called like the measure; `report.py` puts them on on
 
 from .changes import ConflictReport, ExpertUse, SharedExpert, adapter_conflicts, expert_usage
 from .dispersion import Dispersion, LayerDispersion, dispersion
+from .evaluation import Evaluation, evaluate
 from .forgetting import Forgetting, ForgettingPoint, forgetting
 from .granularity import (
     Granularity,
@@ -31,6 +32,7 @@ from .tokens import TokenSpan, TokenView, token_view
 __all__ = [
     "ConflictReport",
     "Dispersion",
+    "Evaluation",
     "ExpertUse",
     "Forgetting",
     "ForgettingPoint",
@@ -49,6 +51,7 @@ __all__ = [
     "co_occurrence",
     "count_pairs",
     "dispersion",
+    "evaluate",
     "expert_usage",
     "forgetting",
     "granularity",

@@ -105,7 +105,7 @@ def _measure(model: Any, base: Any, name: str, batches: Iterable[Batch]) -> Forg
     for batch in batches:
         check_batch(batch)
         inputs = to_device(with_decoder_inputs(batch, model) if of_decoder else batch, model)
-        targets = _targets(batch, of_decoder)
+        targets = targets_of(batch, of_decoder)
         after = model(**inputs).logits
         with model.disable_adapter() if base is None else nullcontext():
             before = (model if base is None else base)(**inputs).logits.to(after.device)
@@ -120,7 +120,7 @@ def _measure(model: Any, base: Any, name: str, batches: Iterable[Batch]) -> Forg
     return ForgettingPoint(num_tokens, loss_before, loss_after, kl, same_top)
 
 
-def _targets(inputs: Mapping[str, Any], of_decoder: bool) -> Tensor:
+def targets_of(inputs: Mapping[str, Any], of_decoder: bool) -> Tensor:
     """The tokens to predict, int64 `[samples, length]`, or `length - 1` for the next token; -100 does not count."""
     labels: Tensor | None = inputs.get("labels")
     if of_decoder:

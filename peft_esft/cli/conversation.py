@@ -6,12 +6,13 @@ import argparse
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
+
+from .loading import load_base, load_tokenizer, names_of
 
 
 class _Pieces(TextStreamer):
@@ -65,12 +66,11 @@ class Conversation:
         """
         if options.max_new_tokens < 1 or options.temperature < 0:
             raise ValueError("--max-new-tokens is at least 1, and --temperature at least 0")
-        names = _names_of(options.adapters)
-        tokenizer = _tokenizer(options.model, list(names.values()))
+        names = names_of(options.adapters)
+        tokenizer = load_tokenizer(options.model, list(names.values()))
         if options.system is not None and tokenizer.chat_template is None:
             raise ValueError(f"--system needs a chat template, which the tokenizer of {options.model} does not have")
-        device = options.device_map or ("cuda" if torch.cuda.is_available() else None)
-        base = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, device_map=device)
+        base = load_base(options.model, options.dtype, options.device_map)
         model: Any = base
         for name, folder in names.items():
             if model is base:
@@ -154,29 +154,3 @@ class Conversation:
             return self.model.disable_adapter()
         self.model.set_adapter(self.adapter)
         return nullcontext()
-
-
-def _names_of(adapters: list[str]) -> dict[str, str]:
-    """Names for adapters: that of their folder, or NAME in "NAME=FOLDER".
-
-    Raises:
-        ValueError: if two adapters would have one name.
-    """
-    names: dict[str, str] = {}
-    for text in adapters:
-        name, sign, folder = text.partition("=")
-        if not sign or Path(text).exists():
-            name, folder = Path(text).resolve().name.replace(".", "_"), text
-        if name in names:
-            raise ValueError(f"two adapters are called {name!r}; name one of them: NAME={folder}")
-        names[name] = folder
-    return names
-
-
-def _tokenizer(base: str, folders: list[str]) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, or an adapter's if that alone has a chat template: the one it was trained with."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    for folder in folders:
-        if tokenizer.chat_template is None and (Path(folder) / "tokenizer_config.json").is_file():
-            tokenizer.chat_template = AutoTokenizer.from_pretrained(folder).chat_template
-    return tokenizer

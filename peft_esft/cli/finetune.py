@@ -131,6 +131,7 @@ class Finetuning:
             "rows": len(self.rows.train),
             "held_out_rows": len(self.rows.held_out),
             "held_out_from": self.rows.origin,
+            "seed": self.settings.seed,
             "experts": sum(chosen),
             "experts_in_a_layer": [min(chosen), max(chosen)],
             "num_experts": sizes.num_experts,

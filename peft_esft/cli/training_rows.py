@@ -89,12 +89,73 @@ def read_rows(
         if name in splits:
             evaluation, _ = _with_columns(splits[name], named, data, form)
             return TrainingRows(kept, evaluation, form, f"its split {name!r}")
-    if "split" in train.column_names and set(train.unique("split")) <= {"train", *HELD_OUT_NAMES}:
-        is_train = [value == "train" for value in train["split"]]
-        if any(is_train) and not all(is_train):
-            numbers = [[i for i, own in enumerate(is_train) if own is wanted] for wanted in (True, False)]
-            return TrainingRows(kept.select(numbers[0]), kept.select(numbers[1]), form, "its column 'split'")
+    if numbers := _by_column(train):
+        return TrainingRows(kept.select(numbers[0]), kept.select(numbers[1]), form, "its column 'split'")
     return _split(kept, form, seed, data)
+
+
+def read_measured_rows(
+    data: str,
+    *,
+    columns: Sequence[str] = (),
+    split: str | None = None,
+    seed: int | None = None,
+) -> tuple[Any, Format, str]:
+    """Reads the rows to measure a model on.
+
+    They are those of a split that is named like a held-out one, or that a column `split` says so of; otherwise all.
+
+    Args:
+        data: as in `read_rows`.
+        columns: as in `read_rows`.
+        split: the split to take instead.
+        seed: of a training on `data`; takes the rows that `read_rows` held out with it, where the data has no split.
+
+    Returns:
+        The rows, what a row is, and where the rows are from, in words.
+
+    Raises:
+        ValueError: if there is nothing to read, it is malformed, or rows are of none of the formats.
+    """
+    named = _parse_columns(columns)
+    splits = _load(data, None)
+    if split is not None:
+        rows, form = _with_columns(_of_split(splits, split, data), named, data)
+        return rows, form, f"its split {split!r}"
+    name = next((name for name in (*HELD_OUT_NAMES, "train") if name in splits), "train")
+    picked = _pick(splits, name, data)
+    rows, form = _with_columns(picked, named, data)
+    if name == "train":
+        if numbers := _by_column(picked):
+            return rows.select(numbers[1]), form, "the held-out ones by its column 'split'"
+        if seed is not None:
+            return _split(rows, form, seed, data).held_out, form, "those that training held out"
+        return rows, form, "all of it"
+    return rows, form, f"its split {name!r}"
+
+
+def _of_split(splits: Mapping[str, Any], name: str, data: str) -> Any:
+    """The rows of a split, or those that a column `split` says so of."""
+    only = next(iter(splits.values())) if len(splits) == 1 else None
+    if only is not None and "split" in only.column_names:
+        numbers = [number for number, own in enumerate(only["split"]) if own == name]
+        found, names = only.select(numbers), only.unique("split")
+    else:
+        found, names = splits.get(name), list(splits)
+    if not found:
+        raise ValueError(f"{data} has no rows of a split {name!r}; it has {', '.join(map(str, names))}")
+    return found
+
+
+def _by_column(rows: Any) -> tuple[list[int], list[int]] | None:
+    """The numbers of the rows to train on and of those held out, as a column `split` says; None if it does not."""
+    if "split" not in rows.column_names or not set(rows.unique("split")) <= {"train", *HELD_OUT_NAMES}:
+        return None
+    is_train = [value == "train" for value in rows["split"]]
+    if all(is_train) or not any(is_train):
+        return None
+    train, held_out = ([i for i, own in enumerate(is_train) if own is wanted] for wanted in (True, False))
+    return train, held_out
 
 
 def _split(rows: Any, form: Format, seed: int, data: str) -> TrainingRows:
@@ -156,7 +217,10 @@ def _pick(splits: Mapping[str, Any], name: str, data: str) -> Any:
     if name not in splits and len(splits) == 1:
         name = next(iter(splits))
     if name not in splits:
-        raise ValueError(f"{data} has no split {name!r}; it has {', '.join(splits)}. Name one: --dataset-train-split")
+        known = ", ".join(splits)
+        raise ValueError(
+            f"{data} has no split {name!r}; it has {known}. Name one: --dataset-train-split, eval's --split"
+        )
     if len(splits[name]) == 0:
         raise ValueError(f"{data} has no rows")
     return splits[name]

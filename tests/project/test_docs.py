@@ -247,7 +247,9 @@ def test_commands(clone, capsys):
     (clone / "task.jsonl").write_text(
         '{"text": "In the beginning God created"}\n{"text": "the heaven and the earth"}\n'
     )
+    (clone / "general.jsonl").write_text('{"text": "SEE ALSO"}\n')
     names = {"MODEL": "examples/tiny_moe/model", "ADAPTER": "task", "OTHER_ADAPTER": "other", "OTHER": "other"}
+    names["other=OTHER"] = "other=other"
     (block,) = _blocks(ROOT / "docs" / "cli.md", "sh")
     for line in block.splitlines():
         program, *arguments = shlex.split(line, comments=True)

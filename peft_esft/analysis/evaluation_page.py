@@ -1,0 +1,113 @@
+"""Writes a page that compares a base with its adapters: what they gained on a task and what they forgot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .drawing import Plot, Style, import_matplotlib
+from .evaluation import Evaluation
+from .forgetting import ForgettingPoint
+from .page import Section, write_page
+
+
+BASE = "base"
+
+
+def write_evaluation_page(
+    out: Path,
+    task: str,
+    measured: Mapping[str, Evaluation],
+    general: Mapping[str, Mapping[str, ForgettingPoint]],
+    table: Sequence[Sequence[str]],
+    *,
+    has_answers: bool,
+) -> None:
+    """Writes the page.
+
+    Args:
+        out: its file.
+        task: name of the data.
+        measured: the measurement of the task by name of the model; the first one is the base's.
+        general: by name of the adapter, the measurements on general text by name of the text.
+        table: the rows of the table, the first one with the names of the columns.
+        has_answers: True draws the exact matches.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    import_matplotlib()
+    from .. import __version__
+
+    figures = [_loss_plot(task, measured)]
+    if has_answers:
+        figures.append(_exact_plot(task, measured))
+    for text in dict.fromkeys(name for points in general.values() for name in points):
+        figures.append(_trade_plot(task, text, measured, {name: points[text] for name, points in general.items()}))
+    first = next(iter(measured.values()))
+    lead = f"{first.num_samples:,} samples of {task}, {first.num_tokens:,} predicted tokens."
+    section = Section("Base and adapters side by side", table=table, figures=figures)
+    write_page(out, f"{task}: what the adapters give", lead, [section], f"Made by peft_esft {__version__}.")
+
+
+def _loss_plot(task: str, measured: Mapping[str, Evaluation]) -> Plot:
+    best = min(measured, key=lambda name: measured[name].loss)
+    return _bars(
+        "loss",
+        f"{best} has the lowest loss on {task}: {measured[best].loss:.3f}",
+        "Cross entropy in nats, mean over the predicted tokens; lower is better.",
+        {name: result.loss for name, result in measured.items()},
+        "{:.3f}",
+    )
+
+
+def _exact_plot(task: str, measured: Mapping[str, Evaluation]) -> Plot:
+    best = max(measured, key=lambda name: measured[name].exact_match)
+    return _bars(
+        "exact_match",
+        f"{best} gives the most answers of {task} exactly: {measured[best].exact_match:.1%}",
+        "Share of the answers that greedy decoding gives exactly; higher is better.",
+        {name: result.exact_match for name, result in measured.items()},
+        "{:.1%}",
+    )
+
+
+def _bars(name: str, title: str, caption: str, values: Mapping[str, float], form: str) -> Plot:
+    def draw(axes: Any, style: Style) -> None:
+        names = list(values)
+        bars = axes.barh(names, list(values.values()), color=[style.muted, *[style.series[0]] * (len(names) - 1)])
+        axes.bar_label(bars, [form.format(value) for value in values.values()], padding=3, color=style.ink)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set(xlabel=name.replace("_", " "))
+        axes.grid(axis="y", visible=False)
+
+    return Plot(name, title, caption, ("model", name), list(values.items()), draw, height=1.2 + 0.4 * len(values))
+
+
+def _trade_plot(
+    task: str, text: str, measured: Mapping[str, Evaluation], points: Mapping[str, ForgettingPoint]
+) -> Plot:
+    """Draws the loss on the task against that on general text."""
+    before = next(iter(points.values())).loss_before
+    places = {name: (measured[name].loss, point.loss_after) for name, point in points.items()}
+    places = {BASE: (measured[BASE].loss, before), **places}
+    most = max(points, key=lambda name: points[name].loss_change)
+
+    def draw(axes: Any, style: Style) -> None:
+        axes.axhline(before, color=style.muted, linewidth=1.2, linestyle="--")
+        for place, (name, (own, other)) in enumerate(places.items()):
+            axes.plot([own], [other], linestyle="none", label=name, **style.look(place))
+        axes.margins(0.15)
+        axes.set(xlabel=f"loss on {task}", ylabel=f"loss on {text}")
+        axes.legend()
+
+    return Plot(
+        f"forgetting_{''.join(c if c.isalnum() else '_' for c in text)}",
+        f"{most} changes the loss on {text} most: {points[most].loss_change:+.3f}",
+        f"Loss on {task} (further left: learnt more) and on {text} (above the broken line: forgot).",
+        ("model", "task_loss", "general_loss"),
+        [(name, *values) for name, values in places.items()],
+        draw,
+    )
