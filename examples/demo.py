@@ -1,8 +1,8 @@
 """The main job on the embedded model, by the commands that a person would type.
 
-Trains an adapter for each of two tasks, talks with both over one base through a pipe, and merges one. Exits with 0 if
-what is promised holds: the adapters answer, the base does not and is unchanged, the files are small, and the merged
-model answers as its adapter does.
+Trains an adapter for each of two tasks, talks with both over one base through a pipe, measures them, and merges one.
+Exits with 0 if what is promised holds: the adapters answer, the base does not and is unchanged, the files are small,
+and the merged model answers as its adapter does.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from peft_esft.cli.main import main as peft_esft
 
 BASE = "examples/tiny_moe/model"
 OUT = Path("demo_output")
+SECTIONS = "examples/tiny_moe/tasks/sections.jsonl"
 SETTINGS = "--no-gradient-checkpointing --max-length 128 --score-tokens 16384 --save-strategy no --logging-steps 20"
 QUESTION, GREETING = "Do you sell maps?", "Dear customer, "
 PARAGRAPH = "wait, waitpid, waitid - ожидает смену состояния процесса"
@@ -92,7 +93,7 @@ def main() -> int:
 
     print("1. Two tasks, two adapters: a paragraph of a Russian manual page to its heading, and a shop's help desk")
     run(
-        f"train {BASE} examples/tiny_moe/tasks/sections.jsonl --out {OUT}/sections --max-steps 60 "
+        f"train {BASE} {SECTIONS} --out {OUT}/sections --max-steps 60 "
         f"--learning-rate 1e-3 --per-device-train-batch-size 16 --per-device-eval-batch-size 50 {SETTINGS}"
     )
     run(
@@ -103,7 +104,10 @@ def main() -> int:
     print("\n2. Both on one base, switched in a conversation")
     answers = run(f"chat {BASE} {OUT}/help_desk {OUT}/sections --max-new-tokens 24", TYPED).splitlines()
 
-    print("\n3. Merge one into an ordinary model")
+    print("\n3. Base and adapters on the same rows")
+    run(f"eval {BASE} {OUT}/sections {OUT}/help_desk {SECTIONS} --max-rows 32 --max-length 128")
+
+    print("\n4. Merge one into an ordinary model")
     run(f"merge {BASE} {OUT}/help_desk {OUT}/merged")
     merged = run(f"chat {OUT}/merged --max-new-tokens 24", (QUESTION,)).splitlines()
 
