@@ -19,7 +19,7 @@ def test_the_demo_shows_the_commands_and_every_check_holds(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "FAILED" not in done.stdout
-    for command in ("peft-esft train ", "| peft-esft chat ", "/adapter sections", "peft-esft eval ", "peft-esft merge "):
-        assert command in done.stdout
+    for typed in ("peft-esft train ", "| peft-esft chat ", "/adapter sections", "peft-esft eval ", "peft-esft merge "):
+        assert typed in done.stdout
     last = done.stdout.strip().splitlines()[-3:]
     assert all(line.endswith(".") for line in last) and last[0].startswith("You have seen")
