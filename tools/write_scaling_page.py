@@ -62,7 +62,7 @@ def sizes_of(name: str) -> ModelSizes:
 
 def fitting_table() -> str:
     """How many experts of each layer fit on one GPU, by model, way to train, base and memory."""
-    rows = ["| model (experts a layer) | way | " + " | ".join(f"{card} GB" for card in CARDS) + " |"]
+    rows = ["| model (experts per layer) | way | " + " | ".join(f"{card} GB" for card in CARDS) + " |"]
     rows.append("|---" * (2 + len(CARDS)) + "|")
     for name in ON_ONE:
         sizes = sizes_of(name)
@@ -86,7 +86,7 @@ def engines_table() -> str:
     """What each of several GPUs of 80 GB holds and sends with a tenth of the experts."""
     engines: tuple[Engine, ...] = ("FSDP2", "EP")
     rows = [
-        "| model, GPUs | ESFT | LoRA | full, fp32 | ESFT sends (GB a step) | recommended for ESFT |",
+        "| model, GPUs | ESFT | LoRA | full, fp32 | ESFT sends (GB per step) | recommended for ESFT |",
         "|---" * 6 + "|",
     ]
     for name in ON_SEVERAL:

@@ -111,7 +111,7 @@ def format_plan(
         f"{setup.share:.1%} of the experts ({trained:.2f} G at full rank)",
         "",
         "engine   method          rank  weights  optimizer            base   state  gathered  activations    total GB"
-        "  fits  sent GB a step",
+        "  fits  GB sent per step",
     ]
     notes = {}
     for own in estimates:
@@ -122,7 +122,7 @@ def format_plan(
         mark = "yes" if own.fits else "no*" if own.obstacle else "no"
         lines.append(
             f"{own.engine:<8} {own.method:<14} {_rank(own) or '-':>5}  {own.setup.base:<7}  {own.setup.optim:<17}"
-            f"{base:>8.1f}{state:>8.1f}{gathered:>10.1f}{activations:>13.1f}{total:>12.1f}  {mark:<4} {sent:>15.1f}"
+            f"{base:>8.1f}{state:>8.1f}{gathered:>10.1f}{activations:>13.1f}{total:>12.1f}  {mark:<4} {sent:>17.1f}"
         )
     lines += ["", "full: weights, gradients and both moments are in the precision of the column weights"]
     lines += [f"* {base}: {text}" for base, text in notes.items()]

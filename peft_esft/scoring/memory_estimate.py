@@ -90,7 +90,7 @@ class Setup:
                 raise ValueError
             memory = bytes_of("memory", match[2])
         except ValueError:
-            raise ValueError(f"{gpus!r} is no memory of GPUs; expected for example 24GB or 8x80GB") from None
+            raise ValueError(f"{gpus!r} is not a memory of GPUs; expected for example 24GB or 8x80GB") from None
         return cls(gpus=int(match[1] or 1), memory=memory, **settings)
 
     @property

@@ -33,7 +33,11 @@ MODEL = str(ROOT / "examples" / "tiny_moe" / "model")
 def started(*arguments):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "peft_esft", *arguments]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Tests that run in the background of a shell ignore the signal, and what they start would too.
+    ignored = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=env, **pipes) as process:
+        signal.signal(signal.SIGINT, ignored)
         yield process
 
 

@@ -201,6 +201,21 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
+def test_the_readme_quotes_the_recipes_memory():
+    recipes = (ROOT / "examples" / "recipes" / "README.md").read_text()
+    found = {
+        name: [cell.strip() for cell in cells.split("|")]
+        for name, cells in re.findall(r"^\| \[([\w.-]+)\]\(\S+\) \|(.*)\|$", recipes, flags=re.MULTILINE)
+    }
+    shown = _shown("README.md", "recipes")
+    cards = [card.replace(" GB", "gb") for card in shown.pop("model")]
+    assert len(cards) == 3 and len(shown) == 4
+    for model, cells in shown.items():
+        for card, cell in zip(cards, cells, strict=True):
+            form, trained, _, _, memory, _ = found[f"{model.lower()}-{card}"]
+            assert cell == f"{form}, {trained.replace(' experts', '')}, {memory.removesuffix(' GB')}"
+
+
 METHODS = {"ESFT": "ESFT-Token, p 0.2", "ESFT, a third of the lr": "ESFT-Token, p 0.2, a third of the lr"}
 """Methods by their names on the page that compares ESFT with others, and in the tables of the findings."""
 

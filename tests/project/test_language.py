@@ -42,8 +42,8 @@ CHECKED = [
     ),
 ]
 
-# Being rewritten elsewhere in this round; take these lines out then.
-LATER = {"design.md", "gpu.md", "scaling.md", "memory_estimate.py"}
+LATER = {"design.md"}
+"""Pages that are still to be rewritten."""
 
 
 def _found(text: str) -> list[str]:
