@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import OlmoeConfig, OlmoeForCausalLM
+from transformers import OlmoeConfig, OlmoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from peft_esft import AdapterPool, ESFTConfig, find_experts
+from peft_esft import AdapterPool, ESFTConfig, find_experts, quantize_experts
 from peft_esft.ops import grouped_mm
 
 from layer_step import build_ways, route, step_of
@@ -239,11 +239,82 @@ def inference(bench: Bench, name: str, rows: int, length: int) -> dict[str, Any]
         for adapter in adapters:
             adapted.base_model.freeze_adapter(adapter)
         adapted.base_model.set_adapter(adapters[0], inference_mode=True)
-        measure("ESFT", lambda: adapted(input_ids=tokens, use_cache=False))
         names = [adapters[row % len(adapters)] for row in range(rows)]
-        measure(f"{len(adapters)} adapters", lambda: adapted(input_ids=tokens, use_cache=False, adapter_names=names))
+        with adapted.base_model.hold():  # as `generate` does
+            measure("ESFT", lambda: adapted(input_ids=tokens, use_cache=False))
+            measure(
+                f"{len(adapters)} adapters", lambda: adapted(input_ids=tokens, use_cache=False, adapter_names=names)
+            )
         adapted.merge_adapter([adapters[0]])
         measure("merged", lambda: adapted(input_ids=tokens, use_cache=False))
+    return result
+
+
+def quantised(bench: Bench, name: str) -> dict[str, Any]:
+    """A base in bf16, int8 and NF4: bytes, a training step of ESFT, a prefill and decoding."""
+    result: dict[str, Any] = {}
+    for bits in (16, 8, 4):
+        base = bench.model(name)
+        base = base if bits == 16 else quantize_experts(base, bits=bits)
+        experts = next(iter(find_experts(base).values())).num_experts
+        own: dict[str, Any] = {"GB": round(base.get_memory_footprint() / 1e9, 3)}
+        step = TrainingStep("ESFT", base, max(1, experts // 10), bench.tokens(1, 4096), checkpointing=False)
+        own |= {"training": bench.times({"ms": step}) | {"peak GB": bench.peak(step), "waits": bench.waits(step)}}
+        del step
+        bench.free()
+        model = adapt(base, inference_mode=True).eval()
+        model.base_model.freeze_adapter("default")
+        with torch.no_grad():
+            for what, rows, length in (("decoding, 1 row", 1, 1), ("decoding, 32 rows", 32, 1), ("prefill", 1, 2048)):
+                tokens = bench.tokens(rows, length)
+
+                def call(model: Any = model, tokens: torch.Tensor = tokens) -> object:
+                    return model(input_ids=tokens, use_cache=False)
+
+                own[what] = bench.times({"ms": call}) | {"waits": bench.waits(call)}
+        result[f"{bits} bits"] = own
+        del model, base
+        bench.free()
+    return result
+
+
+def whole_model(bench: Bench) -> dict[str, Any]:
+    """Qwen3-30B-A3B with random weights and all 48 layers: training steps of 4,096 tokens in bf16 and NF4."""
+    sizes: dict[str, Any] = {"num_hidden_layers": 48, "moe_intermediate_size": 768, "num_experts": 128}
+    sizes |= {"head_dim": 128, "num_key_value_heads": 4}
+    if bench.is_tiny:
+        sizes = {"num_hidden_layers": 2, "moe_intermediate_size": 32, "num_experts": 16, "hidden_size": 64}
+        sizes |= {"vocab_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    with torch.device(bench.device):
+        config = Qwen3MoeConfig(num_experts_per_tok=8, **sizes)
+        base = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    base.set_experts_implementation("grouped_mm")
+    result = {"bf16, 2 experts a layer": _whole_step(bench, base, 2)}
+    base = quantize_experts(base, bits=4)
+    return result | {f"NF4, {trained} experts a layer": _whole_step(bench, base, trained) for trained in (2, 8)}
+
+
+def _whole_step(bench: Bench, base: Qwen3MoeForCausalLM, trained: int) -> dict[str, Any]:
+    bench.free()
+    model = get_peft_model(
+        base, ESFTConfig(target_experts={path: list(range(trained)) for path in find_experts(base)})
+    )
+    model.train().gradient_checkpointing_enable({"use_reentrant": False})
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, tokens = torch.optim.AdamW(parameters, lr=1e-5), bench.tokens(1, 4096)
+    result: dict[str, Any] = {"base GB": round(base.get_memory_footprint() / 1e9, 2)}
+    result["trained parameters"] = sum(parameter.numel() for parameter in parameters)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+
+    try:
+        result |= bench.times({"ms": step}) | {"peak GB": bench.peak(step)}
+    finally:
+        optimizer.zero_grad()
+        model.unload()
     return result
 
 
@@ -340,18 +411,20 @@ def parts(is_tiny: bool) -> list[tuple[str, float, Callable[[Bench], Any]]]:
     ]
     for name in names:
         found.append((f"layer step, {name}, 4096 tokens", 20, lambda b, n=name: layer(b, n, 4096)))
+    found.append(("limits of few rows", 15, few_rows))
     for name in names:
         call = lambda b, n=name: training(b, n, 4096, n == "Qwen3-30B-A3B")  # noqa: E731
-        found.append((f"training step, {name}, 4096 tokens", 50, call))
+        found.append((f"training step, {name}, 4096 tokens", 40, call))
     for rows in (2,) if is_tiny else (1, 8, 32, 64, 256):
         found.append(
             (f"decoding, Qwen3-30B-A3B, {rows} rows", 15, lambda b, r=rows: inference(b, "Qwen3-30B-A3B", r, 1))
         )
     found += [
         ("prefill, OLMoE-1B-7B, 2 x 2048", 15, lambda b: inference(b, "OLMoE-1B-7B", 2, 2048)),
-        ("generate with a static cache", 90, static_generate),
-        ("limits of few rows", 30, few_rows),
+        ("quantised base, DeepSeek-V2-Lite", 40, lambda b: quantised(b, "DeepSeek-V2-Lite")),
+        ("all of Qwen3-30B-A3B", 60, whole_model),
         ("switching, merging, pool", 20, switching),
+        ("generate with a static cache", 90, static_generate),
     ]
     return found
 
