@@ -1,4 +1,4 @@
-"""Which tests a mutant has to pass, see mutation.md: those of its file, the most direct ones first.
+"""Chooses the tests that a mutant has to pass, see mutation.md: those of its file, the most direct ones first.
 
 A pytest plugin for `make mutation`; without a mutant it runs all that are chosen here.
 """

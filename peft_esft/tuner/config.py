@@ -1,4 +1,4 @@
-"""`ESFTConfig`: which experts of which layers are trained, and how that choice was made."""
+"""Defines `ESFTConfig`: which experts of which layers are trained, and how that choice was made."""
 
 from __future__ import annotations
 

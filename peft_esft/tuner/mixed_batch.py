@@ -1,4 +1,4 @@
-"""Batches whose samples have adapters of their own: which adapter each token has, and how layers learn of it."""
+"""Runs a batch whose samples have different adapters: tells each layer the adapter of each row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""More adapters than fit on the device: loaded when asked for, the least recently used ones dropped for room."""
+"""Defines `AdapterPool`: it loads adapters when they are asked for, and drops the least recently used ones for room."""
 
 from __future__ import annotations
 

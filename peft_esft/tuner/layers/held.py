@@ -1,4 +1,4 @@
-"""Effective rows that are held for the length of one call, and the rows of the adapters of a mixed batch.
+"""Holds effective rows for the length of one call, and joins the rows of the adapters of a mixed batch.
 
 An adapter's effective rows are computed in the forward pass that uses them, unless they are *held*. An adapter that is
 stored as rows has no deltas: the rows are its own tensors. For other adapters, `ESFTModel.hold` computes the rows once

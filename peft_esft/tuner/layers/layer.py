@@ -1,4 +1,4 @@
-"""`ESFTLayer`: an experts module and the adapters on it."""
+"""Defines `ESFTLayer`, which wraps an experts module and has the adapters on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps on the host or the disk between calls: read where and when they are computed with."""
+"""Loads weights that accelerate keeps on the host or the disk, for the length of a computation."""
 
 from __future__ import annotations
 
