@@ -1,4 +1,4 @@
-"""Draws the figures of docs/findings.md from the records."""
+"""Draws the figures of docs/protocol.md from the records."""
 
 from __future__ import annotations
 

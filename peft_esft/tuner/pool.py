@@ -1,4 +1,4 @@
-"""Defines `AdapterPool`: it loads adapters when they are asked for, and drops the least recently used ones for room."""
+"""Defines `AdapterPool`, which loads adapters when they are asked for, and drops those not used for longest."""
 
 from __future__ import annotations
 
