@@ -1,4 +1,4 @@
-"""Runs a batch whose samples have different adapters: tells each layer the adapter of each row."""
+"""Runs a batch whose samples have different adapters (`adapter_names`): tells each layer the adapter of each row."""
 
 from __future__ import annotations
 
