@@ -1,4 +1,4 @@
-"""What the benchmarks share: versions, and results as JSON and Markdown."""
+"""Writes results of benchmarks as JSON and Markdown, with the versions that they were measured with."""
 
 from __future__ import annotations
 

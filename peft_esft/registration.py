@@ -1,4 +1,4 @@
-"""What peft_esft needs of PEFT and PEFT gives no way to: its registry of types, and what a call of it loads.
+"""Registers the type ESFT with PEFT and the quantiser with transformers, and finds out which file PEFT loads.
 
 The only file that touches PEFT's internals without a comment at each place.
 """

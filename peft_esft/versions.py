@@ -1,4 +1,4 @@
-"""The oldest releases that the package works with, and the error below them."""
+"""Checks that the installed PEFT, transformers and torch are recent enough."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tests a mutant has to pass, see mutation.md: those of its file, the most direct ones first.
+"""Chooses the tests that a mutant has to pass, see mutation.md: those of its file, the most direct ones first.
 
 A pytest plugin for `make mutation`; without a mutant it runs all that are chosen here.
 """
@@ -14,18 +14,17 @@ import pytest
 _ARITHMETIC = ["functional", "numerics", "oracle"]
 _LAYERS = [
     *("layer", "hazards", "plugin", "adapters", "undo", "mixed_batches", "hotswap", "compact", "combination", "kinds"),
-    *("offload", "sequences", "resident", "oracle"),
+    *("offload", "sequences", "caller_modes", "oracle"),
 ]
 TESTS = {  # by file of the package
     "selection": ["selection"],
     "split_forward": _ARITHMETIC,
     "row_order": _ARITHMETIC,
-    "deltas": [*_ARITHMETIC, "combination", "resident"],
+    "deltas": [*_ARITHMETIC, "combination", "layer"],
     "layer": _LAYERS,
-    "merging_layer": _LAYERS,
-    "adapter_weights": _LAYERS,
-    "adapter_tensors": _LAYERS,
-    "fused": _LAYERS,
+    "effective_rows": _LAYERS,
+    "held": _LAYERS,
+    "merging": _LAYERS,
 }
 _LIKE_OLMOE = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2")
 _OTHER_PROCESSES = ("fresh_process", "trainer")

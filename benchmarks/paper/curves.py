@@ -1,4 +1,4 @@
-"""The figures of docs/protocol.md, drawn from the records."""
+"""Draws the figures of docs/protocol.md from the records."""
 
 from __future__ import annotations
 

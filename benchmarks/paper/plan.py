@@ -1,4 +1,4 @@
-"""Which runs the comparison consists of, in order: what matters most comes first."""
+"""Lists the runs of the comparison, the most important ones first."""
 
 from __future__ import annotations
 

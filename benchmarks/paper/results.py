@@ -1,4 +1,4 @@
-"""What the records say: final runs of a method, its metrics, means and spread."""
+"""Reads the records: a method's final runs, their metrics, means and spread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of runs, one JSON line each, written as soon as a run ends."""
+"""Stores the result of each run as one JSON line, written as soon as the run ends."""
 
 from __future__ import annotations
 

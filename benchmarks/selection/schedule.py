@@ -1,4 +1,4 @@
-"""Which trials the comparison consists of, in order: what matters most comes first."""
+"""Lists the trials of the comparison, the most important ones first."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ..moe.containers import find_experts
 from ..moe.routing import Routing
 from ..scoring.selection import Selection
 from ..scoring.watching import run_batches
-from ..tuner.config import check_target_experts
+from ..tuner.config_checks import check_target_experts
 from ..tuner.targets import resolve_target_experts
 from .changes import esft_layers
 

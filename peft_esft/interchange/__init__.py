@@ -1,4 +1,4 @@
-"""Adapters to and from other files: the original code's, merged checkpoints, smaller forms.
+"""Converts adapters to and from other files: the original code's, merged checkpoints, smaller forms.
 
 May import `tuner`, `scoring`, `moe` and `ops`.
 

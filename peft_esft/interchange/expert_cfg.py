@@ -8,7 +8,7 @@ from typing import Any
 
 from ..moe.containers import ExpertsContainer
 from ..tuner.adapter_file import read_json
-from ..tuner.config import check_target_experts
+from ..tuner.config_checks import check_target_experts
 from ..tuner.targets import resolve_container, resolve_target_experts
 
 

@@ -1,4 +1,4 @@
-"""What a mixture-of-experts model has: its experts, their weights, its routing.
+"""Describes what a mixture-of-experts model has: its experts, their weights, its routing.
 
 May import torch and transformers, and no other part of the package.
 

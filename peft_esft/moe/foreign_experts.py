@@ -1,4 +1,4 @@
-"""Experts that other packages keep in few bits: recognised, and taken over as they are."""
+"""Finds experts that other packages keep in few bits, and takes them over as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forms in which experts are kept in few bits: encoding, layout, and the matrix of one expert.
+"""Encodes and decodes the forms in which experts are kept in few bits.
 
 A weight `[E, out, in]` is kept as a few tensors by name, each with the experts on its first dimension. A matrix is
 what the package that a form comes from dequantises it to, bit for bit.

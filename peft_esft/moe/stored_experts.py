@@ -1,4 +1,4 @@
-"""Fused experts of which weights are kept in few bits: their class, and how plain experts get it."""
+"""Defines the class of fused experts whose weights are kept in few bits, and gives it to plain experts."""
 
 from __future__ import annotations
 

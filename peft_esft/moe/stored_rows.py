@@ -1,4 +1,4 @@
-"""A weight of experts that is kept in few bits."""
+"""Reads and writes the rows of an experts' weight that is kept in few bits."""
 
 from __future__ import annotations
 

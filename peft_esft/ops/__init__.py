@@ -1,4 +1,4 @@
-"""Arithmetic on tensors: the products of selected and frozen experts, deltas, stored forms.
+"""Computes with tensors: products of selected and frozen experts, deltas, stored forms.
 
 May import torch alone: no PEFT, no transformers, no other part of the package.
 

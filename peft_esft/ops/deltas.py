@@ -1,4 +1,4 @@
-"""Rows of a base weight and the deltas on them: plain tensors."""
+"""Adds the deltas of adapters to rows of a base weight."""
 
 from __future__ import annotations
 

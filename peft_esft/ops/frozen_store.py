@@ -1,4 +1,4 @@
-"""Frozen weights of experts that are kept in another form than a dense tensor, and read a few experts at a time."""
+"""Stands in for a frozen weight tensor that is kept in another form, and computes one expert's matrix at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrix products of rows in groups, each group with a matrix of its own: kernels and their choice.
+"""Multiplies groups of rows, each with a matrix of its own, and chooses the kernel for that.
 
 Axes are those of `split_forward.py`. The groups come in two parts, frozen ones and trained ones, whose matrices lie in
 two tensors.

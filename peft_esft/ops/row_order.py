@@ -1,4 +1,4 @@
-"""The (token, expert) pairs of a mixture of experts sorted by weight matrix, and products in that order.
+"""Sorts the (token, expert) pairs of a batch by weight matrix, and multiplies in that order, forward and backward.
 
 Axes are those of `split_forward.py`: `T` tokens, `K` experts per token, `E` experts, `n` trained experts, `R` rows,
 one for each (token, expert) pair.

@@ -1,4 +1,4 @@
-"""The arithmetic of expert-specialized layers: plain tensors, no PEFT, no model.
+"""Computes the forward pass of fused experts of which some are trained and the rest are frozen.
 
 Axes are spelled the same way everywhere: `T` tokens, `K` experts per token (top_k), `H` hidden size, `I` intermediate
 size, `E` experts, `n` trained experts, `R` rows, one for each (token, expert) pair.

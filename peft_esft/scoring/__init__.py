@@ -1,4 +1,4 @@
-"""Which experts a task uses, and which of them to train.
+"""Measures which experts a task uses, and chooses which of them to train.
 
 May import `moe` and `ops`.
 

@@ -1,4 +1,4 @@
-"""Chooses the experts to train from the scores of a task."""
+"""Chooses the experts to train from scores: by a share (`top_p`), a number (`top_k`) or a budget of parameters."""
 
 from __future__ import annotations
 

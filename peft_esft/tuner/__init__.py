@@ -1,4 +1,4 @@
-"""The PEFT tuner: its config, its model, its layers, and what is done with adapters.
+"""Is the PEFT tuner: the config, the model, the layers, the adapter's file, and operations on adapters.
 
 May import `scoring`, `moe` and `ops`.
 

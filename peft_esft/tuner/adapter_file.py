@@ -1,4 +1,4 @@
-"""An adapter's file: the names of its tensors, its header, read and written.
+"""Reads and writes the file of an adapter's weights: the names of its tensors, and its header.
 
 The format is described in docs/format.md.
 """

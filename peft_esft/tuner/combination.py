@@ -1,4 +1,4 @@
-"""Deltas of several adapters to one, over the union of their experts."""
+"""Combines the deltas of several adapters into one delta over the union of their experts."""
 
 from __future__ import annotations
 

@@ -1,29 +1,25 @@
-"""`ESFTConfig`: which experts of which layers are trained, and how that choice was made."""
+"""Defines `ESFTConfig`: which experts of which layers are trained, and how that choice was made."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import os
-import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
-from huggingface_hub.dataclasses import type_validator
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
-from ..ops.encodings import FORMS
 from ..scoring.memory_estimate import Setup
 from ..scoring.scores import ExpertScores, Metric
 from ..scoring.selection import DEFAULT_TOP_P, select_experts, top_p_for_memory
 from .adapter_file import KEY_PREFIX, Header, find_header, find_hub_header, finish_file, read_header
+from .config_checks import check_target_experts, check_types, check_values
 from .file_contents import check_experts, check_foreign, foreign_keys
 from .model_card import write_card
 from .other_classes import Prefixes, moved
@@ -144,8 +140,8 @@ class ESFTConfig(PeftConfig):
                 setattr(self, name, sorted(getattr(self, name)))
         if isinstance(self.alpha, int) and not isinstance(self.alpha, bool):
             self.alpha = float(self.alpha)
-        _check_types(self)
-        _check_values(self)
+        check_types(self)
+        check_values(self)
         if self.target_experts is not None:
             self.target_experts = check_target_experts(self.target_experts)
 
@@ -396,128 +392,3 @@ def _setup_of(budget: str | Setup, fields: dict[str, Any]) -> Setup:
     if budget.rank != rank:
         raise ValueError(f"the budget is for rank {budget.rank}, and the config has rank={rank}; give both the same")
     return budget
-
-
-def _check_types(config: ESFTConfig) -> None:
-    """Refuses fields that have another type than they are declared with.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    hints = get_type_hints(ESFTConfig)
-    for name in (own.name for own in fields(config) if own.name in _CHECKED):
-        value = getattr(config, name)
-        try:
-            type_validator(name, value, hints[name])
-        except TypeError as error:
-            shown = f"{repr(value)[:100]} ({type(value).__name__})"
-            expected = (
-                hints[name].__name__ if isinstance(hints[name], type) else str(hints[name]).replace("typing.", "")
-            )
-            raise ValueError(f"the config's {name} is {shown}; expected {expected}") from error
-
-
-def _check_values(config: ESFTConfig) -> None:
-    """Refuses values that have the right type and no meaning.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    if config.rank is not None and config.rank < 1:
-        raise ValueError(f"the config's rank is {config.rank}; expected a positive integer, or None for full rank")
-    if config.alpha is not None and not (math.isfinite(config.alpha) and config.alpha > 0):
-        raise ValueError(f"the config's alpha is {config.alpha}; expected a finite number above 0")
-    for name in ("exclude_modules", "layers_pattern"):
-        patterns = getattr(config, name) or []
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError) as error:
-                raise ValueError(f"the config's {name} has {pattern!r}, not a regular expression: {error}") from error
-    for name in ("selection", "base_fingerprint"):
-        _check_record(name, getattr(config, name) or {})
-    if config.layers_pattern and config.layers_to_transform is None:
-        raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
-    if config.storage not in FORMS:
-        raise ValueError(f"storage is {config.storage!r}; it is one of {', '.join(FORMS)}")
-    if config.storage != "delta" and config.rank is not None:
-        raise ValueError(f"storage {config.storage!r} is for full-rank adapters; with a rank it is 'delta'")
-    if config.rank is None and (config.alpha is not None or config.use_rslora):
-        raise ValueError("alpha and use_rslora scale deltas of low rank; without rank they would have no effect")
-
-
-def _check_record(name: str, record: dict[str, Any]) -> None:
-    try:
-        json.dumps(record)
-        type_validator("num_experts", record.get("num_experts", {}), dict[str, int])
-        if name == "base_fingerprint":
-            type_validator("rows", record.get("rows", {}), dict[str, str])
-            type_validator("commit", record.get("commit", ""), str)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the config's {name} is malformed: {error}") from error
-
-
-_CHECKED = (
-    "base_model_name_or_path",
-    "revision",
-    "task_type",
-    "inference_mode",
-    "train_shared_experts",
-    "train_non_expert_modules",
-    "rank",
-    "alpha",
-    "use_rslora",
-    "modules_to_save",
-    "trainable_token_indices",
-    "ensure_weight_tying",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "init_weights",
-    "selection",
-    "storage",
-    "base_fingerprint",
-)
-"""The fields whose types are checked: `target_experts` has a check of its own, the others are PEFT's business."""
-
-
-def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[int]]:
-    """Brings a selection into the form in which it is stored.
-
-    Args:
-        target_experts: `{path or layer index: expert ids}`, ids as any sequence of integers.
-
-    Returns:
-        The same with string keys and lists of ints, in the same order.
-
-    Raises:
-        ValueError: if it is no such mapping, or a container has no experts, a repeated or a negative id.
-    """
-    if not isinstance(target_experts, Mapping):
-        raise ValueError(f"target_experts is a {type(target_experts).__name__}; expected a dict {{path: expert ids}}")
-    checked: dict[str, list[int]] = {}
-    for key, values in target_experts.items():
-        if not isinstance(key, str | int) or isinstance(key, bool):
-            raise ValueError(f"target_experts has the key {key!r}; expected a module path or a layer index")
-        if str(key) in checked:
-            raise ValueError(f"target_experts names {key} twice")
-        if isinstance(values, str) or not hasattr(values, "__iter__"):
-            raise ValueError(f"target_experts[{key!r}] is {values!r}; expected a list of expert ids")
-        ids = [_expert_id(key, value) for value in values]
-        if not ids:
-            raise ValueError(f"target_experts[{key!r}] is empty; leave the container out to train none of its experts")
-        repeated = sorted(expert for expert, times in Counter(ids).items() if times > 1)
-        if repeated:
-            raise ValueError(f"target_experts[{key!r}] repeats the expert ids {repeated}")
-        checked[str(key)] = ids
-    return checked
-
-
-def _expert_id(key: str | int, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError, OverflowError):
-        number = -1
-    if isinstance(value, bool | str) or number != value or number < 0:
-        raise ValueError(f"target_experts[{key!r}] holds {value!r}; expert ids are integers of at least 0")
-    return number

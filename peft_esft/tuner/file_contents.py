@@ -1,4 +1,4 @@
-"""What an adapter's config calls for in its file, and the comparison of a file with that."""
+"""Compares the tensors in an adapter's file with those that its config calls for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short record of the base's rows that an adapter changes, to notice a base that only looks the same."""
+"""Hashes some of the base's rows that an adapter changes, to notice a base that has other weights."""
 
 from __future__ import annotations
 

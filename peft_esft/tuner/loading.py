@@ -1,4 +1,4 @@
-"""What is compared before an adapter's weights are copied into a model: keys, shapes, dtypes, experts, values."""
+"""Checks an adapter's weights against the model before they are copied into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wording that error messages share."""
+"""Shortens lists of names in error messages."""
 
 from __future__ import annotations
 

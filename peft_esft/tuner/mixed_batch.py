@@ -1,4 +1,4 @@
-"""Batches whose samples have adapters of their own: which adapter each token has, and how layers learn of it."""
+"""Runs a batch whose samples have different adapters (`adapter_names`): tells each layer the adapter of each row."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ class AdapterBatch:
             ValueError: if it is not known whose the rows are.
         """
         repeats = self._rows_of_sample(tensor, module, path)
-        names = [self.names[0]] * tensor.shape[0] if repeats is None else _repeated(self.names, repeats)
+        if repeats is None:
+            names = [self.names[0]] * tensor.shape[0]
+        else:
+            names = [name for name in self.names for _ in range(repeats)]
         return [name if name in known else BASE for name in names]
 
     def _rows_of_sample(self, tensor: Tensor, module: nn.Module, path: str) -> int | None:
@@ -253,10 +256,6 @@ def _count_calls(change: int) -> None:
     global _calls_under_way  # noqa: PLW0603
     with _counting:
         _calls_under_way += change
-
-
-def _repeated(names: Sequence[str], repeats: int) -> list[str]:
-    return [name for name in names for _ in range(repeats)]
 
 
 def _begin(module: nn.Module, args: Any, kwargs: Any = None) -> None:

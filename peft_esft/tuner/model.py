@@ -1,4 +1,4 @@
-"""`ESFTModel`: config and containers to layers."""
+"""Defines `ESFTModel`, the tuner that PEFT calls: it attaches, switches, merges and saves adapters."""
 
 from __future__ import annotations
 

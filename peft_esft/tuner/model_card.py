@@ -1,4 +1,4 @@
-"""The model card of a saved adapter: what it is, for which base, how its experts were chosen, how to load it."""
+"""Writes the model card of a saved adapter: its base, its experts, how they were chosen, how to load it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`AdapterOperations`: what is done with adapters that a model has, beyond what PEFT asks of a tuner."""
+"""Combines, freezes and scales adapters of a model, which PEFT does not ask of a tuner."""
 
 from __future__ import annotations
 

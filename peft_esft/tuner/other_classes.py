@@ -1,4 +1,4 @@
-"""Paths of an adapter that was trained over another class of the same checkpoint.
+"""Translates the paths of an adapter that was trained over another class of the same checkpoint.
 
 The classes of a checkpoint (the whole model, its text part, one without a head) hold the same modules under paths that
 begin differently: `model.language_model.layers.3.mlp.experts`, `model.layers.3.mlp.experts`, `layers.3.mlp.experts`.

@@ -1,4 +1,4 @@
-"""More adapters than fit on the device: loaded when asked for, the least recently used ones dropped for room."""
+"""Defines `AdapterPool`, which loads adapters when they are asked for, and drops those not used for longest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a config means in a model, found and checked before anything is changed."""
+"""Finds what a config selects in a model, and checks it before anything is changed."""
 
 from __future__ import annotations
 

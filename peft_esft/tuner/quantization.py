@@ -1,4 +1,4 @@
-"""Experts in few bits: `quantize_experts` for a model in memory, `ESFTQuantizationConfig` for `from_pretrained`.
+"""Quantises the experts of a model: `quantize_experts` in memory, `ESFTQuantizationConfig` while it is loaded.
 
 transformers' own registration of quantisers is used, so that such a model is saved and loaded like any other.
 """

@@ -1,4 +1,4 @@
-"""Operations that end whole or not at all: after an error or an interrupt the model is what it was."""
+"""Puts the model back as it was if an operation ends with an error or an interrupt."""
 
 from __future__ import annotations
 

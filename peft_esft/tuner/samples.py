@@ -1,4 +1,4 @@
-"""Which sample of a batch each row of a module's tensors belongs to: what the model's calls under way tell."""
+"""Finds which sample of a batch each row of a module's tensor belongs to."""
 
 from __future__ import annotations
 

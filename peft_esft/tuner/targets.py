@@ -1,4 +1,4 @@
-"""What `target_experts` and PEFT's options about modules mean in a model."""
+"""Resolves `target_experts` and PEFT's options about modules to the modules of a model."""
 
 from __future__ import annotations
 

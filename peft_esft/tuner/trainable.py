@@ -1,4 +1,4 @@
-"""Which experts can have deltas: those whose weights can be read as plain rows."""
+"""Refuses experts whose weights cannot be read as plain rows, and warns of those that are slow to train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warnings of deltas that training has not reached."""
+"""Warns of experts that training did not reach."""
 
 from __future__ import annotations
 

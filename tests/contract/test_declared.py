@@ -1,4 +1,4 @@
-"""What docs/contract.md says is so."""
+"""Tests that docs/contract.md lists just the tests of PEFT that are declared as failing or left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is odd about single families, and what is combined with other adapters or refused."""
+"""Tests the oddities of single families, and combinations with other adapters, which work or are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an installed package owes its user: a light import, clear errors below the oldest versions, one version."""
+"""Tests the installed package: a light import, clear errors below the oldest versions, one version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations leave the same model behind in whatever mode of torch they are called."""
+"""Tests that operations do the same in every mode of torch that the caller may be in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several adapters as one."""
+"""Tests `add_weighted_adapter`: several adapters combined into one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One adapter takes another's place."""
+"""Tests `hotswap_adapter`: one adapter's weights in the place of another's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PEFT never asks of its own tuners: registration from outside, and errors that teach."""
+"""Tests that PEFT knows the tuner from outside, and the errors of configs and models that do not fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters that come and go, also while requests run."""
+"""Tests `AdapterPool`: adapters that are loaded and dropped, also while requests run."""
 
 from __future__ import annotations
 

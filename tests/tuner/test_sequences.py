@@ -1,4 +1,4 @@
-"""Sequences of operations that once gave something wrong; most were found by `test_state_machine.py`."""
+"""Tests sequences of operations that gave wrong results once; most were found by `test_state_machine.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operations that failed or were interrupted leave behind shows only in what is done afterwards."""
+"""Tests that operations which failed or were interrupted leave nothing behind that later ones could show."""
 
 from __future__ import annotations
 

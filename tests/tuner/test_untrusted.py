@@ -1,4 +1,4 @@
-"""Adapters that anyone may have written: a clear error, and the model as it was."""
+"""Tests adapter files of strangers: refused with a clear error, and the model is what it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Deltas and effective rows of a layer's adapters: what its tensors amount to, computed when asked for."""
+"""Computes the effective rows of a layer's adapters: rows of the base and the deltas on them."""
 
 from __future__ import annotations
 
@@ -8,23 +8,7 @@ from torch import Tensor
 
 from ...moe.weights import StackedWeight
 from ...ops.deltas import add_deltas, rows_with_delta
-from ...ops.encodings import SUFFIXES, delta_from
 from .records import AdapterLayer
-
-
-def delta_weight(layer: AdapterLayer, adapter_name: str, weight_name: str) -> Tensor | None:
-    """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
-    adapter = layer.adapters[adapter_name]
-    if adapter.storage == "delta":
-        factors = layer.delta_parameters(weight_name, adapter_name)
-        stored: dict[str, Tensor] = dict(zip(("_A", "_B") if len(factors) > 1 else ("",), factors, strict=False))
-    else:
-        stored = {suffix: layer.stored(weight_name, suffix)[adapter_name] for suffix in SUFFIXES[adapter.storage]}
-    if not stored:
-        return None
-    length = layer.weights[weight_name].shape(layer.get_base_layer())[-1]
-    rows = base_rows(layer, weight_name, [adapter_name]) if adapter.storage == "rows" else None
-    return delta_from(adapter.storage, stored, adapter.factor, length, rows)
 
 
 def effective_rows(layer: AdapterLayer, weight_name: str, adapter_names: Sequence[str]) -> Tensor:

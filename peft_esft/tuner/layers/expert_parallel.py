@@ -1,4 +1,4 @@
-"""Fused experts under transformers' expert parallelism: a process holds and trains the deltas of the experts it owns.
+"""Trains fused experts under transformers' expert parallelism: each process has the deltas of its own experts.
 
 transformers gives every process of a group an equal range of each container's experts and brings the tokens to them.
 The container's parameters are then distributed tensors, of which a process holds its range.

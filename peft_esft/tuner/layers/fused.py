@@ -1,4 +1,4 @@
-"""Experts in fused parameters: the split forward."""
+"""Defines the layer for experts in fused parameters, whose forward pass is the split forward."""
 
 from __future__ import annotations
 

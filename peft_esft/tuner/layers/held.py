@@ -1,4 +1,4 @@
-"""Effective rows that are held for the length of one call, and the rows of the adapters of a mixed batch.
+"""Holds effective rows for the length of one call, and joins the rows of the adapters of a mixed batch.
 
 An adapter's effective rows are computed in the forward pass that uses them, unless they are *held*. An adapter that is
 stored as rows has no deltas: the rows are its own tensors. For other adapters, `ESFTModel.hold` computes the rows once
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -22,34 +22,29 @@ from .modes import plain_modes
 from .records import AdapterLayer
 
 
-@dataclass(frozen=True, eq=False)
-class Hold:
-    """What a hold keeps beside the rows of the active adapters, which are the layers'.
+_HELD_MIXED: ContextVar[dict[tuple[Any, tuple[str, ...]], MixedRows | None] | None] = ContextVar(
+    "esft_held_mixed", default=None
+)
+"""The rows of mixed batches in the hold that this thread is in, by layer and adapters; None outside of a hold.
 
-    Attributes:
-        mixed: by layer and adapters, the rows of mixed batches.
-    """
-
-    mixed: dict[tuple[Any, tuple[str, ...]], MixedRows | None] = field(default_factory=dict)
+Other threads' calls compute rows by themselves. The rows of active adapters are the layers'.
+"""
 
 
-_HOLD: ContextVar[Hold | None] = ContextVar("esft_hold", default=None)
-"""The hold that this thread is in. Other threads' calls compute rows by themselves."""
-
-
-def current_hold() -> Hold | None:
-    """The hold that this thread is in, if any."""
-    return _HOLD.get()
+def is_holding() -> bool:
+    """True if this thread is in a hold."""
+    return _HELD_MIXED.get() is not None
 
 
 @contextmanager
 def holding() -> Iterator[None]:
     """Marks calls of this thread as being within a hold; one within another is the same hold."""
-    token = _HOLD.set(_HOLD.get() or Hold())
+    known = _HELD_MIXED.get()
+    token = _HELD_MIXED.set({} if known is None else known)
     try:
         yield
     finally:
-        _HOLD.reset(token)
+        _HELD_MIXED.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,13 +89,13 @@ class MixedRows:
 
 def mixed_rows(layer: AdapterLayer, adapters: Sequence[str]) -> MixedRows | None:
     """The rows of some adapters in a layer, computed or held; None if all of them leave the layer as it is."""
-    hold = current_hold()
-    if hold is None:
+    held = _HELD_MIXED.get()
+    if held is None:
         return _mixed_rows(layer, adapters)
     key = (layer, tuple(adapters))
-    if key not in hold.mixed:
-        hold.mixed[key] = _mixed_rows(layer, adapters)
-    return hold.mixed[key]
+    if key not in held:
+        held[key] = _mixed_rows(layer, adapters)
+    return held[key]
 
 
 def _mixed_rows(layer: AdapterLayer, adapters: Sequence[str]) -> MixedRows | None:

@@ -1,4 +1,4 @@
-"""`ESFTLayer`: an experts module and the adapters on it."""
+"""Defines `ESFTLayer`, which wraps an experts module and has the adapters on it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch.distributed.tensor import DTensor
 
 from ...moe.containers import ExpertsContainer
 from ...moe.weights import ExpertWeight, StackedWeight, expert_index
-from ...ops.encodings import FROZEN_SUFFIXES, stored_layout
+from ...ops.encodings import FROZEN_SUFFIXES, SUFFIXES, delta_from, stored_layout
 from ...ops.split_forward import expert_slots
 from ..config import ESFTConfig
 from ..mixed_batch import AdapterBatch, current_batch
-from .effective_rows import delta_weight, effective_rows
-from .held import RowBank, current_hold, join_stored_rows
+from .effective_rows import base_rows, effective_rows
+from .held import RowBank, is_holding, join_stored_rows
 from .merging import merge, unmerge
 from .modes import plain_modes
-from .offload import compute_device, onloaded
+from .offload import compute_device, load_offloaded
 from .records import ActiveAdapters, LayerAdapter, MergeRecord, StoredTensors
 
 
@@ -370,7 +370,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             # A compiled graph can see neither the names nor which thread calls it.
             if self.is_stored_as_rows(active.names):
                 return self.stored_rows_of(active.names[0])
-            held = held if current_hold() is not None else None
+            held = held if is_holding() else None
         if held is None or not torch.is_grad_enabled():
             return held
         known = (active.deltas or {}).values() if torch.compiler.is_compiling() else ()
@@ -398,8 +398,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     ) -> AbstractContextManager[Any]:
         """Has the weights of the module and of adapters where they are computed with, if accelerate keeps them away.
 
+        Args:
+            adapter_names: whose tensors are used.
+            base_layer: the layer's module, or one tied to it.
+
         Raises:
-            RuntimeError: if an adapter has no data.
+            RuntimeError: if an adapter has no data. Adding its rows would silently leave it out.
         """
         base_layer = self.get_base_layer() if base_layer is None else base_layer
         # A compiled graph is not to depend on names.
@@ -407,11 +411,21 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         is_away = next(iter(self.weights.values())).parameters(base_layer)[0].is_meta
         if not is_away and not any(tensor.is_meta for name in names for tensor in self.tensors_of(name).values()):
             return nullcontext()
-        return onloaded(self, base_layer, names)
+        return load_offloaded(self, base_layer, names)
 
     def get_delta_weight(self, adapter_name: str, weight_name: str) -> Tensor | None:
         """The change of a weight that an adapter makes, `[n, ...]`; None if it leaves that weight as it is."""
-        return delta_weight(self, adapter_name, weight_name)
+        adapter = self.adapters[adapter_name]
+        if adapter.storage == "delta":
+            factors = self.delta_parameters(weight_name, adapter_name)
+            stored: dict[str, Tensor] = dict(zip(("_A", "_B") if len(factors) > 1 else ("",), factors, strict=False))
+        else:
+            stored = {suffix: self.stored(weight_name, suffix)[adapter_name] for suffix in SUFFIXES[adapter.storage]}
+        if not stored:
+            return None
+        length = self.weights[weight_name].shape(self.get_base_layer())[-1]
+        rows = base_rows(self, weight_name, [adapter_name]) if adapter.storage == "rows" else None
+        return delta_from(adapter.storage, stored, adapter.factor, length, rows)
 
     def effective_rows(self, weight_name: str, adapter_names: Sequence[str]) -> Tensor:
         """The rows `W + delta` of a weight, `[n, ...]`, see `effective_rows.effective_rows`."""

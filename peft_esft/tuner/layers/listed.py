@@ -1,4 +1,4 @@
-"""Experts in modules of their own: a list that hands out experts with the adapters' deltas."""
+"""Defines the layer for a list of expert modules, which gives out experts with the adapters' deltas."""
 
 from __future__ import annotations
 

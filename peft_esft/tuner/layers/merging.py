@@ -1,4 +1,4 @@
-"""Merging: the effective rows written into the base, and the base's own put back. Nothing else writes to the base."""
+"""Merges adapters into the base and unmerges them; nothing else writes to the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modes under which a layer makes what outlives a call."""
+"""Turns off gradients, inference mode and autocast while something is made that outlives a call."""
 
 from __future__ import annotations
 

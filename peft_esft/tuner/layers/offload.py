@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps on the host or the disk between calls: read where and when they are computed with."""
+"""Loads weights that accelerate keeps on the host or the disk, for the length of a computation."""
 
 from __future__ import annotations
 
@@ -25,17 +25,8 @@ def compute_device(module: nn.Module, parameter: nn.Parameter) -> torch.device:
 
 
 @contextmanager
-def onloaded(layer: AdapterLayer, base_layer: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Has the weights of a module, of adapters and of no other module where they are computed with.
-
-    Args:
-        layer: has the adapters.
-        base_layer: the layer's module, or one tied to it.
-        adapter_names: whose tensors are used.
-
-    Raises:
-        RuntimeError: if an adapter has no data. Adding its rows would silently leave it out.
-    """
+def load_offloaded(layer: AdapterLayer, base_layer: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Has offloaded weights of a module and of adapters where they are computed with, see `ESFTLayer.onloaded`."""
     parts = [part for name, child in layer.named_children() if name != "base_layer" for part in child.modules()]
     with ExitStack() as stack:
         for part in (*base_layer.modules(), *parts):

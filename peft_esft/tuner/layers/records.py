@@ -1,4 +1,4 @@
-"""What a layer notes of its adapters: of each one, of the active ones, and of those that are merged."""
+"""Defines the records that a layer keeps of its adapters: of each one, the active ones, and the merged ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts behind any other forward: their weights are substituted for the length of the call."""
+"""Defines the layer for modules of any other kind: it replaces their weights for the length of a call."""
 
 from __future__ import annotations
 

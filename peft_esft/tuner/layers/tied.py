@@ -1,4 +1,4 @@
-"""Modules that share their weights with an adapted one."""
+"""Defines the layer for a module that shares its weights with an adapted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer keeps from one call to the next, and that this is nothing which others can make stale."""
+"""Tests what a layer keeps from one call to the next, and that writes from outside cannot make it stale."""
 
 from __future__ import annotations
 
