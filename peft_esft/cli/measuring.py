@@ -166,7 +166,7 @@ class Measuring:
             record["models"][BASE]["general"][text] = {"loss": point.loss_before, "num_tokens": point.num_tokens}
         for model in record["models"].values():
             if self.task is not None and not self.task.answers_only:
-                model["exact_match"] = None  # a whole text is no answer
+                model["exact_match"] = None  # a whole text is not an answer
         return record
 
     def table(self) -> list[list[str]]:

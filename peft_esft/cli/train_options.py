@@ -59,7 +59,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SFTConfig]:
         nobody set it.
 
     Raises:
-        ValueError: if the recipe has keys that nothing takes, the budget is no share and no memory, or a value is
+        ValueError: if the recipe has keys that nothing takes, the budget is neither a share nor a memory, or a value is
             refused by TRL.
         SystemExit: for wrong usage, with code 2.
     """

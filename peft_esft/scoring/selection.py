@@ -85,19 +85,12 @@ def select_experts(
         sizes = dict.fromkeys(rows, 1) if isinstance(scores, Mapping) else scores.parameters_per_expert()
         counts = _counts_by_budget(rows, bounds, sizes, budget)
     elif top_k is not None:
-        _check_top_k(top_k, rows)
         counts = dict.fromkeys(rows, top_k)
     else:
         top_p = DEFAULT_TOP_P[metric] if top_p is None else top_p
         counts = {path: _count_by_top_p(row[orders[path]], top_p) for path, row in rows.items()}
         _warn_of_odd_sums(rows, counts, top_p, metric)
     return {path: orders[path][: _within(counts[path], bounds[path])].tolist() for path in rows}
-
-
-def _check_top_k(top_k: int, rows: Mapping[str, Tensor]) -> None:
-    for path, row in rows.items():
-        if top_k > len(row):
-            raise ValueError(f"top_k is {top_k}, but {path} has {len(row)} experts; give a number up to {len(row)}")
 
 
 def top_p_for_memory(

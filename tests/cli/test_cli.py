@@ -73,7 +73,7 @@ def test_select_fills_memory(scored, capsys, tmp_path):
     for flags, message in (
         (["--budget", "0.5", "--tokens", "64"], "--tokens is only for a budget of memory"),
         (["--budget", "1MB", "--tokens", "64"], "does not hold"),
-        (["--budget", "lots"], "'lots' is no memory of GPUs"),
+        (["--budget", "lots"], "'lots' is not a memory of GPUs"),
     ):
         assert main(["select", scored, *flags]) == 1
         assert message in capsys.readouterr().err

@@ -168,5 +168,5 @@ def test_experts_for_images_count_the_image_s_tokens_of_single_samples(family):
     assert {path: sum(c.selected_pairs) for path, c in scores.containers.items()} == executed
     for path, row in scores.token().items():
         assert float(row.sum()) == pytest.approx(1), path
-    with pytest.raises(ValueError, match="Score such data in batches of one sample"):
+    with pytest.raises(ValueError, match="Use batches of one sample"):
         score_experts(model, [zoo.inputs_for(model, rows=2, images=True)], progress=False)

@@ -234,7 +234,7 @@ def test_a_budget_of_memory_is_one_way_of_choosing():
     scores = scored_model([[0.5, 0.5]])
     with pytest.raises(ValueError, match="different ways of choosing"):
         select_experts(scores, budget="24GB", top_p=0.2)
-    with pytest.raises(ValueError, match="'24' is no memory of GPUs"):
+    with pytest.raises(ValueError, match="'24' is not a memory of GPUs"):
         select_experts(scores, budget="24")
 
 
