@@ -128,7 +128,7 @@ def test_routers_that_return_logits_only_give_counts_but_no_gates():
     assert flat.containers[path].selected_pairs == expected.containers[path].selected_pairs
     mask = torch.ones_like(TOKENS)
     mask[0, 0] = 0
-    with pytest.raises(ValueError, match="of which all tokens count"):
+    with pytest.raises(ValueError, match="in which all tokens count"):
         score_experts(listed, [{"input_ids": TOKENS, "attention_mask": mask}], averaging="token", progress=False)
     frame = scores.to_dataframe()
     assert frame["gate"].isna().all()
