@@ -59,8 +59,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SFTConfig]:
         nobody set it.
 
     Raises:
-        ValueError: if the recipe has keys that nothing takes, the budget is neither a share nor a memory, or TRL refuses
-            a value.
+        ValueError: if the recipe has keys that nothing takes, the budget is neither a share nor a memory, or TRL
+            refuses a value.
         SystemExit: for wrong usage, with code 2.
     """
     parser = _Parser((TrainOptions, SFTConfig), prog=PROGRAM, add_help=False, allow_abbrev=False)
