@@ -239,9 +239,12 @@ def inference(bench: Bench, name: str, rows: int, length: int) -> dict[str, Any]
         for adapter in adapters:
             adapted.base_model.freeze_adapter(adapter)
         adapted.base_model.set_adapter(adapters[0], inference_mode=True)
-        measure("ESFT", lambda: adapted(input_ids=tokens, use_cache=False))
         names = [adapters[row % len(adapters)] for row in range(rows)]
-        measure(f"{len(adapters)} adapters", lambda: adapted(input_ids=tokens, use_cache=False, adapter_names=names))
+        with adapted.base_model.hold():  # as `generate` does
+            measure("ESFT", lambda: adapted(input_ids=tokens, use_cache=False))
+            measure(
+                f"{len(adapters)} adapters", lambda: adapted(input_ids=tokens, use_cache=False, adapter_names=names)
+            )
         adapted.merge_adapter([adapters[0]])
         measure("merged", lambda: adapted(input_ids=tokens, use_cache=False))
     return result

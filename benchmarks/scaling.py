@@ -3,7 +3,7 @@
     python benchmarks/scaling.py
 
 Held bytes are counted on the tensors; exchanged ones on the collectives of the second step, as what a process receives
-from the other; the peak of a step is what one process allocates (torch's profiler).
+from the other. The peak of a step is measured by planned_memory.py.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_esft import ESFTConfig, find_experts
-from peft_esft.scoring.memory_estimate import ModelSizes, Setup, activation_bytes, estimate, num_trained
+from peft_esft.scoring.memory_estimate import Setup, estimate
+from peft_esft.scoring.model_sizes import ModelSizes
 
-from reporting import peak_of, versions, write_results
+from reporting import versions, write_results
 from scoring import build_model
 
 
@@ -121,19 +122,6 @@ def shared_out(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=layout)
 
 
-def peak(tokens: Tensor) -> int:
-    """What a step of ESFT in one process allocates beyond what is held between steps."""
-    model = adapt(checkpointed(build_model()), "ESFT").train()
-
-    def step() -> None:
-        model.zero_grad()
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-
-    step()
-    model.zero_grad()
-    return peak_of(step)
-
-
 def row(name: str, computed: float, measured: float) -> dict[str, object]:
     return {
         "quantity": name,
@@ -146,7 +134,7 @@ def row(name: str, computed: float, measured: float) -> dict[str, object]:
 def main() -> None:
     model = build_model()
     sizes = ModelSizes.of(model)
-    setup = Setup(PROCESSES, 0, tokens=TOKENS[0] * TOKENS[1], share=TRAINED / 64, rank=RANK, element=4)
+    setup = Setup(PROCESSES, 0, tokens=TOKENS[0] * TOKENS[1], share=TRAINED / 64, lora_rank=RANK, base="fp32")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -157,14 +145,6 @@ def main() -> None:
         for quantity, computed in (("held", expected.base + expected.state), ("exchanged", expected.sent)):
             measured = sum(result[engine, method][quantity] for result in results) / PROCESSES
             rows.append(row(f"{engine}, {method}: {quantity}", computed, measured))
-    gradients = 4 * num_trained(sizes, setup, "ESFT")
-    rows.append(
-        row(
-            "one process, ESFT: peak of a step, gradients included",
-            activation_bytes(sizes, setup) + gradients,
-            peak(torch.randint(4096, TOKENS)),
-        )
-    )
     write_results(
         "scaling",
         "The plan's formulas against a small model",

@@ -3,7 +3,7 @@
     python benchmarks/summary.py
 
 Writes `results/summary.md`, docs/figures/performance.svg, and the table between `<!-- table performance -->` and
-`<!-- end -->` in README.md and docs/performance.md.
+`<!-- end -->` in README.md, docs/performance.md and docs/deciding.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from reporting import RESULTS, fill_tables
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/deciding.md")
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 WAYS = {
     "ESFT": "**ESFT**",

@@ -1,10 +1,11 @@
 # %% [markdown]
 # # A tour: from scoring to switching
 #
-# Two tasks, one frozen mixture-of-experts model of 11 M parameters that lies in this repository, no network. Which
-# experts does each task use? Train these, save them, and let one base do both tasks. It takes a minute on a CPU.
+# This tour trains two adapters, one for each of two tasks, over one frozen mixture-of-experts model of 11 M
+# parameters. It finds the experts that each task uses, trains them, saves them, and serves both tasks from one base
+# model. It needs a clone of the repository and matplotlib, and no network. It takes a minute on a CPU.
 #
-# `tour.ipynb` is this script with its output (`python tools/build_notebook.py`). It needs matplotlib.
+# `examples/tour.ipynb` is the notebook, `examples/tour.py` the same as a script.
 
 # %%
 import sys
@@ -33,8 +34,8 @@ for task, what in TASKS.items():
 # %% [markdown]
 # ## 1. Which experts does each task use?
 #
-# Forward passes over the training data count which of the 64 experts of each layer the routers choose. `from_scores`
-# takes, layer by layer, the most used ones until they have 20 % of the choices.
+# `score_experts` runs forward passes over the training data and counts which of the 64 experts of each layer the
+# routers choose. `from_scores` then takes the most used experts of each layer until they have 20 % of the choices.
 
 # %%
 scores, configs = {}, {}
@@ -47,7 +48,7 @@ for path in configs["verses"].target_experts:
     print(path, {task: config.target_experts[path] for task, config in configs.items()})
 
 # %% [markdown]
-# Bright: used much. The dots mark what will be trained: other experts for each task.
+# Bright experts are used often. Dots mark the experts that will be trained; each task has its own.
 
 # %%
 figure, panels = plt.subplots(len(TASKS), 1, figsize=(9, 3.4), sharex=True, layout="constrained")
@@ -63,8 +64,8 @@ figure.savefig("tour_output/experts.png")
 # %% [markdown]
 # ## 2. Train them
 #
-# `get_peft_model` is PEFT's. What it makes trainable are fp32 deltas of the chosen experts; the base is only read. The
-# loop is a plain one here, `Trainer` and TRL work as well.
+# `get_peft_model` is PEFT's function. It adds trainable fp32 deltas to the selected experts; the base is only read.
+# Here a plain loop trains them. `Trainer` and TRL work as well.
 
 
 # %%
@@ -93,7 +94,7 @@ print("base untouched:", all(torch.equal(before[name], weight) for name, weight 
 # %% [markdown]
 # ## 3. Both adapters on one base
 #
-# Switching is a look-up of other rows: no weight is moved.
+# `set_adapter` switches between adapters. It moves no weights.
 
 # %%
 model = PeftModel.from_pretrained(base, "tour_output/verses", adapter_name="verses").eval()
@@ -118,7 +119,7 @@ for adapter, found in results.items():
 # %% [markdown]
 # ## 4. Both tasks in one batch
 #
-# `adapter_names` gives each sample its own adapter, or `"__base__"`.
+# `adapter_names` gives each sample its own adapter. `"__base__"` means no adapter.
 
 # %%
 questions = [tasks.load_task(task, "eval")[0] for task in ("verses", "sections", "verses")]
@@ -131,8 +132,8 @@ for name, (_, expected), answer in zip(names, questions, tokens[:, batch["input_
 # %% [markdown]
 # ## 5. An ordinary model again
 #
-# Merging writes the trained rows into the base, unmerging restores it bit for bit; `merge_and_unload` is for engines
-# that know nothing of adapters.
+# Merging writes the trained weights into the base; unmerging restores it bit for bit. `merge_and_unload` returns an
+# ordinary model, for programs that do not know adapters.
 
 # %%
 model.set_adapter("verses")

@@ -1,4 +1,4 @@
-"""Runs examples/tour.py and writes examples/tour.ipynb: its cells with what they print and draw.
+"""Runs examples/tour.py; writes examples/tour.ipynb, its cells with what they print and draw, and docs/tour.md.
 
 python tools/build_notebook.py
 
@@ -24,6 +24,8 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "tour.py"
 NOTEBOOK = SCRIPT.with_suffix(".ipynb")
+DOCS = ROOT / "docs"
+PAGE = DOCS / "tour.md"
 MARKER = re.compile(r"^# %%( \[markdown\])?\n", re.MULTILINE)
 
 
@@ -83,6 +85,31 @@ def build(cells: list[Cell], namespace: dict[str, Any]) -> dict[str, Any]:
     return {"cells": written, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
 
+def page(notebook: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
+    """The notebook as a page of the docs.
+
+    Returns:
+        The page, and its pictures by their paths below the docs' folder. The text above a picture describes it.
+    """
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            described = " ".join(source.split())
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+                continue
+            name = f"figures/tour_{len(pictures) + 1}.png"
+            pictures[name] = base64.b64decode(output["data"]["image/png"])
+            parts.append(f"![{described}]({name})")
+    return "\n\n".join(parts) + "\n", pictures
+
+
 def _lines(text: str) -> list[str]:
     return text.splitlines(keepends=True)
 
@@ -93,6 +120,10 @@ def main() -> None:
         os.chdir(folder)  # what the cells write is not kept
         notebook = build(read_cells(SCRIPT), {})
     NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text, pictures = page(notebook)
+    PAGE.write_text(text, encoding="utf-8")
+    for name, picture in pictures.items():
+        (DOCS / name).write_bytes(picture)
     print(f"{NOTEBOOK.relative_to(ROOT)}: {len(notebook['cells'])} cells")
 
 

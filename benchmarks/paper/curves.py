@@ -1,4 +1,4 @@
-"""The figures of docs/findings.md, drawn from the records."""
+"""The figures of docs/protocol.md, drawn from the records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the tables and figures from the records: to each comparison's tables.md, docs/findings.md and docs/figures.
+"""Writes the tables and figures from the records: to each comparison's tables.md, docs/protocol.md and docs/figures.
 
 python benchmarks/paper/publish.py
 """
@@ -51,7 +51,7 @@ def publish(comparisons: Iterable[Comparison], page: Path, figures: Path) -> Non
 
 
 def main() -> None:
-    publish(COMPARISONS.values(), ROOT / "docs" / "findings.md", ROOT / "docs" / "figures")
+    publish(COMPARISONS.values(), ROOT / "docs" / "protocol.md", ROOT / "docs" / "figures")
 
 
 if __name__ == "__main__":

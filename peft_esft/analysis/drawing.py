@@ -16,6 +16,8 @@ from .shares import layer_labels
 WIDTH = 5.4  # inches: on a phone, 380 pixels wide, text of 10 points is still 10 pixels high
 PNG_DPI = 220
 MARKERS = ("o", "s", "^", "D", "v", "P")
+LABEL_WIDTH = 16
+"""Letters in a line of a colour bar's label; figures of few layers are low."""
 
 
 @dataclass(frozen=True)
@@ -84,23 +86,28 @@ def draw_files(plot: Plot) -> dict[str, bytes]:
 def render(plot: Plot, style: Style, forms: Sequence[str] = ("svg",)) -> dict[str, bytes]:
     """Draws a figure in one style, as "svg", "png" or both; returns the files' contents by form."""
     matplotlib = import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     files = {}
     # Text becomes outlines, because an embedded image has no fonts of its own.
     with matplotlib.rc_context({**_settings(style), "svg.fonttype": "path", "svg.hashsalt": plot.name}):
-        lines = textwrap.wrap(plot.title, 62) if style.titled else []
-        figure = Figure(figsize=(WIDTH, plot.height + 0.22 * len(lines)), layout="constrained")
-        FigureCanvasAgg(figure)
-        plot.draw(figure.add_subplot(), style)
-        if lines:
-            figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11, fontweight="bold")
+        figure = _figure(plot, style)
         for form in forms:
             file = io.BytesIO()
             figure.savefig(file, format=form, dpi=PNG_DPI, metadata={"Date": None} if form == "svg" else None)
             files[form] = file.getvalue()
     return files
+
+
+def _figure(plot: Plot, style: Style) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = textwrap.wrap(plot.title, 62) if style.titled else []
+    figure = Figure(figsize=(WIDTH, plot.height + 0.22 * len(lines)), layout="constrained")
+    FigureCanvasAgg(figure)
+    plot.draw(figure.add_subplot(), style)
+    if lines:
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure
 
 
 def import_matplotlib() -> Any:
@@ -142,7 +149,7 @@ def heat_map(
     image = axes.imshow(np.array(values, dtype=float), cmap=colours, vmin=0, vmax=top, aspect="auto")
     image.set_interpolation("nearest")
     bar = axes.figure.colorbar(image, ax=axes, pad=0.02, fraction=0.05)
-    bar.set_label(label)
+    bar.set_label(textwrap.fill(label, LABEL_WIDTH))
     bar.outline.set_visible(False)
     axes.set_frame_on(False)
     axes.grid(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import log
 from pathlib import Path
@@ -57,9 +58,13 @@ def report(
     Returns:
         The page's file.
 
+    Files and folders without a name of their own are called after their file or folder, and after the folder around
+    it too where two are called alike.
+
     Raises:
         ImportError: if matplotlib is not installed.
-        ValueError: if there is nothing to report on, or scores are of different models.
+        ValueError: if there is nothing to report on, a file or folder is given twice, or scores are of different
+            models.
 
     Example:
         >>> report({"law": law_scores, "intent": intent_scores}, "routing.html")
@@ -85,7 +90,7 @@ def _collect(subject: Any) -> tuple[dict[str, ExpertScores], dict[str, AdapterRe
     if isinstance(subject, Mapping):
         items: Iterable[tuple[str | None, Any]] = subject.items()
     elif isinstance(subject, Sequence) and not isinstance(subject, str):
-        items = [(None, item) for item in subject]
+        items = zip(_names_of_paths(subject), subject, strict=True)
     else:
         items = [(None, subject)]
     tasks: dict[str, ExpertScores] = {}
@@ -97,12 +102,37 @@ def _collect(subject: Any) -> tuple[dict[str, ExpertScores], dict[str, AdapterRe
         elif isinstance(item, ExpertScores):
             _add(tasks, name or "task", item)
         elif isinstance(item, str | Path) and Path(item).is_dir():
-            _add(adapters, name or Path(item).resolve().name, read_adapter(Path(item)))
+            _add(adapters, name or _name_of_path(Path(item)), read_adapter(Path(item)))
         elif isinstance(item, str | Path):
-            _add(tasks, name or Path(item).stem, ExpertScores.load(item))
+            _add(tasks, name or _name_of_path(Path(item)), ExpertScores.load(item))
         else:
             raise ValueError(f"a report is on scores or adapters, and {type(item).__name__} is neither")
     return tasks, adapters
+
+
+def _names_of_paths(items: Sequence[Any]) -> list[str | None]:
+    """The names of files and folders, with the folder around them where two are called alike; None for other items.
+
+    Raises:
+        ValueError: if a file or folder is there twice.
+    """
+    paths = [Path(item).resolve() if isinstance(item, str | Path) else None for item in items]
+    counts = Counter((_name_of_path(path), path.is_dir()) for path in paths if path)
+    names: list[str | None] = []
+    for path in paths:
+        if path is not None and paths.count(path) > 1:
+            raise ValueError(f"{path.name} is given twice; give each file and folder once")
+        if path is None:
+            names.append(None)
+            continue
+        name = _name_of_path(path)
+        names.append(f"{path.parent.name}/{name}" if counts[name, path.is_dir()] > 1 else name)
+    return names
+
+
+def _name_of_path(path: Path) -> str:
+    """The name of a folder, or of a file without its ending."""
+    return path.resolve().name if path.is_dir() else path.stem
 
 
 def _add(table: dict[str, Any], name: str, item: Any) -> None:

@@ -23,16 +23,18 @@ from ..analysis.routing_callback import RoutingCallback
 from ..checkpoints import last_complete_checkpoint, save_adapter
 from ..moe.containers import find_experts
 from ..scoring.measure import score_experts
-from ..scoring.memory_estimate import ModelSizes, Setup, estimate
+from ..scoring.model_sizes import ModelSizes
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
 from ..tuner.quantization import ESFTQuantizationConfig
 from .stopping import StopOnSignal
 from .train_options import PAPER_LEARNING_RATE, TrainOptions
+from .training_memory import memory_of_training
 from .training_rows import TrainingRows, read_rows
 
 
 SCORES, REPORT = "scores.json", "train_report.json"
+CHOICE = ("metric", "top_p", "budget", "num_tokens")
 SCORING = "scoring"
 """The name of an adapter that trains nothing: TRL prepares data and batches for a model with an adapter only."""
 
@@ -118,9 +120,8 @@ class Finetuning:
         sizes = self.sizes
         chosen = [len(ids) for ids in self.config.adapted_experts.values()]
         tokens = self.settings.per_device_train_batch_size * (self.settings.max_length or self._longest_row())
-        element = next(self.trainer.model.get_base_model().parameters()).element_size()
+        element = self.trainer.model.get_base_model().dtype.itemsize
         trained = self.num_trained
-        setup = Setup(gpus=1, memory=1, tokens=tokens, share=min(1.0, trained / sizes.experts), element=element)
         return {
             "model": self.own.model_name_or_path,
             "parameters": sizes.total,
@@ -133,11 +134,11 @@ class Finetuning:
             "experts_in_a_layer": [min(chosen), max(chosen)],
             "num_experts": sizes.num_experts,
             "layers": len(chosen),
-            "choice": {key: (self.config.selection or {}).get(key) for key in ("metric", "top_p", "num_tokens")},
+            "choice": {key: (self.config.selection or {}).get(key) for key in CHOICE},
             "rank": self.own.rank,
             "trained_parameters": trained,
             "learning_rate": self.settings.learning_rate,
-            "memory_estimate_bytes": estimate(sizes, setup, "ESFT", "one GPU").total,
+            "memory_estimate_bytes": memory_of_training(self.own, self.settings, sizes, trained, tokens, element),
             "tokens_in_a_batch": tokens,
             "steps": self.steps,
             "rows_in_a_step": self.settings.train_batch_size
@@ -314,6 +315,7 @@ def _trainer(
         scores,
         metric=own.metric,
         top_p=own.top_p,
+        budget=own.budget,
         rank=own.rank,
         task=Path(str(own.dataset_name)).stem,
         task_type="CAUSAL_LM",
@@ -342,6 +344,7 @@ def describe(plan: dict[str, Any]) -> str:
     least, most = plan["experts_in_a_layer"]
     each = str(least) if least == most else f"{least} to {most}"
     choice, rate = plan["choice"], plan["learning_rate"]
+    chosen_by = f"top_p {choice['top_p']:g}" if choice["budget"] is None else f"budget {choice['budget']:g}"
     paper = (
         "; the paper's, for a model of 16 B parameters: smaller ones take more" if rate == PAPER_LEARNING_RATE else ""
     )
@@ -351,7 +354,7 @@ def describe(plan: dict[str, Any]) -> str:
         "data": f"{plan['data']}, {plan['rows']:,} rows of {plan['format']}; {plan['held_out_rows']:,} held out "
         f"({plan['held_out_from']})",
         "experts": f"{each} of {plan['num_experts']} in {plan['layers']} layers, {plan['experts']} in all; "
-        f"{choice['metric']} score, top_p {choice['top_p']:g}, {choice['num_tokens']:,} tokens scored",
+        f"{choice['metric']} score, {chosen_by}, {choice['num_tokens']:,} tokens scored",
         "trained": f"{plan['trained_parameters']:,} parameters, "
         f"{plan['trained_parameters'] / plan['parameters']:.1%} of the model{rank}",
         "memory": f"{plan['memory_estimate_bytes'] / 1e9:.2f} GB on one GPU, estimated for "

@@ -91,11 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Shows warnings as one line without the place in the code; those for developers not at all."""
+    """Shows each warning once, as one line without the place in the code; those for developers not at all."""
+    shown = set()
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        line = f"peft-esft: warning: {' '.join(str(message).split())}"
         if not issubclass(category, FutureWarning | DeprecationWarning | PendingDeprecationWarning):
-            print(f"peft-esft: warning: {' '.join(str(message).split())}", file=sys.stderr)
+            if line not in shown:
+                print(line, file=sys.stderr)
+            shown.add(line)
 
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]

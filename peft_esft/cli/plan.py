@@ -3,35 +3,149 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .select import METRICS
+
+
+if TYPE_CHECKING:
+    from ..scoring.memory_estimate import Estimate, Setup
+    from ..scoring.model_sizes import ModelSizes
+
+BASES = ("fp32", "bf16", "int8", "nf4")
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
+"""Names of `scoring.memory_estimate`; here too, so that `--help` need not load torch."""
+SHOWN = 5  # ways to fit
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser("plan", help="memory and communication of training a model on some GPUs")
-    parser.set_defaults(run=run, kinds={"model": ("model", "config")})
+    parser.set_defaults(run=run, kinds={"model": ("model", "config"), "experts": ("scores",)})
     add, shown = parser.add_argument, "(default: %(default)s)"
     add("model", help="folder or Hub name of a model, or a config.json; no weights are read")
-    add("--gpus", required=True, help="NUMBERxMEMORY, for example 8x80GB")
+    add("--gpus", required=True, nargs="+", help="MEMORY or NUMBERxMEMORY, for example 24GB or 8x80GB; several plans")
     add("--tokens", type=int, default=4096, help=f"on one GPU, in a forward pass {shown}")
-    add("--share", type=float, default=0.1, help=f"of the routed experts that ESFT trains {shown}")
-    add("--rank", type=int, default=16, help=f"of LoRA, for comparison {shown}")
+    share = parser.add_mutually_exclusive_group()
+    share.add_argument("--share", type=float, default=0.1, help=f"of the routed experts that ESFT trains {shown}")
+    share.add_argument(
+        "--experts", metavar="FILE", type=Path, help="scores to select by; the share is the selection's"
+    )
+    add("--metric", choices=METRICS, default="token", help=f"which score selects, with --experts {shown}")
+    add("--top-p", type=float, help="share to cover in each layer, with --experts (default: 0.2, for gate 0.1)")
+    add("--rank", type=int, default=16, help=f"of LoRA, and of ESFT's deltas in rows of their own {shown}")
+    add("--base", choices=BASES, default="bf16", help=f"form of the base as it is loaded {shown}")
+    add("--optim", choices=OPTIMIZERS, nargs="+", default=["adamw_torch"], help=f"as in TrainingArguments {shown}")
+    add("--gradient-accumulation-steps", type=int, default=1, help=f"above 1, gradients are kept {shown}")
 
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:
-    """Estimates all methods on all engines, and recommends an engine."""
+    """Estimates all methods on all engines for each of the GPUs, and recommends an engine."""
     from ..interchange.base import empty_model
-    from ..scoring.memory_estimate import ModelSizes, Setup, format_plan, plan, recommended
+    from ..scoring.memory_estimate import Setup, estimate, plan, recommended, what_would_fit
+    from ..scoring.model_sizes import ModelSizes
 
-    setup = Setup.parse(options.gpus, tokens=options.tokens, share=options.share, rank=options.rank)
-    sizes = ModelSizes.of(empty_model(options.model))
-    estimates = plan(sizes, setup)
-    best = recommended(estimates, setup)
-    record = {
-        "model": asdict(sizes),
-        "setup": asdict(setup),
-        "estimates": [asdict(e) | {"total": e.total, "fits": e.fits(setup)} for e in estimates],
-        "recommended": best.engine if best else None,
+    model = empty_model(options.model)
+    sizes = ModelSizes.of(model)
+    settings = {
+        "tokens": options.tokens,
+        "share": options.share if options.experts is None else _share_of_selection(options, model),
+        "rank": options.rank,
+        "lora_rank": options.rank,
+        "base": options.base,
+        "optim": options.optim[0],
+        "accumulates": options.gradient_accumulation_steps > 1,
     }
-    return record, format_plan(options.model, sizes, setup, estimates)
+    plans, texts = [], [describe_model(options.model, sizes)]
+    for gpus in options.gpus:
+        setup = Setup.parse(gpus, **settings)
+        estimates = plan(sizes, setup, options.optim)
+        best = recommended(estimates)
+        asked = replace(setup, rank=None)
+        fits = any(estimate(sizes, asked, "ESFT", own.engine).fits for own in estimates if own.engine != "offload")
+        ways = [] if fits else what_would_fit(sizes, asked)
+        plans.append(
+            {
+                "setup": asdict(setup),
+                "estimates": list(map(_record, estimates)),
+                "recommended": _record(best) if best else None,
+                "would_fit": list(map(_record, ways)),
+            }
+        )
+        texts.append(format_plan(sizes, setup, estimates, best, ways))
+    return {"model": asdict(sizes), "plans": plans}, "\n\n".join(texts)
+
+
+def _share_of_selection(options: argparse.Namespace, model: Any) -> float:
+    from ..scoring.scores import ExpertScores
+    from ..scoring.selection import select_experts
+
+    scores = ExpertScores.load(options.experts)
+    scores.check_fits(model)
+    selection = select_experts(scores, metric=options.metric, top_p=options.top_p)
+    sizes = scores.parameters_per_expert()
+    total = sum(c.num_experts * c.parameters_per_expert for c in scores.containers.values())
+    return sum(len(ids) * sizes[path] for path, ids in selection.items()) / total
+
+
+def _record(own: Estimate) -> dict[str, Any]:
+    return asdict(own) | {"total": own.total, "fits": own.fits}
+
+
+def describe_model(name: str, sizes: ModelSizes) -> str:
+    """Says how large a model is."""
+    return (
+        f"{name}: {sizes.total / 1e9:.1f} G parameters, {sizes.experts / sizes.total:.0%} in routed experts "
+        f"({sizes.num_moe_layers} layers of {sizes.num_experts}, {sizes.top_k} for each token)"
+    )
+
+
+def format_plan(
+    sizes: ModelSizes, setup: Setup, estimates: Iterable[Estimate], best: Estimate | None, ways: list[Estimate]
+) -> str:
+    """Writes a plan as a table in plain text, with what is recommended or would fit."""
+    trained = setup.share * sizes.experts / 1e9
+    lines = [
+        f"{setup.gpus} x {setup.memory / 1e9:g} GB, {setup.tokens} tokens on each, gradient checkpointing; ESFT of "
+        f"{setup.share:.1%} of the experts ({trained:.2f} G at full rank)",
+        "",
+        "engine   method          rank  weights  optimizer            base   state  gathered  activations    total GB"
+        "  fits  sent GB a step",
+    ]
+    notes = {}
+    for own in estimates:
+        if own.obstacle:
+            notes[own.setup.base] = own.obstacle
+        values = (own.base, own.state, own.gathered, own.activations, own.total, own.sent)
+        base, state, gathered, activations, total, sent = (value / 1e9 for value in values)
+        mark = "yes" if own.fits else "no*" if own.obstacle else "no"
+        lines.append(
+            f"{own.engine:<8} {own.method:<14} {_rank(own) or '-':>5}  {own.setup.base:<7}  {own.setup.optim:<17}"
+            f"{base:>8.1f}{state:>8.1f}{gathered:>10.1f}{activations:>13.1f}{total:>12.1f}  {mark:<4} {sent:>15.1f}"
+        )
+    lines += ["", "full: weights, gradients and both moments are in the precision of the column weights"]
+    lines += [f"* {base}: {text}" for base, text in notes.items()]
+    if best is not None:
+        lines.append(f"recommended for ESFT: {_describe(best, sizes)}")
+    if ways:
+        lines.append(f"ESFT at full rank over {setup.base} weights does not fit. What would, with the fewest changes:")
+        lines += [f"  {_describe(way, sizes)}" for way in ways[:SHOWN]]
+    elif best is None:
+        lines.append("ESFT does not fit, not even with one expert in each layer, in 4 bits and of low rank")
+    return "\n".join(lines)
+
+
+def _rank(own: Estimate) -> int | None:
+    return {"ESFT": own.setup.rank, "full": None}.get(own.method, own.setup.lora_rank)
+
+
+def _describe(own: Estimate, sizes: ModelSizes) -> str:
+    rank = f"rank {own.setup.rank}" if own.setup.rank else "full rank"
+    experts = round(own.setup.share * sizes.num_experts, 1)
+    return (
+        f"{own.engine}, {own.setup.base} base, {own.setup.optim}, {rank}, {experts:g} of {sizes.num_experts} experts "
+        f"a layer, {own.setup.tokens} tokens: {own.total / 1e9:.1f} GB"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ OWN = {
     "--experts": ("FILE", "scores of `peft-esft score` to choose by; the training data is scored without it"),
     "--metric": ("NAME", "which score chooses: token, gate or gate_share (default: token)"),
     "--top-p": ("P", "share of the choices to cover in each layer (default: 0.2, for gate 0.1)"),
+    "--budget": ("SHARE", "share of all experts to train, spread by score, instead of --top-p"),
     "--score-tokens": ("N", "tokens to score (default: 131072)"),
     "--rank": ("R", "rank of the trained changes (default: full rank)"),
     "--bits": ("N", "store the frozen experts in so many bits"),
@@ -96,6 +98,8 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
 
     own, settings = parse(options.arguments)
     is_first = settings.process_index == 0
+    if not is_first:
+        warnings.simplefilter("ignore")  # the first process has the same ones
     try:
         with redirect_stdout(sys.stderr):  # the libraries' logs; what is asked for goes to the standard output
             tuning = Finetuning.prepare(own, settings)

@@ -35,6 +35,7 @@ class TrainOptions:
     experts: str | None = field(default=None, metadata={"help": "file of scores"})
     metric: Metric = field(default="token", metadata={"help": "which score chooses"})
     top_p: float | None = field(default=None, metadata={"help": "share of the choices to cover in each layer"})
+    budget: float | None = field(default=None, metadata={"help": "share of all experts to train, instead of top_p"})
     score_tokens: int = field(default=131_072, metadata={"help": "tokens to score"})
     rank: int | None = field(default=None, metadata={"help": "rank of the deltas"})
     bits: int | None = field(default=None, metadata={"help": "bits of the frozen base's experts"})
@@ -99,10 +100,13 @@ def _with_recipe_apart(arguments: Sequence[str]) -> list[str]:
 
 
 def _take_positionals(own: TrainOptions, rest: Sequence[str], parser: argparse.ArgumentParser) -> None:
-    """MODEL and DATA are what no option takes."""
+    """MODEL and DATA are what no option takes; DATA alone where a recipe names the model."""
     if len(rest) > 2:
         parser.error(f"unrecognized arguments: {' '.join(rest[2:])}; give MODEL DATA, then the options")
-    for name, value in zip(("model_name_or_path", "dataset_name"), rest, strict=False):
+    names = ["model_name_or_path", "dataset_name"]
+    if len(rest) == 1 and own.model_name_or_path and not own.dataset_name:
+        names.reverse()
+    for name, value in zip(names, rest, strict=False):
         setattr(own, name, value)
     if missing := [
         shown for shown, value in (("MODEL", own.model_name_or_path), ("DATA", own.dataset_name)) if not value

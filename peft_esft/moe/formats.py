@@ -16,6 +16,8 @@ from torch import Tensor
 
 
 Tensors = Mapping[str, Tensor]
+Experts = slice | Tensor
+"""Some experts: a slice, or their ids in an int64 tensor `[n]`."""
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
@@ -26,8 +28,8 @@ class Format(Protocol):
     def name(self) -> str:
         """What the form is called in configs, fingerprints and messages."""
 
-    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The matrix of an expert, a new tensor of a shape and dtype."""
+    def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The matrices of some experts, a new tensor `[n, *shape]` of a dtype."""
 
 
 class Loadable(Format, Protocol):
@@ -82,16 +84,24 @@ class FourBit:
         )
         return {"codes": codes.flatten(), "scales": state.absmax}
 
-    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        codes, scales = tensors["codes"][expert], tensors["scales"][expert]
+    def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        codes, scales = tensors["codes"][experts], tensors["scales"][experts]
+        if math.prod(shape) % self.blocksize:
+            # The last block of each expert is not full.
+            pairs = zip(codes, scales, strict=True)
+            return torch.stack([self._decode(*own, shape, dtype) for own in pairs])
+        return self._decode(codes, scales, (len(codes), *shape), dtype)
+
+    def _decode(self, codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # bitsandbytes' kernel for the CPU takes each row to begin with a block of its own, and reads wrong scales
         # where rows are no multiple of a block. A single row has no such places.
-        rows = list(shape) if shape[-1] % self.blocksize == 0 else [math.prod(shape)]
+        width = shape[-1] if shape[-1] % self.blocksize == 0 else math.prod(shape)
+        rows = [math.prod(shape) // width, width]
         # The operator and not `functional.dequantize_4bit`: that one wants a state object, made anew in each call.
-        matrix: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            codes.view(-1, 1), scales, self.blocksize, self.name, rows, dtype
+        matrices: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            codes.reshape(-1, 1), scales.reshape(-1), self.blocksize, self.name, rows, dtype
         )
-        return matrix.view(shape)
+        return matrices.view(shape)
 
 
 _TILE = 2**17
@@ -116,15 +126,16 @@ class Int8:
         codes = torch.where(scales > 0, wide / scales, 0.0).round_().clamp_(-127, 127)
         return {"codes": codes.to(torch.int8), "scales": scales}
 
-    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        codes, scales = tensors["codes"][expert], tensors["scales"][expert].to(dtype)
+    def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        codes, scales = tensors["codes"][experts], tensors["scales"][experts].to(dtype)
         if codes.device.type != "cpu":
-            return codes * scales
-        matrix = torch.empty(shape, dtype=dtype)
+            return codes.to(dtype).mul_(scales)
+        matrices = torch.empty(codes.shape, dtype=dtype)
         tile = max(1, _TILE // shape[-1])  # rows
-        for part, own_codes, own_scales in zip(matrix.split(tile), codes.split(tile), scales.split(tile), strict=True):
-            part.copy_(own_codes).mul_(own_scales)
-        return matrix
+        parts = (rows.flatten(0, 1).split(tile) for rows in (matrices, codes, scales))
+        for own, own_codes, own_scales in zip(*parts, strict=True):
+            own.copy_(own_codes).mul_(own_scales)
+        return matrices
 
 
 @dataclass(frozen=True)
@@ -139,13 +150,12 @@ class BlockFP8:
     block_size: tuple[int, int]
     name: str = "fp8"
 
-    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # transformers has no public function for it. This one is what its backward pass uses.
         from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
 
-        codes, scales = tensors["codes"][expert], tensors["scales"][expert]
-        matrix: Tensor = _dequantize_fp8_weight(codes, scales, list(self.block_size), dtype)
-        return matrix
+        pairs = zip(tensors["codes"][experts], tensors["scales"][experts], strict=True)
+        return torch.stack([_dequantize_fp8_weight(*own, list(self.block_size), dtype) for own in pairs])
 
 
 @dataclass(frozen=True)
@@ -164,12 +174,13 @@ class MXFP4:
         blocks = (experts, out, width // 32)
         return {"codes": (torch.uint8, (*blocks, 16)), "scales": (torch.uint8, blocks)}
 
-    def decode(self, tensors: Tensors, expert: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-        codes, scales = tensors["codes"][expert, None], tensors["scales"][expert, None]
-        matrix: Tensor = convert_moe_packed_tensors(codes, scales, dtype=dtype)[0]
-        return matrix
+        matrices: Tensor = convert_moe_packed_tensors(
+            tensors["codes"][experts], tensors["scales"][experts], dtype=dtype
+        )
+        return matrices
 
 
 ENCODERS: dict[str, Encoder] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": Int8()}

@@ -77,7 +77,8 @@ class _RowsWithDelta(torch.autograd.Function):
 
 
 def _sum_with_delta(weight: Frozen, ids: Tensor, delta: Tensor) -> Tensor:
-    rows = weight.index_select(0, ids)
+    # On a GPU, `index_select` copies few large rows at a third of the speed of the index.
+    rows = weight[ids] if isinstance(weight, Tensor) and ids.device.type != "cpu" else weight.index_select(0, ids)
     if rows.device.type != "cpu" or rows.dtype == delta.dtype:
         return rows.add_(delta)
     # Here torch makes copies of mixed operands in the wider dtype: of one expert's they stay in the cache.

@@ -11,6 +11,7 @@ over the groups that have rows; of few rows the matrices are gathered, and nothi
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -27,6 +28,8 @@ _FEW_ROWS = 1024
 """Up to so many rows the kernel computes what will be thrown away rather than that the host waits."""
 _GATHERED_ROWS = 256
 """Up to so many rows are gathered at once on the CPU."""
+_DECODED_BYTES = 2**28
+"""About so many bytes of decoded matrices exist at once on an accelerator."""
 _LOOPED_DEVICES = ("cpu",)
 """Where torch's `grouped_mm` is itself a loop over all groups."""
 _LOOPED_ROWS = (0.5, 32)
@@ -75,14 +78,16 @@ def grouped_mm(
         `[R, out]`, zero for rows that are in no group.
     """
     if isinstance(frozen, FrozenStore):
-        # One matrix exists at a time, which no kernel can do.
         host_ends = ends.tolist() if host_ends is None else host_ends
         store, trained = (frozen.transpose(1, 2), trained.transpose(1, 2)) if is_flipped else (frozen, trained)
-        return _loop_mm(inputs, tokens, store, trained, host_ends)
+        multiply = _loop_mm if inputs.device.type in _LOOPED_DEVICES else _decoded_mm
+        return multiply(inputs, tokens, store, trained, host_ends)
     num_rows, num_groups = (inputs if tokens is None else tokens).shape[0], ends.shape[0]
     has_kernel, is_looped = _has_kernel(inputs, frozen, trained), inputs.device.type in _LOOPED_DEVICES
     has_few_rows = host_ends is None and not is_looped and num_rows <= _few_rows(has_kernel, num_groups)
     if torch.compiler.is_compiling():
+        if has_few_rows and num_rows <= num_groups // 2:
+            return _fusible_mm(inputs, tokens, frozen, trained, ends, is_flipped)
         operator = torch.ops.peft_esft.few_rows_mm if has_few_rows else torch.ops.peft_esft.grouped_mm
         return operator(inputs, tokens, frozen, trained, ends, is_flipped)
     if is_flipped:
@@ -112,6 +117,42 @@ def _many_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor, h
     return result
 
 
+def _decoded_mm(inputs: Tensor, tokens: Tensor | None, store: FrozenStore, trained: Tensor, ends: list[int]) -> Tensor:
+    """On an accelerator: the experts that have rows are decoded some at a time, since each call of a kernel costs."""
+    rows = inputs if tokens is None else inputs.index_select(0, tokens)
+    result = rows.new_empty(rows.shape[0], store.shape[2])
+    groups = _non_empty_groups(ends)[0]
+    at_once = max(1, _DECODED_BYTES // (store.shape[1] * store.shape[2] * store.dtype.itemsize))
+    start = 0
+    for first in range(0, store.shape[0], at_once):
+        own: Sequence[int] = [group for group in groups if first <= group < min(first + at_once, store.shape[0])]
+        if own:
+            if 2 * len(own) > own[-1] - own[0]:
+                own = range(own[0], own[-1] + 1)  # their codes need no copy, which is worth some decoding in vain
+            stop, own_ends = ends[own[-1]], [ends[group] - start for group in own]
+            _part_mm(rows[start:stop], store.matrices(own), own_ends, result[start:stop])
+            start = stop
+    _part_mm(
+        rows[start : ends[-1]], trained, [end - start for end in ends[store.shape[0] :]], result[start : ends[-1]]
+    )
+    result[ends[-1] :] = 0
+    return result
+
+
+def _part_mm(rows: Tensor, matrices: Tensor, ends: list[int], result: Tensor) -> None:
+    """The products of rows in groups that follow one another, each with its matrix, written to `result`."""
+    if rows.shape[0] == 0:
+        return
+    if _has_kernel(rows, matrices):
+        offsets = torch.tensor(ends, dtype=torch.int32).to(rows.device, non_blocking=True)
+        result.copy_(torch.nn.functional.grouped_mm(rows, matrices, offs=offsets))
+        return
+    groups, sizes = _non_empty_groups(ends)
+    with torch.autocast(rows.device.type, enabled=False):
+        for group, own, target in zip(groups, rows.split(sizes), result.split(sizes), strict=True):
+            torch.mm(own, matrices[group], out=target)
+
+
 def _few_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor) -> Tensor:
     """The products of all rows with both parts, of which the right ones are chosen: nothing waits for the host."""
     num_frozen, row = frozen.shape[0], torch.arange(rows.shape[0], dtype=ends.dtype, device=rows.device)
@@ -125,6 +166,24 @@ def _few_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor) ->
         of_trained = _gathered_mm(rows, trained, slots - num_frozen) if trained.shape[0] else result
     result = torch.where((row < ends[num_frozen - 1])[:, None], result, of_trained)
     return result.masked_fill_((row >= ends[-1])[:, None], 0)
+
+
+def _fusible_mm(
+    inputs: Tensor, tokens: Tensor | None, frozen: Tensor, trained: Tensor, ends: Tensor, is_flipped: bool
+) -> Tensor:
+    """The products as a multiplication and a sum, of which inductor makes one kernel that reads each matrix once."""
+    num_frozen, num_trained = frozen.shape[0], trained.shape[0]
+    row = torch.arange((inputs if tokens is None else tokens).shape[0], dtype=ends.dtype, device=ends.device)
+    slots = torch.searchsorted(ends, row, right=True)
+    matrices = frozen[slots.clamp(max=num_frozen - 1)]
+    if num_trained > 0:
+        of_trained = trained[(slots - num_frozen).clamp(0, num_trained - 1)]
+        matrices = torch.where((slots < num_frozen)[:, None, None], matrices, of_trained)
+    wide = torch.promote_types(inputs.dtype, torch.float32)
+    rows = (inputs if tokens is None else inputs[tokens]).to(wide)
+    factors = rows[:, None, :] if is_flipped else rows[:, :, None]
+    products = (factors * matrices.to(wide)).sum(2 if is_flipped else 1)
+    return products.masked_fill((row >= ends[-1])[:, None], 0).to(inputs.dtype)
 
 
 def _gathered_mm(rows: Tensor, matrices: Tensor, places: Tensor) -> Tensor:

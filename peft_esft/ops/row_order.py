@@ -49,6 +49,10 @@ class RowOrder:
         """Each row times the matrix of its group: `[R, in]`, or `[T, in]` with `gather`, to `[R, out]`."""
         tokens, places = (self.tokens, self.places) if gather else (None, None)
         inputs = inputs.to(frozen.dtype)
+        if not torch.is_grad_enabled():
+            # `apply` alone takes as long as a product of few rows.
+            weights = effective_weights(frozen, trained, trained_ids)
+            return grouped_mm(inputs, tokens, frozen, weights, self.ends, self.host_ends, not is_transposed)
         return _Linear.apply(
             inputs, frozen, trained, trained_ids, tokens, places, self.ends, self.host_ends, is_transposed
         )
@@ -64,6 +68,11 @@ class RowOrder:
     ) -> Tensor:
         """`weighted_sum(linear(rows), weights)`, without keeping what is summed: `[R, in]` to `[T, out]`."""
         rows = rows.to(frozen.dtype)
+        if not torch.is_grad_enabled():
+            weight_of_row = weights.reshape(-1).index_select(0, self.pairs)[:, None]
+            matrices = effective_weights(frozen, trained, trained_ids)
+            products = grouped_mm(rows, None, frozen, matrices, self.ends, self.host_ends, not is_transposed)
+            return _weighted_sum(products, weight_of_row, self.places)
         return _LinearAndSum.apply(
             rows,
             weights,
@@ -185,10 +194,7 @@ class _LinearAndSum(torch.autograd.Function):
         weight_of_row = weights.reshape(-1).index_select(0, pairs)[:, None]
         matrices = effective_weights(frozen, trained, trained_ids)
         result = grouped_mm(rows, None, frozen, matrices, ends, host_ends, not is_transposed)
-        # Rounded like the products of the base's implementations: a bit more or less sends tokens to other experts.
-        result = result.to(torch.promote_types(result.dtype, weights.dtype))
-        result *= weight_of_row
-        return _sum_rows(result, places)
+        return _weighted_sum(result, weight_of_row, places)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -258,9 +264,17 @@ def _trained_part(num_frozen: int, ends: Tensor, host_ends: list[int] | None) ->
     return _TrainedPart(slice(start, own_ends[-1]), bounds - start, [0, *(end - start for end in own_ends)])
 
 
+def _weighted_sum(rows: Tensor, weight_of_row: Tensor, places: Tensor) -> Tensor:
+    """`_sum_rows(rows * weight_of_row)`, which writes to `rows`."""
+    # Rounded like the products of the base's implementations: a bit more or less sends tokens to other experts.
+    rows = rows.to(torch.promote_types(rows.dtype, weight_of_row.dtype))
+    rows *= weight_of_row
+    return _sum_rows(rows, places)
+
+
 def _sum_rows(rows: Tensor, places: Tensor) -> Tensor:
     """`sum_k rows[places[t, k]]`, in a fixed order and rounded once: `[R, H]` to `[T, H]`."""
-    if rows.device.type == "cpu" and rows.dtype in (torch.bfloat16, torch.float16):
-        # The kernel below rounds halves up here, and not to even.
+    if rows.device.type != "cpu" or rows.dtype in (torch.bfloat16, torch.float16):
+        # The kernel below rounds halves up on the CPU, and not to even; on a GPU it takes twice as long.
         return rows.index_select(0, places.reshape(-1)).view(*places.shape, rows.shape[1]).sum(dim=1)
     return torch.nn.functional.embedding_bag(places, rows, mode="sum")

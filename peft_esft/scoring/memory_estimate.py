@@ -1,4 +1,4 @@
-"""Estimates the memory and communication of training on several GPUs from a model's sizes, without running it.
+"""Estimates the memory and communication of training from a model's sizes, without running it.
 
 All bytes are those of one GPU. The formulas and their errors against measurements are in docs/scaling.md.
 """
@@ -6,101 +6,32 @@ All bytes are those of one GPU. The formulas and their errors against measuremen
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import Any, Literal, get_args
 
-from torch import nn
+from ..moe.architectures import ADOPTABLE, KNOWN_CONTAINERS
+from .memory_size import bytes_of
+from .model_sizes import ModelSizes
 
-from ..moe.containers import ExpertsContainer, find_experts
 
+Method = Literal["ESFT", "LoRA", "LoRA attention", "full"]
+Engine = Literal["one GPU", "offload", "DDP", "FSDP2", "EP"]
+BaseFormat = Literal["fp32", "bf16", "int8", "nf4", "mxfp4"]
+Optimizer = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
-Method = Literal["ESFT", "LoRA", "full"]
-Engine = Literal["one GPU", "offload", "FSDP2", "EP"]
-
-TRAINED_BYTES = 16
-"""Bytes of a trained parameter: fp32 value, gradient and AdamW's two moments."""
+BASE_FORMATS: tuple[BaseFormat, ...] = get_args(BaseFormat)
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 RESERVE = 0.9
 """The share of a GPU's memory that a plan may fill; the rest is for the allocator and the libraries."""
-_GPUS = re.compile(r"(\d+)x(\d+(?:\.\d+)?)\s*(?:GB|G)?", re.IGNORECASE)
-_TOP_K_FIELDS = "num_experts_per_tok top_k moe_top_k moe_topk moe_k top_k_experts experts_per_token"
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """The sizes of a model that the formulas need; numbers of parameters where nothing else is said.
-
-    Attributes:
-        total: the whole model.
-        units: each decoder layer, which FSDP gathers as one.
-        unit_experts: the routed experts of each decoder layer.
-        expert: one routed expert.
-        num_experts: number of experts in a layer that has some.
-        top_k: number of experts for each token.
-        hidden_size: width of the experts' input.
-        intermediate_size: width inside an expert.
-        vocab_size: number of logits for each token.
-        lora_per_rank: LoRA factors of rank 1 on all matrices of the decoder layers.
-    """
-
-    total: int
-    units: tuple[int, ...]
-    unit_experts: tuple[int, ...]
-    expert: int
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    intermediate_size: int
-    vocab_size: int
-    lora_per_rank: int
-
-    @property
-    def experts(self) -> int:
-        """Parameters of all routed experts."""
-        return sum(self.unit_experts)
-
-    @property
-    def root(self) -> int:
-        """Parameters outside the decoder layers."""
-        return self.total - sum(self.units)
-
-    @property
-    def num_moe_layers(self) -> int:
-        """Number of layers with routed experts."""
-        return sum(experts > 0 for experts in self.unit_experts)
-
-    @classmethod
-    def of(cls, model: nn.Module) -> ModelSizes:
-        """Counts the parameters of a model, which may be on the meta device.
-
-        Raises:
-            ValueError: if the model has no routed experts.
-        """
-        containers = find_experts(model)
-        if not containers:
-            raise ValueError(f"{type(model).__name__} has no experts container of a known kind; nothing to plan")
-        first = next(iter(containers.values()))
-        layers = _decoder_layers(model)
-        config: Any = getattr(model, "config", None)
-        text_config = config.get_text_config() if config is not None else None
-        experts = {path: c.num_experts * c.parameters_per_expert for path, c in containers.items()}
-        matrices = [p for layer in layers.values() for p in layer.parameters() if p.dim() > 1]
-        return cls(
-            total=_numel(model),
-            units=tuple(map(_numel, layers.values())),
-            unit_experts=tuple(
-                sum(size for path, size in experts.items() if not layer or path.startswith(f"{layer}."))
-                for layer in layers
-            ),
-            expert=first.parameters_per_expert,
-            num_experts=first.num_experts,
-            top_k=_top_k(first, text_config),
-            hidden_size=first.hidden_size,
-            intermediate_size=first.parameters_per_expert // (3 * first.hidden_size),
-            vocab_size=getattr(text_config, "vocab_size", 0),
-            # Fused experts are a stack of matrices, each of which has factors of its own.
-            lora_per_rank=sum(p.shape[:-2].numel() * sum(p.shape[-2:]) for p in matrices),
-        )
+PER_EXPERT_WEIGHT = {"nf4": 0.5 + 4 / 64, "mxfp4": 0.5 + 1 / 32}
+"""Bytes of a weight with its part of the block's scale; int8 has a scale for each row."""
+EIGHT_BIT_MOMENTS = 2 * (1 + 4 / 256)
+"""Bytes of bitsandbytes' two moments of a weight, with a fp32 scale for each block of 256."""
+QUANTISED = ("int8", "nf4", "mxfp4")
+_CONTAINER_OF = {"mxfp4": "Mxfp4GptOssExperts"}
+_GPUS = re.compile(r"(?:(\d+)\s*x\s*)?(.+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -110,40 +41,61 @@ class Setup:
     Attributes:
         gpus: number of GPUs.
         memory: bytes of each GPU.
-        tokens: tokens that one GPU sees in a step, in one forward pass.
+        tokens: tokens that one GPU sees in one forward pass.
         share: share of the routed experts' parameters that ESFT trains.
-        rank: rank of LoRA.
-        element: bytes of a weight of the base.
+        rank: rank of ESFT's deltas; None for full rank.
+        base: form of the frozen weights. Of the quantised forms, only experts are in it, the rest is in bf16. Full
+            fine-tuning has weights, gradients and AdamW's moments in "bf16" or "fp32".
+        optim: the optimizer, by its name in transformers' `TrainingArguments`. "adamw_torch" is also what
+            `torch.optim.AdamW` does by itself: on a GPU it computes on all weights at once (`foreach`).
+        lora_rank: rank of LoRA, for comparison.
+        accumulates: gradients of earlier forward passes are kept, as with gradient_accumulation_steps above 1.
 
     Raises:
-        ValueError: if a number is below 1, or the share is not above 0 and at most 1.
+        ValueError: if a number is below 1, the share is not above 0 and at most 1, or a name is not known.
     """
 
-    gpus: int
-    memory: float
+    gpus: int = 1
+    memory: float = 80e9
     tokens: int = 4096
     share: float = 0.1
-    rank: int = 16
-    element: int = 2
+    rank: int | None = None
+    base: BaseFormat = "bf16"
+    optim: Optimizer = "adamw_torch"
+    lora_rank: int = 16
+    accumulates: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "tokens", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is at least 1")
+        for name in ("gpus", "tokens", "rank", "lora_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it is at least 1")
         if not 0 < self.share <= 1:
             raise ValueError(f"share is {self.share}; it is a share of the experts, above 0 and at most 1")
+        for name, known in (("base", BASE_FORMATS), ("optim", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
 
     @classmethod
     def parse(cls, gpus: str, **settings: Any) -> Setup:
-        """Reads GPUs from "8x80GB" (10^9 bytes).
+        """Reads GPUs from "24GB" or "8x80GB"; the settings are the other attributes.
 
         Raises:
             ValueError: if the text has another form, or a number or setting is out of range.
         """
         match = _GPUS.fullmatch(gpus.strip())
-        if match is None or int(match[1]) == 0 or float(match[2]) == 0:
-            raise ValueError(f"--gpus is {gpus!r}; expected NUMBERxMEMORY, for example 8x80GB")
-        return cls(gpus=int(match[1]), memory=float(match[2]) * 1e9, **settings)
+        try:
+            if match is None or (match[1] is not None and int(match[1]) == 0):
+                raise ValueError
+            memory = bytes_of("memory", match[2])
+        except ValueError:
+            raise ValueError(f"{gpus!r} is no memory of GPUs; expected for example 24GB or 8x80GB") from None
+        return cls(gpus=int(match[1] or 1), memory=memory, **settings)
+
+    @property
+    def element(self) -> int:
+        """Bytes of a weight that is not quantised."""
+        return 4 if self.base == "fp32" else 2
 
 
 @dataclass(frozen=True)
@@ -153,41 +105,69 @@ class Estimate:
     Attributes:
         method: what is trained.
         engine: how the model is spread over the GPUs.
+        setup: the settings.
+        trained: number of trained parameters.
         base: frozen weights on the GPU.
-        state: values, gradients and optimizer state of the trained parameters.
+        state: values, gradients and moments of the trained parameters.
         gathered: weights and gradients of the layers at work that belong to other GPUs.
-        activations: activations with gradient checkpointing.
+        activations: what forward and backward passes add at their peak, with gradient checkpointing. While the loss
+            is computed there are no gradients yet; their room is counted as free.
+        copies: what the optimizer's step adds.
         sent: bytes sent to other GPUs in a step; with offload, bytes read from the host.
+        obstacle: why the package cannot train on such a base; None if it can.
     """
 
     method: Method
     engine: Engine
+    setup: Setup
+    trained: float
     base: float
     state: float
     gathered: float
     activations: float
+    copies: float
     sent: float
+    obstacle: str | None = None
 
     @property
     def total(self) -> float:
-        """Bytes that the GPU has to hold at once."""
-        return self.base + self.state + self.gathered + self.activations
+        """Bytes that the GPU has to hold at once: the optimizer's step comes after the backward pass."""
+        return self.base + self.state + max(self.gathered + self.activations, self.copies)
 
-    def fits(self, setup: Setup) -> bool:
-        """True if the GPU holds them."""
-        return self.total <= RESERVE * setup.memory
+    @property
+    def fits(self) -> bool:
+        """True if the GPU holds them, and the package can train so."""
+        return self.obstacle is None and self.total <= RESERVE * self.setup.memory
 
 
 def num_trained(sizes: ModelSizes, setup: Setup, method: Method) -> float:
     """The number of trained parameters."""
-    return {"ESFT": setup.share * sizes.experts, "LoRA": setup.rank * sizes.lora_per_rank, "full": sizes.total}[method]
+    if method == "ESFT":
+        per_weight = 1.0 if setup.rank is None else setup.rank * sizes.expert_per_rank / sizes.expert
+        return setup.share * sizes.experts * per_weight
+    if method == "full":
+        return sizes.total
+    return setup.lora_rank * (sizes.lora_per_rank if method == "LoRA" else sizes.attention_per_rank)
 
 
-def estimate(sizes: ModelSizes, setup: Setup, method: Method, engine: Engine) -> Estimate:
+def base_bytes(sizes: ModelSizes, base: BaseFormat) -> float:
+    """Bytes of all weights in a form."""
+    element = 4 if base == "fp32" else 2
+    if base == "int8":
+        scales = (2 * sizes.intermediate_size + sizes.hidden_size) / sizes.expert
+        per_weight = 1 + element * scales
+    else:
+        per_weight = PER_EXPERT_WEIGHT.get(base, element)
+    return per_weight * sizes.experts + element * (sizes.total - sizes.experts)
+
+
+def estimate(sizes: ModelSizes, setup: Setup, method: Method = "ESFT", engine: Engine = "one GPU") -> Estimate:
     """Estimates the bytes that one GPU holds and sends."""
     element, is_full = setup.element, method == "full"
-    parts = 1 if engine in ("one GPU", "offload") else setup.gpus
+    parts = setup.gpus if engine in ("FSDP2", "EP") else 1
     trained = num_trained(sizes, setup, method)
+    width = element if is_full else 4  # ESFT's deltas and LoRA's factors are in fp32
+    gradients = width * trained / parts
     gathered = sent = 0.0
     if engine == "FSDP2":
         # A trained weight of the base is gathered in the base's dtype, its gradient likewise; a delta in fp32.
@@ -195,95 +175,161 @@ def estimate(sizes: ModelSizes, setup: Setup, method: Method, engine: Engine) ->
         weights = element * (sizes.root + 2 * max(sizes.units)) * (2 if is_full else 1)
         gathered = weights + 2 * (4 + 4) * deltas / max(1, len(sizes.units))
         passes = 2 * (element * sizes.total + 4 * deltas) - element * sizes.root
-        sent = (parts - 1) / parts * (passes + 4 * trained)
+        sent = (parts - 1) / parts * (passes + width * trained)
     elif engine == "EP":
         dense = [unit - experts for unit, experts in zip(sizes.units, sizes.unit_experts, strict=True)]
         gathered = element * (sizes.root + 2 * max(dense)) * (2 if is_full else 1)
-        gradients = 4 * (sizes.total - sizes.experts) if is_full else 0
-        passes = element * (2 * sum(dense) + sizes.root) + gradients
+        of_dense = width * (sizes.total - sizes.experts) if is_full else 0
+        passes = element * (2 * sum(dense) + sizes.root) + of_dense
         # Each pair of token and expert goes there and back, in the forward pass, its repetition and the backward pass.
         pairs = setup.tokens * sizes.top_k * sizes.num_moe_layers
         sent = (parts - 1) / parts * (passes + 2 * 3 * pairs * sizes.hidden_size * element)
+    elif engine == "DDP":
+        sent = 2 * (setup.gpus - 1) / setup.gpus * width * trained
     elif engine == "offload":
         gathered = element * 2.0 * max(sizes.units)
         sent = 2.0 * element * sizes.total
-    frozen = 0 if is_full or engine == "offload" else element * sizes.total
-    state = TRAINED_BYTES * trained / parts
-    return Estimate(method, engine, frozen / parts, state, gathered, activation_bytes(sizes, setup), sent)
+    # DDP sums gradients in buckets of its own.
+    per_weight = (3 if engine == "DDP" else 2) * width + _moment_bytes(setup.optim, width)
+    return Estimate(
+        method,
+        engine,
+        setup,
+        trained,
+        base=0 if is_full or engine == "offload" else base_bytes(sizes, setup.base) / parts,
+        state=per_weight * trained / parts,
+        gathered=gathered,
+        activations=_activations(sizes, setup, method, gradients),
+        copies=width * trained / parts if setup.optim == "adamw_torch" else 0,
+        sent=sent,
+        obstacle=_obstacle(setup.base),
+    )
 
 
-def activation_bytes(sizes: ModelSizes, setup: Setup) -> float:
-    """Activations with gradient checkpointing: the layers' inputs, and the larger of logits and one layer's work."""
-    inputs = len(sizes.units) * sizes.hidden_size * setup.element
+def _moment_bytes(optim: Optimizer, width: int) -> float:
+    """Bytes on the GPU of both moments of a weight; those of paged optimizers may leave it for the host."""
+    if optim.startswith("paged"):
+        return 0
+    return EIGHT_BIT_MOMENTS if optim == "adamw_8bit" else 2 * width
+
+
+def _activations(sizes: ModelSizes, setup: Setup, method: Method, gradients: float) -> float:
+    """The peak of the passes beyond weights and state: of the loss, or of one layer's work, beside layers' inputs."""
+    free = 0 if setup.accumulates else gradients
+    inputs = setup.tokens * len(sizes.units) * sizes.hidden_size * setup.element
+    # In the model's dtype and in fp32 for the loss, each with its gradient.
+    logits = setup.tokens * sizes.vocab_size * (2 * setup.element + 4 + 4)
     # Rows of the pairs, gathered and between the projections, with their gradients; and what attention keeps.
     rows = sizes.top_k * (2 * sizes.hidden_size + 4 * sizes.intermediate_size)
-    layer = (rows + 12 * sizes.hidden_size) * setup.element
-    # In the base's dtype, in fp32 for the loss, and their gradient; freed before the layers' backward pass.
-    logits = sizes.vocab_size * (setup.element + 4 + 4)
-    return float(setup.tokens * (inputs + max(layer, logits)))
+    layer: float = setup.tokens * (rows + 12 * sizes.hidden_size) * setup.element
+    # Scores of one sequence, their softmax, and the gradients of both.
+    layer += 4 * sizes.scored_heads * setup.tokens**2 * setup.element
+    layer += _weights_of_a_layer(sizes, setup, method)
+    return max(inputs + logits - free, inputs + layer - free, layer)
 
 
-def plan(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
-    """Estimates all methods on all engines that suit the number of GPUs."""
-    engines: tuple[Engine, ...] = ("one GPU", "offload")
-    if setup.gpus > 1:
-        engines = ("FSDP2", "EP") if sizes.num_experts % setup.gpus == 0 else ("FSDP2",)
-    pairs = [(engine, method) for engine in engines for method in get_args(Method)]
-    return [
-        estimate(sizes, setup, method, engine) for engine, method in pairs if (engine, method) != ("offload", "full")
-    ]
+def _weights_of_a_layer(sizes: ModelSizes, setup: Setup, method: Method) -> float:
+    """Bytes of the weights that are made anew for one layer from trained parameters."""
+    experts = max(sizes.unit_experts) * setup.element
+    if method == "ESFT":  # of low rank with the product of the factors, and the gradient of both
+        return setup.share * experts * (1 if setup.rank is None else 2)
+    # PEFT adds the product to the whole weight, of which the larger one is two thirds of the experts.
+    return 2 * 2 / 3 * experts if method == "LoRA" else 0
 
 
-def recommended(estimates: Sequence[Estimate], setup: Setup) -> Estimate | None:
-    """The estimate for ESFT that sends least among those that fit; None if none fits."""
-    fitting = [e for e in estimates if e.method == "ESFT" and e.fits(setup)]
-    return min(fitting, key=lambda e: e.sent, default=None)
+def _obstacle(base: BaseFormat) -> str | None:
+    """The package's own refusal of experts that stay as the checkpoint has them."""
+    refusal = KNOWN_CONTAINERS[_CONTAINER_OF[base]].refusal if base in _CONTAINER_OF else None
+    return None if refusal is None or refusal.startswith(ADOPTABLE) else refusal
 
 
-def format_plan(name: str, sizes: ModelSizes, setup: Setup, estimates: Sequence[Estimate]) -> str:
-    """Writes a plan as a table in plain text."""
-    trained = num_trained(sizes, setup, "ESFT")
-    lines = [
-        f"{name}: {sizes.total / 1e9:.1f} G parameters, {sizes.experts / sizes.total:.0%} in routed experts "
-        f"({sizes.num_moe_layers} layers of {sizes.num_experts}, {sizes.top_k} for each token)",
-        f"{setup.gpus} x {setup.memory / 1e9:g} GB, {setup.tokens} tokens on each, gradient checkpointing; ESFT of "
-        f"{setup.share:.0%} of the experts ({trained / 1e9:.2f} G), LoRA of rank {setup.rank}",
-        "",
-        "engine   method      base   state  gathered  activations    total GB  fits   sent GB a step",
-    ]
-    for e in estimates:
-        base, state, gathered, activations, total, sent = (
-            value / 1e9 for value in (e.base, e.state, e.gathered, e.activations, e.total, e.sent)
-        )
-        lines.append(
-            f"{e.engine:<8} {e.method:<6}{base:>8.1f}{state:>8.1f}{gathered:>10.1f}{activations:>13.1f}{total:>12.1f}"
-            f"  {'yes' if e.fits(setup) else 'no':<4} {sent:>11.1f}"
-        )
-    best = recommended(estimates, setup)
-    least = min((e for e in estimates if e.method == "ESFT"), key=lambda e: e.total)
-    needs = f"ESFT does not fit: {least.engine} needs {least.total / 1e9:.0f} GB on each GPU. Take more GPUs."
-    return "\n".join([*lines, "", f"recommended for ESFT: {best.engine}" if best else needs])
+def plan(sizes: ModelSizes, setup: Setup, optims: Sequence[Optimizer] = ()) -> list[Estimate]:
+    """Estimates all methods on all engines that suit the number of GPUs.
+
+    Args:
+        sizes: of the model.
+        setup: the hardware and settings. ESFT is planned at full rank and at `setup.rank`, if there is one, and on
+            all forms of base.
+        optims: optimizers of ESFT; the others have the first one. Empty means that of the setup.
+    """
+    optims = tuple(optims) or (setup.optim,)
+    stored: tuple[BaseFormat, ...] = ("mxfp4",) if sizes.stored_as == "mxfp4" else ()
+    bases = (setup.base, "int8", "nf4", *stored)
+    estimates = []
+    for engine in _engines(sizes, setup):
+        for rank, base, optim in product(dict.fromkeys((None, setup.rank)), dict.fromkeys(bases), optims):
+            own = replace(setup, rank=rank, base=base, optim=optim)
+            estimates += [estimate(sizes, own, "ESFT", engine)] if _is_tried(own, engine) else []
+        plain = replace(setup, rank=None, optim=optims[0])
+        if not _is_tried(plain, engine):
+            continue
+        estimates += [estimate(sizes, plain, method, engine) for method in ("LoRA", "LoRA attention")]
+        if engine != "offload":
+            precisions: tuple[BaseFormat, ...] = ("bf16", "fp32")
+            estimates += [estimate(sizes, replace(plain, base=base), "full", engine) for base in precisions]
+    return estimates
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def recommended(estimates: Iterable[Estimate]) -> Estimate | None:
+    """The estimate for ESFT that is best among those that fit; None if none fits.
+
+    Offload comes last, then few bits, then low rank; of the rest it is the one that sends least.
+    """
+
+    def order(own: Estimate) -> tuple[Any, ...]:
+        base = BASE_FORMATS.index(own.setup.base)
+        return own.engine == "offload", base, own.setup.rank is not None, own.sent
+
+    return min((e for e in estimates if e.method == "ESFT" and e.fits), key=order, default=None)
 
 
-def _decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that FSDP gathers as one, by path. No module is inside another one."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-    layers: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if type(module).__name__ in names and not any(path.startswith(f"{outer}.") for outer in layers):
-            layers[path] = module
-    return layers or {"": model}
+def most_experts(sizes: ModelSizes, setup: Setup, engine: Engine = "one GPU") -> int:
+    """The most experts of each layer that can be trained; 0 if not even one can."""
+    fitting, failing = 0, sizes.num_experts + 1
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        fits = estimate(sizes, replace(setup, share=middle / sizes.num_experts), "ESFT", engine).fits
+        fitting, failing = (middle, failing) if fits else (fitting, middle)
+    return fitting
 
 
-def _top_k(container: ExpertsContainer, config: Any) -> int:
-    parent = container.places[0].parent
-    for source in (config, parent, *parent.children()):
-        for field in _TOP_K_FIELDS.split():
-            value = getattr(source, field, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
-    raise ValueError(f"how many experts {container.path} chooses for a token is not known")
+def what_would_fit(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
+    """Estimates of ESFT that fit, with as few changes as possible: share, bits, optimizer, rank, tokens, offload.
+
+    Args:
+        sizes: of the model.
+        setup: settings with which ESFT does not fit.
+
+    Returns:
+        The estimates; none if nothing fits.
+    """
+    bases = [base for base in ("int8", "nf4") if BASE_FORMATS.index(base) > BASE_FORMATS.index(setup.base)]
+    ways = product(
+        _engines(sizes, setup),
+        (setup.base, *bases),
+        dict.fromkeys((setup.optim, "adamw_8bit")),
+        dict.fromkeys((setup.rank, setup.rank or setup.lora_rank)),
+        dict.fromkeys((setup.tokens, max(1, setup.tokens // 4))),
+    )
+    found: dict[int, list[Estimate]] = {}
+    for engine, base, optim, rank, tokens in ways:
+        own = replace(setup, base=base, optim=optim, rank=rank, tokens=tokens)
+        most = most_experts(sizes, own, engine) if _is_tried(own, engine) else 0
+        if most:
+            own = replace(own, share=min(setup.share, most / sizes.num_experts))
+            changed = [name for name in asdict(own) if getattr(own, name) != getattr(setup, name)]
+            changes = len(changed) + (engine == "offload")
+            found.setdefault(changes, []).append(estimate(sizes, own, "ESFT", engine))
+    return found[min(found)] if found else []
+
+
+def _engines(sizes: ModelSizes, setup: Setup) -> tuple[Engine, ...]:
+    if setup.gpus == 1:
+        return ("one GPU", "offload")
+    return ("DDP", "FSDP2", "EP") if sizes.num_experts % setup.gpus == 0 else ("DDP", "FSDP2")
+
+
+def _is_tried(setup: Setup, engine: Engine) -> bool:
+    """Bases in few bits and optimizers of bitsandbytes were not tried where weights are spread or loaded anew."""
+    is_plain = setup.base not in QUANTISED and setup.optim.startswith("adamw_torch")
+    return is_plain or engine in ("one GPU", "DDP")

@@ -36,6 +36,7 @@ from .mixed_batch import (
     refusing_adapter_names,
 )
 from .operations import AdapterOperations
+from .precision import restore_before_training, restore_delta_dtype
 from .preparation import ResolvedConfig, check_adapter_name, prepare_config
 from .restoring import restoring
 from .targets import match_options
@@ -162,6 +163,25 @@ class ESFTModel(AdapterOperations):
             rows = {layer: mixed_rows(layer, different) for layer in layers}
         with calling_with(self.model, adapter_names, rows, is_counted):
             yield
+
+    def train(self, mode: bool = True) -> ESFTModel:
+        """Sets the mode. Before training, deltas that TRL has cast to bf16 get their dtype back.
+
+        Raises:
+            ValueError: if they have to and cannot, see `restore_delta_dtype`.
+        """
+        if mode:
+            restore_before_training(self.model, self._layers())
+        super().train(mode)
+        return self
+
+    def restore_delta_dtype(self) -> None:
+        """Gives trained deltas the dtype back that they were created in, fp32 or wider.
+
+        TRL's trainers cast them to bf16 if the base is loaded in 4 or 8 bits by bitsandbytes. In one process this is
+        undone when training begins. With several, call it on each after the trainer is made, before `trainer.train()`.
+        """
+        restore_delta_dtype(self._layers())
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The base model's forward, with the active adapters or with one for each sample."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +13,11 @@ from threading import Condition, RLock
 from typing import Any
 
 import torch
-from accelerate.utils import convert_file_size_to_int
 from peft import PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor
 
+from ..scoring.memory_size import bytes_of
 from .config import ESFTConfig
 from .file_contents import check_finite_header, compare_entries
 from .fingerprint import compare_base
@@ -95,8 +94,8 @@ class AdapterPool:
             )
         self.model = model
         self._tuner: ESFTModel = model.base_model
-        self.device_bytes = _bytes("device_bytes", device_bytes)
-        self.host_bytes = None if host_bytes is None else _bytes("host_bytes", host_bytes)
+        self.device_bytes = bytes_of("device_bytes", device_bytes)
+        self.host_bytes = None if host_bytes is None else bytes_of("host_bytes", host_bytes)
         self._sources: dict[str, tuple[str, dict[str, Any]]] = {}
         self._host: OrderedDict[str, Future[_HostCopy]] = OrderedDict()
         self._resident: OrderedDict[str, None] = OrderedDict()  # the least recently used first
@@ -351,18 +350,6 @@ def _read_config(path: str, kwargs: dict[str, Any]) -> ESFTConfig:
         raise ValueError(f"{path} holds an adapter of type {config.peft_type}, not ESFT")
     config.inference_mode = True
     return config
-
-
-def _bytes(name: str, size: int | str) -> int:
-    """A size as a number, or a text with a unit, in which "gb" are bytes too."""
-    try:
-        # A number without a unit is refused as a text: it is likely to have lost one.
-        number = convert_file_size_to_int(size.upper()) if isinstance(size, str) else operator.index(size)
-    except (ValueError, TypeError):
-        number = 0
-    if number < 1 or isinstance(size, bool):
-        raise ValueError(f'{name} is {size!r}; expected a number of bytes, or a text such as "8GB" or "512MiB"')
-    return number
 
 
 def _is_ready(own: Future[_HostCopy]) -> bool:

@@ -20,7 +20,7 @@ from peft import get_peft_model
 from peft_esft import ESFTConfig, find_experts, score_experts
 from peft_esft.analysis import dispersion, overlap, report
 from peft_esft.analysis.adapters import read_adapter
-from peft_esft.analysis.drawing import draw_files
+from peft_esft.analysis.drawing import LIGHT, PRINT, _figure, draw_files
 from peft_esft.analysis.figures import dispersion_plot, overlap_plot, shares_plot
 from peft_esft.cli.main import main
 from peft_esft.interchange import compact
@@ -105,6 +105,28 @@ def test_equal_numbers_give_equal_files_names_are_escaped_and_folders_stay_priva
     plot = shares_plot("<b>&", tiny_scores, "token", 0.2)
     for ending, content in draw_files(plot).items():
         assert (tmp_path / "r_files" / f"shares_token__b__.{ending}").read_bytes() == content
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders_and_given_once(tiny_scores, tmp_path):
+    files = [tmp_path / folder / "scores.json" for folder in ("law", "intent")]
+    for file in files:
+        file.parent.mkdir()
+        tiny_scores.save(file)
+    page = Page(report(files, tmp_path / "r.html").read_text())
+    assert {"law/scores", "intent/scores"} <= set(page.cells)
+    assert {"shares_token_law_scores", "shares_token_intent_scores"} <= set(page.ids)
+    with pytest.raises(ValueError, match=r"scores\.json is given twice; give each file and folder once"):
+        report([files[0], tmp_path / "intent" / ".." / "law" / "scores.json"], tmp_path / "r.html")
+
+
+@pytest.mark.parametrize("style", [LIGHT, PRINT])
+def test_the_label_of_the_colour_bar_is_inside_of_the_figure(tiny_scores, style):
+    figure = _figure(shares_plot("verses", tiny_scores, "token", 0.2), style)
+    figure.canvas.draw()
+    _, bar = figure.axes
+    assert bar.get_ylabel()
+    low, high = bar.yaxis.label.get_window_extent().get_points()
+    assert low.min() >= 0 and (high <= figure.bbox.max).all()
 
 
 def test_scores_without_gates(tiny_scores, tmp_path):

@@ -119,13 +119,14 @@ def test_a_path_of_another_kind_is_named_in_one_line(command, message, folders, 
 
 def test_warnings_have_no_place_in_the_code(capsys, monkeypatch):
     def run(options: argparse.Namespace):
-        warnings.warn("something\n to know", UserWarning, stacklevel=1)
+        for _ in range(2):
+            warnings.warn("something\n to know", UserWarning, stacklevel=1)
         warnings.warn("for developers", FutureWarning, stacklevel=1)
         return {}, "done"
 
     monkeypatch.setattr(select, "run", run)
     with warnings.catch_warnings():
-        warnings.simplefilter("default")
+        warnings.simplefilter("always")
         parser = build_parser()
         assert parser.parse_args(["select", "x"]).run is run
         monkeypatch.setattr(sys.modules["peft_esft.cli.main"], "check_kinds", lambda options: None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,6 +133,9 @@ def test_defaults_and_other_options_of_trl(tmp_path):
         assert (own.model_name_or_path, own.dataset_name, own.top_p) == ("M", "D", 0.1)
         assert (settings.output_dir, settings.learning_rate, settings.max_length) == ("y", 3e-5, 99)
     assert parse(["--config", str(recipe), "--learning-rate", "1e-4", "N"])[1].learning_rate == 1e-4
+    recipe.write_text("model_name_or_path: M\nbudget: 0.05\n")
+    own, _ = parse(["--config", str(recipe), "--out", "x", "rows.jsonl"])  # DATA, as the recipe names the model
+    assert (own.model_name_or_path, own.dataset_name, own.budget) == ("M", "rows.jsonl", 0.05)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +283,24 @@ def test_given_scores_choose_and_a_rank_is_kept(chat, tmp_path, capsys):
     assert f"{sum(map(len, config.target_experts.values()))} in all" in capsys.readouterr().out
 
 
+def test_a_budget_says_how_many_experts_are_trained(chat, tmp_path, capsys):
+    first = ["train", MODEL, chat, "--out", str(tmp_path / "a"), "--budget", "0.05", "--dry-run"]
+    assert main(first) == 0
+    text = capsys.readouterr().out
+    assert "12 in all; token score, budget 0.05, " in text and f"trained  {12 * 3 * 64 * 192:,} " in text
+    assert main([*first, "--bits", "4"]) == 0
+    stored = capsys.readouterr().out
+    line = text.splitlines()[0]
+    assert stored.startswith(line)  # the size of the model, and not of its codes
+
+    def memory(text):
+        return float(re.search(r"memory +([\d.]+) GB", text)[1])
+
+    assert memory(stored) < memory(text)
+    assert main([*first, "--top-p", "0.2"]) == 1
+    assert "top_p" in capsys.readouterr().err
+
+
 def run(*arguments, **more):
     command = [sys.executable, "-m", "peft_esft", "train", *map(str, arguments)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -322,12 +344,11 @@ def test_a_run_that_is_ended_goes_on_where_it_was(number, chat, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    """DDP on the CPU: twice the rows a step; all processes choose the same experts."""
+    """DDP on the CPU: twice the rows a step; all processes choose the same experts, and the first alone speaks."""
     chat = write(tmp_path / "chat.jsonl", conversations(24)[:20])  # as many rows as fill the batches of both
     held_out = write(tmp_path / "eval.jsonl", conversations(24)[20:])
-    # On a CPU `accelerate launch` starts one process; for GPUs it starts them with this launcher.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += ["-m", "peft_esft", "train"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", str(ROOT / "examples" / "accelerate" / "ddp.yaml"), "-m", "peft_esft", "train"]
     out = tmp_path / "law"
     common = ["--learning-rate", "1e-3", "--max-steps", "4", "--logging-steps", "1", "--eval", held_out]
     common += ["--lr-scheduler-type", "constant"]
@@ -338,6 +359,9 @@ def test_two_processes_train_as_one(tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout.count("loss on 4 held-out rows") == 1
+    assert found.stderr.count("of 4 rows") == found.stderr.count("took") == 1, found.stderr
+    warnings = [line for line in found.stderr.splitlines() if line.startswith("peft-esft: warning")]
+    assert len(warnings) == len(set(warnings))
     alone = [MODEL, chat, "--out", str(tmp_path / "one"), "--per-device-train-batch-size", "4", *common]
     assert main(["train", *alone]) == 0
     both = json.loads((out / "train_report.json").read_text())

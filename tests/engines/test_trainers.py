@@ -217,7 +217,7 @@ def test_the_recipes_of_the_page_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_the_configurations_of_accelerate_are_read(engine):
     config = load_config_from_file(str(ROOT / "examples" / "accelerate" / f"{engine}.yaml"))
-    expected = {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    expected = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert config.distributed_type == expected[engine]
     assert config.num_processes == (2 if engine == "ddp" else 8)
     assert engine != "fsdp2" or config.fsdp_config["fsdp_version"] == 2

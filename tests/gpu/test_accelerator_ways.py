@@ -20,8 +20,7 @@ TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 def accelerator(request, monkeypatch):
     """An accelerator with or without a fast kernel."""
     monkeypatch.setattr(grouped_mm, "_LOOPED_DEVICES", ())
-    if request.param:
-        monkeypatch.setattr(grouped_mm, "has_fast_kernel", lambda *_: True)
+    monkeypatch.setattr(grouped_mm, "has_fast_kernel", lambda *_: request.param)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -67,7 +66,8 @@ def _fresh_compiler():
 @pytest.mark.usefixtures("_fresh_compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_decoding_with_a_static_cache_is_one_graph_without_waits(accelerator, dtype):
+@pytest.mark.parametrize("num_rows", [2, 6])
+def test_decoding_with_a_static_cache_is_one_graph(accelerator, num_rows, dtype):
     """What `generate(cache_implementation="static")` compiles by itself on a GPU, for three adapters of one size."""
     base = tiny_model("olmoe", dtype)
     experts = {"first": [1, 5, 6], "second": [0, 2, 7], "third": [6, 1, 3]}
@@ -82,16 +82,16 @@ def test_decoding_with_a_static_cache_is_one_graph_without_waits(accelerator, dt
 
     plain = model.get_base_model()
     compiled = torch.compile(plain.forward, fullgraph=True, backend=backend)
-    tokens = random_tokens(2, 8)
+    tokens = random_tokens(num_rows, 8)
     logits = []
     for name in experts:
         model.base_model.set_adapter(name, inference_mode=True)
         caches = [StaticCache(config=base.config, max_cache_len=32) for _ in range(2)]
         with torch.no_grad():
             for cache in caches:
-                plain(tokens, position_ids=torch.arange(8).expand(2, -1), past_key_values=cache)
+                plain(tokens, position_ids=torch.arange(8).expand(num_rows, -1), past_key_values=cache)
             for step in range(20):
-                position = torch.tensor([[8 + step], [8 + step]])
+                position = torch.full((num_rows, 1), 8 + step)
                 calls = zip((plain, compiled), caches, strict=True)
                 expected, found = (
                     call(tokens[:, :1], position_ids=position, past_key_values=cache).logits for call, cache in calls
@@ -101,9 +101,35 @@ def test_decoding_with_a_static_cache_is_one_graph_without_waits(accelerator, dt
     assert not torch.allclose(logits[0], logits[1]) and not torch.allclose(logits[1], logits[2])
     assert len(graphs) == 1
     names = [str(node.target) for node in graphs[0].graph.nodes if node.op in ("call_function", "call_method")]
-    assert sum(name == "peft_esft.few_rows_mm" for name in names) == 4  # two products in each of two layers
-    waiting = ("item", "tolist", "nonzero", "peft_esft.grouped_mm")
-    assert not set(names).intersection(waiting)
+    assert not {"item", "tolist", "nonzero"}.intersection(names)
+    operators = [name for name in names if name.startswith("peft_esft.")]
+    # Of four pairs, the products are fused. Twelve are more than half as many as there are matrices.
+    expected_operator = "peft_esft.few_rows_mm" if grouped_mm.has_fast_kernel(None, None) else "peft_esft.grouped_mm"
+    assert operators == ([] if num_rows == 2 else 4 * [expected_operator])  # two products in each of two layers
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("num_trained", [0, 3])
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("is_flipped", [True, False])
+def test_fused_products_of_few_rows(monkeypatch, is_flipped, gathers, num_trained, dtype, backend):
+    monkeypatch.setattr(grouped_mm, "_LOOPED_DEVICES", ())
+    inputs, tokens = torch.randn(6, 16).to(dtype), torch.tensor([3, 0, 5, 5, 1]) if gathers else None
+    shape = (24, 16) if is_flipped else (16, 24)
+    frozen, trained = torch.randn(9, *shape).to(dtype), torch.randn(num_trained, *shape).to(dtype)
+    slots = torch.randint(9 + num_trained, (5,)).sort().values
+    ends = torch.searchsorted(slots, torch.arange(9 + num_trained), right=True, out_int32=True)
+    multiply = torch.compile(grouped_mm.grouped_mm, fullgraph=True, backend=backend)
+    result = multiply(inputs, tokens, frozen, trained, ends, None, is_flipped)
+    rows = inputs if tokens is None else inputs[tokens]
+    matrices = torch.cat([frozen, trained])[slots].float()
+    matrices = matrices.transpose(1, 2) if is_flipped else matrices
+    expected = torch.bmm(rows[:5, None].float(), matrices)[:, 0]
+    assert result.dtype == dtype and not result[5:].any()
+    torch.testing.assert_close(result[:5].float(), expected, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype] * 10)
 
 
 def test_what_may_wait_stays_out_of_cuda_graphs():

@@ -91,11 +91,15 @@ def test_a_step_of_all_families(family, size):
 @pytest.mark.parametrize("size", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "mixtral"])
 def test_a_step_in_bf16(family, size):
-    torch.manual_seed(0)
-    base = tiny_model(family, torch.bfloat16)
-    model = get_peft_model(base, config_for(base, init_weights=False))
-    expected = training_step(copy.deepcopy(model), size, "cpu")
-    check(training_step(model, size, DEVICE), expected, TOLERANCES[torch.bfloat16])
+    def step(dtype, device):
+        base = tiny_model(family, dtype)
+        torch.manual_seed(0)
+        return training_step(get_peft_model(base, config_for(base, init_weights=False)), size, device)
+
+    exact, host, device = step(torch.float32, "cpu"), step(torch.bfloat16, "cpu"), step(torch.bfloat16, DEVICE)
+    for name, own in device.items():
+        # Rounding sends some tokens to other experts, here and there to different ones.
+        assert (own - exact[name]).norm() <= 1.5 * (host[name] - exact[name]).norm() + 0.01 * exact[name].norm(), name
 
 
 @pytest.mark.filterwarnings("ignore:.*training writes the whole weights:UserWarning")
@@ -178,14 +182,16 @@ def test_decoding_and_switching_do_not_wait(dtype):
 def test_a_training_step_waits_once_a_layer():
     model = adapted().train()
     tokens = random_tokens(*MANY).to(DEVICE)
-    layers = model.config.num_hidden_layers
 
-    def step():
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    def step(trained):
+        trained(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
-    assert waits_in(step) <= layers
+    plain = tiny_model("olmoe", torch.bfloat16, experts_implementation="grouped_mm").to(DEVICE).train()
+    base = waits_in(lambda: step(plain))
+    assert waits_in(lambda: step(model)) <= base + model.config.num_hidden_layers
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32:UserWarning")
 def test_generate_with_a_static_cache():
     model = adapted(dtype=torch.float32, task_type="CAUSAL_LM")
     tokens = random_tokens(2, 5).to(DEVICE)

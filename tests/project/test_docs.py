@@ -33,6 +33,7 @@ ELSEWHERE = {
     "converting.md": "test_interchange_docs.py",
     "serving.md": "test_examples.py",
     "sharing.md": "test_interchange_docs.py",
+    "tour.md": "test_tour.py",
     "training.md": "test_trainers.py",
 }
 """Pages whose examples need more preparation, and the files that run them."""
@@ -164,7 +165,7 @@ def test_figures_of_the_migration_page_are_those_of_the_benchmarks():
     )
     held = [_figure("memory", "over the base", way=way, **step) for way in ("LoRA r 16", "ESFT")]
     assert f"prefill takes {lora[0]} times the base's time and ESFT's {own[0]}" in " ".join(page.split())
-    assert f"decoding {float(lora[1]):.1f} times and {own[1]}" in " ".join(page.split())
+    assert f"decoding takes {float(lora[1]):.1f} times the base's time and ESFT's {own[1]}" in " ".join(page.split())
     assert f"holds {held[0]} times the memory of the frozen base and ESFT {held[1]}" in " ".join(page.split())
 
 
@@ -175,21 +176,51 @@ def _table(text: str) -> dict[str, list[str]]:
     return {row[0]: [re.sub(r"\*| ±.*", "", cell) for cell in row[1:]] for row in rows}
 
 
+def _shown(page: str, name: str) -> dict[str, list[str]]:
+    """A table of a page, by its name in the comment above it.
+
+    A benchmark's program writes the tables under "table NAME"; those under "quoted NAME" are written by hand.
+    """
+    text = (ROOT / page).read_text()
+    return _table(re.split(f"<!-- (?:table|quoted) {name} -->", text)[1].split("<!-- end -->")[0])
+
+
 def test_figures_of_the_readme_are_those_of_the_results():
-    """The table of training steps is written by benchmarks/summary.py; the other one by hand."""
-    readme = (ROOT / "README.md").read_text()
     switch = _figure("swap", "ratio or time", operation="switch between two adapters of 26 layers")
-    assert f"[{switch} ms](benchmarks/results/swap.md)" in readme
-    shown = _table(readme.split("What comes of it")[1].split("## Two commands")[0])
-    findings = (ROOT / "docs" / "findings.md").read_text()
-    measured = _table(findings.split("<!-- table main_verses -->")[1].split("<!-- end -->")[0])
+    assert f"[{switch} ms](benchmarks/results/swap.md)" in (ROOT / "README.md").read_text()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+METHODS = {"ESFT": "ESFT-Token, p 0.2", "ESFT, a third of the lr": "ESFT-Token, p 0.2, a third of the lr"}
+"""Methods by their names on the page that compares ESFT with others, and in the tables of the findings."""
+
+
+def test_the_page_on_deciding_quotes_one_task_as_measured():
+    measured = _shown("docs/protocol.md", "main_verses")
     columns = [measured["method"].index(name) for name in ("exact answers, %", "general loss", "saved MB")]
-    names = {"ESFT": "ESFT-Token, p 0.2", "ESFT, a third of the lr": "ESFT-Token, p 0.2, a third of the lr"}
-    rows = {name: cells for name, cells in shown.items() if name.strip("-*")}
+    rows = {name: cells for name, cells in _shown("docs/deciding.md", "deciding_verses").items() if name.strip("-*")}
     assert len(rows) == 6
     for name, cells in rows.items():
-        found = [measured[names.get(name.strip("*"), name.strip("*"))][column] for column in columns]
+        found = [measured[METHODS.get(name.strip("*"), name.strip("*"))][column] for column in columns]
         expected = [cell and f"{float(cell):.{digits}f}" for cell, digits in zip(found, (1, 2, 2), strict=True)]
+        assert cells == expected, name
+
+
+def test_the_page_on_deciding_quotes_the_shares_of_full_fine_tuning_as_measured():
+    measured = _shown("docs/protocol.md", "summary")
+    tasks_measured = measured.pop("of full fine-tuning's, %")
+    shown = _shown("docs/deciding.md", "deciding_shares")
+    tasks_shown = shown.pop("")
+    rows = {name: cells for name, cells in shown.items() if name.strip("-")}
+    assert len(rows) == 8
+    for name, cells in rows.items():
+        method, _, kind = name.partition(": ")
+        place = {"gain": 0, "loss added on other text": 2}[kind]
+        found = measured[METHODS.get(method, method)]
+        expected = [found[tasks_measured.index(task)].split(" · ")[place] for task in tasks_shown]
         assert cells == expected, name
 
 

@@ -291,7 +291,7 @@ def test_tables_say_what_was_measured(tmp_path):
 
 def test_the_page_shows_the_committed_results():
     tables = {name: table for found in COMPARISONS.values() for name, table in publish.tables(found).items()}
-    page = (ROOT / "docs" / "findings.md").read_text()
+    page = (ROOT / "docs" / "protocol.md").read_text()
     assert reporting.BLOCK.search(page)
     assert reporting.fill_tables(page, tables) == page
     for figure in re.findall(r"\(figures/(findings_\w+)\.svg\)", page):

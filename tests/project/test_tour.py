@@ -25,6 +25,15 @@ def test_the_notebook_has_the_cells_of_the_script_and_their_output():
     assert kinds == {"stream", "display_data"}
 
 
+def test_the_page_of_the_docs_is_the_notebook():
+    """docs/tour.md, whose blocks `test_the_tour` runs as cells."""
+    text, pictures = build_notebook.page(json.loads(build_notebook.NOTEBOOK.read_text()))
+    assert build_notebook.PAGE.read_text() == text
+    assert pictures
+    for name, picture in pictures.items():
+        assert (build_notebook.DOCS / name).read_bytes() == picture
+
+
 @pytest.mark.slow
 def test_the_tour(tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")

@@ -131,7 +131,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self, weight_name: str, suffix: str, adapter_name: str, shape: tuple[int, ...], *, zero: bool
     ) -> None:
         # At least fp32: transformers attaches and loads adapters without asking PEFT to widen them.
-        dtype, device = torch.promote_types(self.base_dtype(weight_name), torch.float32), self.compute_device
+        dtype, device = self.delta_dtype(weight_name), self.compute_device
         deltas = self._tensors(f"{PREFIX}{weight_name}{suffix}")
         # One zero for all: what is registered under PEFT's low_cpu_mem_usage goes to the meta device at once.
         deltas[adapter_name] = nn.Parameter(torch.zeros((), dtype=dtype, device=device).expand(shape))
@@ -231,6 +231,12 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             if to_base_dtype:
                 wanted |= dict.fromkeys(self._delta_names[name], self.base_dtype(name))
         self.convert(adapter_name, lambda name, tensor: tensor.to(wanted.get(name, tensor.dtype)))
+        if adapter_name in self.adapters:
+            self._set_record(adapter_name, replace(self.adapters[adapter_name], in_base_dtype=to_base_dtype))
+
+    def delta_dtype(self, weight_name: str) -> torch.dtype:
+        """The dtype that deltas of a weight are created in: that of the weight, but at least fp32."""
+        return torch.promote_types(self.base_dtype(weight_name), torch.float32)
 
     @plain_modes()
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

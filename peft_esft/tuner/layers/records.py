@@ -24,6 +24,7 @@ class LayerAdapter:
         scaling: what the product of low-rank factors is multiplied with, `alpha / rank`.
         scale: what `set_scale` asked for.
         global_ids: under expert parallelism, the experts of all processes, of which `expert_ids` are this one's.
+        in_base_dtype: PEFT was asked not to widen the deltas to fp32 (`autocast_adapter_dtype=False`).
     """
 
     expert_ids: tuple[int, ...]
@@ -31,6 +32,7 @@ class LayerAdapter:
     scaling: float = 1.0
     scale: float = 1.0
     global_ids: tuple[int, ...] = ()
+    in_base_dtype: bool = False
 
     @property
     def factor(self) -> float:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from accelerate import dispatch_model
 from peft import get_peft_model
 
+from peft_esft import quantize_experts
+from peft_esft.ops import grouped_mm
+
 from families import FAMILIES, tiny_model
-from oracle import config_for, random_tokens, task_loss
+from oracle import config_for, random_tokens, select_in_all, task_loss
 from simulated_device import AMPERE, HOPPER, TURING, SimulatedDevice, on_host
 from steps import DEVICE, FEW, MANY
+from stored_bases import dense_twin
 from zoo import VARIANTS, build, inputs_for, model_types, output_of
 
 
@@ -85,6 +91,31 @@ def test_all_architectures_run_and_train(model_type):
 
 def _moved(value, device):
     return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("card", [HOPPER, AMPERE])
+@pytest.mark.parametrize("at_once", [1, 2**28])
+@pytest.mark.parametrize("size", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("kept", [[], [1, 2]], ids=["all in few bits", "some in full precision"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_experts_in_few_bits_are_decoded_some_at_a_time(bits, kept, size, at_once, card, monkeypatch):
+    plain = tiny_model("olmoe", torch.bfloat16)
+    quantised = quantize_experts(copy.deepcopy(plain), bits=bits, keep=select_in_all(plain, kept))
+    twin = dense_twin(plain, quantised)
+
+    def step(base, device):
+        torch.manual_seed(0)
+        model = get_peft_model(base, config_for(base, init_weights=False)).to(device)
+        tokens = random_tokens(*size).to(device)
+        output = model(input_ids=tokens, use_cache=False)[0]
+        output.float().square().mean().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        return {name: on_host(own.detach()).float() for name, own in {"output": output, **grads}.items()}
+
+    expected = step(twin, "cpu")
+    monkeypatch.setattr(grouped_mm, "_DECODED_BYTES", at_once)
+    with SimulatedDevice(card):
+        check(step(quantised, DEVICE), expected, TOLERANCES[torch.bfloat16])
 
 
 def test_layers_on_two_devices_are_never_mixed():
