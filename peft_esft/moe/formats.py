@@ -104,10 +104,6 @@ class FourBit:
         return matrices.view(shape)
 
 
-_TILE = 2**17
-"""So many weights stay in a core's cache between being cast and being scaled."""
-
-
 @dataclass(frozen=True)
 class Int8:
     """Eight bits: a signed code for each weight, and a scale in the weights' dtype for each row `[in]`.
@@ -127,15 +123,7 @@ class Int8:
         return {"codes": codes.to(torch.int8), "scales": scales}
 
     def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        codes, scales = tensors["codes"][experts], tensors["scales"][experts].to(dtype)
-        if codes.device.type != "cpu":
-            return codes * scales
-        matrices = torch.empty(codes.shape, dtype=dtype)
-        tile = max(1, _TILE // shape[-1])  # rows
-        parts = (tensor.flatten(0, 1).split(tile) for tensor in (matrices, codes, scales))
-        for part, own_codes, own_scales in zip(*parts, strict=True):
-            part.copy_(own_codes).mul_(own_scales)
-        return matrices
+        return tensors["codes"][experts].to(dtype).mul_(tensors["scales"][experts].to(dtype))
 
 
 @dataclass(frozen=True)
