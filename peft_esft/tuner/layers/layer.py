@@ -25,7 +25,7 @@ from .held import RowBank, is_holding, join_stored_rows
 from .merging import merge, unmerge
 from .modes import plain_modes
 from .offload import compute_device, load_offloaded
-from .records import ActiveAdapters, LayerAdapter, MergeRecord, StoredTensors
+from .records import ActiveAdapters, ExpertIds, LayerAdapter, MergeRecord, StoredTensors
 
 
 PREFIX = "esft_"
@@ -92,9 +92,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     @property
-    def expert_ids(self) -> dict[str, list[int]]:
+    def expert_ids(self) -> ExpertIds:
         """The experts that each adapter changes, in the order of its rows."""
-        return {name: list(adapter.expert_ids) for name, adapter in self.adapters.items()}
+        return ExpertIds(self.adapters)
 
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,6 +38,25 @@ class LayerAdapter:
     def factor(self) -> float:
         """What a stored delta is multiplied with."""
         return self.scaling * self.scale
+
+
+class ExpertIds(Mapping[str, list[int]]):
+    """The experts that each adapter of a layer changes, in the order of its rows: a view of the layer's records.
+
+    A view and not a copy: PEFT expects of a layer's dicts that deleting an adapter removes it from them.
+    """
+
+    def __init__(self, adapters: Mapping[str, LayerAdapter]) -> None:
+        self._adapters = adapters
+
+    def __getitem__(self, adapter_name: str) -> list[int]:
+        return list(self._adapters[adapter_name].expert_ids)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapters)
+
+    def __len__(self) -> int:
+        return len(self._adapters)
 
 
 @dataclass(frozen=True, eq=False)
