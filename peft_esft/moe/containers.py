@@ -1,4 +1,4 @@
-"""Finds the containers of experts in a model, and describes the weights, the layout and the router of each.
+"""Finds the experts modules ("containers") of a model, and describes the weights, the layout and the router of each.
 
 A container is recognised by its parameters and its class, never by the name of its module. Facts about single
 architectures are data in `architectures.py`.
@@ -56,7 +56,7 @@ class ModuleLocation:
         return watched
 
     def path_of(self, name: str) -> str:
-        """The path of something in the module. `torch.compile`'s wrapper is no part of it."""
+        """The path of something in the module. The wrapper of `torch.compile` is not part of it."""
         if name == "_orig_mod":
             return self.path
         return f"{self.path}.{name}" if self.path else name
@@ -69,7 +69,7 @@ class ModuleLocation:
 
 @dataclass(frozen=True)
 class ExpertsContainer:
-    """A module that holds the routed experts of a layer.
+    """An experts module: it holds the routed experts of a layer.
 
     Attributes:
         places: locations of the module; there are several if other modules share all of its weights.
@@ -156,14 +156,14 @@ def layer_number(path: str) -> int | None:
 
 
 def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
-    """Finds the experts containers of any model.
+    """Finds the experts modules of any model.
 
     Args:
         model: a transformers model, a `PeftModel` around one, or any module that contains one.
 
     Returns:
-        A description for each container, keyed by its module path, in the order of the model's modules. Empty if the
-        model holds no experts of a known kind. Containers that share all their weights are one, with several places.
+        A description of each experts module by its path, in the order of the model's modules. Empty if the model has
+        no experts of a known kind. Modules that share all their weights have one description with several places.
 
     Example:
         >>> find_experts(model)["model.layers.0.mlp.experts"].num_experts
@@ -174,14 +174,14 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
 
 def no_experts(model: nn.Module) -> str:
     """Says that a model has no experts of a known kind, and what to do if it seems to have some of another kind."""
-    message = f"{type(model).__name__} has no experts container of a known kind"
+    message = f"{type(model).__name__} has no experts module of a known kind"
     for path, module in model.named_modules():
         stacked = {name: list(p.shape) for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
         if len(stacked) > 1 and len({shape[0] for shape in stacked.values()}) == 1:
             return (
-                f"{message}. If {path} ({type(module).__name__}) holds experts, with {stacked}, describe its class "
-                "before: peft_esft.register_experts(type(module), has_gate=..., has_bias=..., is_transposed=..., "
-                "has_post_expert_norm=...), whose documentation says what these mean"
+                f"{message}. If {path} ({type(module).__name__}) holds experts, with {stacked}, describe its "
+                "class first: peft_esft.register_experts(type(module), has_gate=..., has_bias=..., "
+                "is_transposed=..., has_post_expert_norm=...). Its documentation explains the arguments"
             )
     return message
 
@@ -322,9 +322,9 @@ def _check_registered(module: nn.Module, layout: ExpertsLayout) -> None:
     wrong += [name for name in modules if not hasattr(module, name)]
     if wrong:
         raise ValueError(
-            f"{type(module).__name__} was registered with {layout}, and lacks {', '.join(wrong)}: it needs the "
-            f"parameters {', '.join(needed)} of {', '.join(map(str, needed.values()))} dimensions, and act_fn or "
-            "_apply_gate; see register_experts"
+            f"{type(module).__name__} was registered with {layout}, but lacks {', '.join(wrong)}. It needs act_fn "
+            f"or _apply_gate, and the parameters {', '.join(needed)} with {', '.join(map(str, needed.values()))} "
+            "dimensions; see register_experts"
         )
 
 

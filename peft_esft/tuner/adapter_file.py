@@ -84,7 +84,7 @@ def read_header(file: Path) -> Header:
 
 
 def read_pickled_header(file: Path) -> Header:
-    """The tensors of a pickled file, which is read for it.
+    """The tensors of a pickled file. Unlike a safetensors file, it has to be read for this.
 
     Raises:
         ValueError: if it holds anything but tensors by name.
@@ -94,7 +94,7 @@ def read_pickled_header(file: Path) -> Header:
     except Exception as error:  # pickle and zip errors of many types
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file} holds something else than tensors by name")
+        raise ValueError(f"{file} does not hold a dict of tensors by name")
     return {
         key: TensorEntry(file, key, tensor.dtype, tuple(tensor.shape))
         for key, tensor in ((str(key), tensor) for key, tensor in tensors.items())
@@ -102,7 +102,7 @@ def read_pickled_header(file: Path) -> Header:
 
 
 def load_pickled(file: Path) -> Any:
-    """What a pickled file holds, mapped into memory if its form allows it."""
+    """The content of a pickled file, mapped into memory if its form allows that."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file) or None)
 
 
@@ -149,7 +149,7 @@ def read_json(file: Path) -> Any:
     """
     size = file.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read")
+        raise ValueError(f"{file} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
     try:
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -180,7 +180,7 @@ def find_hub_header(name: str, subfolder: str | None, *, pickled: bool = False, 
 
 
 def is_hub_name(name: str | None) -> bool:
-    """True for a name that the Hub accepts as that of a model, which a path of this machine is not."""
+    """True for a name that the Hub accepts for a model. A path on this machine is not one."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
@@ -207,13 +207,13 @@ def _pickled_weights(where: object) -> ValueError:
 
 
 def write_file(tensors: Mapping[str, Tensor], file: Path, experts: Mapping[str, list[int]]) -> None:
-    """Writes an adapter's tensors and notes in the header which experts they belong to.
+    """Writes an adapter's tensors, and the experts that they belong to into the header.
 
     The same tensors give the same bytes.
 
     Args:
         tensors: by key.
-        file: is put in place once it is whole.
+        file: the file. It appears only once it is complete.
         experts: the experts that the adapter changes, by path, in the order of the rows.
     """
     temporary = file.with_name(f"{file.name}.tmp")
@@ -229,9 +229,9 @@ def write_file(tensors: Mapping[str, Tensor], file: Path, experts: Mapping[str, 
 
 
 def finish_file(file: Path, experts: Mapping[str, list[int]]) -> None:
-    """Notes the experts in a file that PEFT has written, and takes out copies of the base's weights.
+    """Adds the experts to the header of a file that PEFT has written, and removes copies of the base's weights.
 
-    Where a wrapper of PEFT's is around a resized embedding, PEFT saves what is inside the wrapper too.
+    If a wrapper of PEFT's is around a resized embedding, PEFT also saves the embedding inside the wrapper.
     """
     with safe_open(file, "pt") as opened:
         keys = [key for key in opened.keys() if DELTA_KEY in key or not _INSIDE_WRAPPER.search(key)]  # noqa: SIM118

@@ -375,7 +375,7 @@ def test_parameters_of_the_models_own_module_stay_frozen():
     others, left_out = find_other_modules(base)
     assert left_out == ["scale"]
     assert "lm_head" in others and "model.layers.0.self_attn.q_proj" in others and "" not in others
-    with pytest.warns(UserWarning, match=r"leaves these parameters frozen.*\['scale'\]"):
+    with pytest.warns(UserWarning, match=r"cannot train these parameters.*stay frozen: \['scale'\]"):
         model = get_peft_model(base, config_for(base, train_non_expert_modules=True))
     model(input_ids=random_tokens(), labels=random_tokens()).loss.backward()
     assert model.base_model.model.scale.grad is None

@@ -95,9 +95,9 @@ def test_the_error_without_a_description_says_how_to_give_one():
     message = r"If model\.layers\.0\.mlp\.experts \(OwnExperts\) holds .*register_experts\(type\(module\), has_gate"
     with pytest.raises(ValueError, match=message):
         get_peft_model(own_model(), ESFTConfig(target_experts={0: [1]}))
-    with pytest.raises(ValueError, match=f"nothing can be scored: .*{message}"):
+    with pytest.raises(ValueError, match=f"the model cannot be scored: .*{message}"):
         score_experts(own_model(), [{"input_ids": TOKENS}])
-    with pytest.raises(ValueError, match=r"^Linear has no experts container of a known kind\. ESFT needs"):
+    with pytest.raises(ValueError, match=r"^Linear has no experts module of a known kind\. ESFT needs"):
         get_peft_model(nn.Linear(2, 2), ESFTConfig(target_experts={0: [1]}))
 
 

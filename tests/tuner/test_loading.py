@@ -210,7 +210,7 @@ def check_refused(folders, tmp_path, way, change, kind, chance):
     shutil.rmtree(folder)
 
 
-@pytest.mark.filterwarnings("ignore:the adapter was made over a base with other weights")
+@pytest.mark.filterwarnings("ignore:the adapter was trained over a base with other weights")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("change", [*CHANGES, "truncate"], ids=lambda change: getattr(change, "__name__", change))
 def test_a_file_that_is_not_its_config_s_is_refused_on_every_way_in(change, way, folders, tmp_path):
@@ -219,7 +219,7 @@ def test_a_file_that_is_not_its_config_s_is_refused_on_every_way_in(change, way,
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the adapter was made over a base with other weights")
+@pytest.mark.filterwarnings("ignore:the adapter was trained over a base with other weights")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 def test_many_changed_files_are_refused_on_every_way_in(way, folders, tmp_path):
     chance = random.Random(way.__name__)

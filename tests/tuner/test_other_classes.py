@@ -245,7 +245,7 @@ def test_smaller_files_and_the_original_code_s(folder, tmp_path):
 def test_modules_to_save_are_moved_by_the_users_of_peft(folder):
     model = whole(folder)
     with pytest.raises(
-        NotImplementedError, match=r"embed_tokens.weight has this name.*argument key_mapping="
+        NotImplementedError, match=r"has another name for .*embed_tokens.weight.*argument key_mapping="
     ) as error:
         PeftModel.from_pretrained(model, folder / "embeddings")
     assert not any(isinstance(module, ESFTLayer) for module in model.modules())
