@@ -78,7 +78,7 @@ def check_combination(
             "deltas exactly, as 'cat' and 'svd' do for LoRA"
         )
     if isinstance(adapters, str) or len(set(adapters)) < len(adapters):
-        raise ValueError(f"adapters is {adapters}; expected a list of different names")
+        raise ValueError(f"adapters is {adapters!r}; expected a list of different names")
     if not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"{len(adapters)} adapters and {len(weights)} weights are given; give one weight for each adapter"

@@ -265,5 +265,5 @@ def test_what_cannot_be_made_smaller_is_refused(adapter, tmp_path):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="storage is 'int2'"):
         ESFTConfig(target_experts={0: [1]}, storage="int2")
-    with pytest.raises(ValueError, match="full-rank"):
+    with pytest.raises(ValueError, match="adapters of full rank"):
         ESFTConfig(target_experts={0: [1]}, storage="int8", rank=2)

@@ -223,7 +223,7 @@ def break_experts(adapter):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (break_shapes, "expected is torch.float32"),
+        (break_shapes, "; expected torch.float32"),
         (break_values, "holds a NaN or an infinity"),
         (break_names, r"gate_up_proj is missing.*up_gate_proj is not selected, or not in this model"),
         (leave_out_a_layer, r"layers\.1\.mlp\.experts\.esft_\w+ is missing"),

@@ -120,7 +120,7 @@ def test_routers_that_return_logits_only_give_counts_but_no_gates():
     (path,) = scores.containers
     assert scores.containers[path].selected_pairs == expected.containers[path].selected_pairs
     torch.testing.assert_close(scores.token()[path], expected.token()[path])
-    with pytest.raises(ValueError, match=r"gate values of model.layers.1.mlp.experts could"):
+    with pytest.raises(ValueError, match=r"gate values of model.layers.1.mlp.experts are not known"):
         scores.gate()
     with pytest.raises(ValueError, match="Use batches of one sample"):
         score_experts(listed, [{"input_ids": TOKENS}], progress=False)

@@ -139,8 +139,8 @@ def test_scaling_works_merged_and_unmerged_and_is_undone_by_1():
         (([], [], "d"), "0 adapters and 0 weights"),
         ((["a", "a"], [1, 0.5], "d"), r"\['a', 'a'\]; expected a list of different names"),
         (("ab", [1, 1], "d"), "'ab'; expected a list"),
-        ((["a"], [float("nan")], "d"), r"finite numbers, .* not with \[nan\]"),
-        ((["a"], ["2"], "d"), r"finite numbers, .* not with \['2'\]"),
+        ((["a"], [float("nan")], "d"), r"finite numbers .* not by \[nan\]"),
+        ((["a"], ["2"], "d"), r"finite numbers .* not by \['2'\]"),
         ((["a"], [1], "law-v1.0"), "'law-v1.0' cannot be an adapter's name"),
         ((["a"], [1], "b"), "already is an adapter 'b'"),
         ((["a"], [1], "d", "cat"), "combination_type is 'cat'; it is one of .*'linear' adds deltas exactly"),
@@ -192,7 +192,7 @@ def test_conflicts_name_the_shared_experts_and_how_alike_their_changes_are():
     assert [(shared.expert, round(shared.cosine, 6)) for shared in report.shared] == [(5, 1.0), (6, -1.0)]
     assert {shared.path for shared in report.shared} == {"model.layers.1.mlp.experts"}
     assert (report.num_trained, report.num_layers, report.shared_per_layer) == ((6, 3), 2, 1.0)
-    assert str(report).startswith("a trains 6 experts and b 3; they share 2, 1.00 a layer\n")
+    assert str(report).startswith("a trains 6 experts and b 3; they share 2, 1.00 per layer\n")
     with pytest.raises(ValueError, match=r"no ESFT adapter named 'c'; it has \['a', 'b'\]"):
         adapter_conflicts(model, "a", "c")
     model.merge_adapter()

@@ -214,7 +214,7 @@ def diverged(folder):
 MISFITS = {
     "other experts in one layer": (
         lambda folder: save(folder, lambda: tiny_model("olmoe"), target_experts={0: [5, 6], 1: [3, 4]}),
-        r"layers.1.mlp.experts.esft_\w+ is torch.float32 \[2, .*expected is torch.float32 \[1, .*hotswap_adapter",
+        r"layers.1.mlp.experts.esft_\w+ is torch.float32 \[2, .*expected torch.float32 \[1, .*hotswap_adapter",
     ),
     "another form": (compact_form, r"esft_\w+ is missing.*hotswap_adapter"),
     "another method": (lora_of_the_same_base, r"esft_\w+ is missing.*the file has LoRA weights"),
