@@ -37,8 +37,8 @@ class AdapterRecord:
 
     Attributes:
         base: name of its base model.
-        selection: its experts by container path. It is empty for an adapter of shared experts or other modules only.
-        num_experts: number of experts of each of these containers, as far as the config or the base says it.
+        selection: its experts by module path. It is empty for an adapter of shared experts or other modules only.
+        num_experts: number of experts of each of these experts modules, as far as the config or the base says it.
         change: how far each of these experts moved, or None if that is not known.
         change_label: what `change` measures, or why it is None.
         num_parameters: number of trained weights without those of `modules_to_save`, or None if not known.
@@ -55,7 +55,7 @@ class AdapterRecord:
 
     @property
     def mean_experts(self) -> float:
-        """Trained experts, mean over the containers that have any; 0 if there are none."""
+        """Trained experts, mean over the experts modules that have any; 0 if there are none."""
         return fmean(map(len, self.selection.values())) if self.selection else 0.0
 
 
@@ -142,7 +142,7 @@ def _root_mean_squares(adapter: AdapterFolder, selection: Selection) -> dict[str
 
 
 def _deltas(adapter: AdapterFolder, selection: Selection) -> Iterator[tuple[str, Tensor]]:
-    """Yields the deltas `[n, ...]` of a selection's experts weight by weight, each with its container's path."""
+    """Yields the deltas `[n, ...]` of a selection's experts weight by weight, each with its experts module's path."""
     if adapter.config.storage != "rows":
         for path, names in adapter.weights().items():
             for name in names if path in selection else ():
@@ -166,7 +166,7 @@ def _folder_of_base(config: ESFTConfig) -> Path | None:
 
 
 def _num_experts(config: ESFTConfig, selection: Selection) -> dict[str, int]:
-    """How many experts the containers of a selection have, as far as the config or the base says it."""
+    """How many experts the experts modules of a selection have, as far as the config or the base says it."""
     known, base = num_experts_of(config.to_dict()), _folder_of_base(config)
     if base is not None and not selection.keys() <= known.keys():
         try:

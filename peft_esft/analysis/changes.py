@@ -21,7 +21,7 @@ class ExpertUse:
     """How often one trained expert is chosen, and how far it moved.
 
     Attributes:
-        path: path of its container.
+        path: path of its experts module.
         expert: its id.
         pairs: how many scored tokens chose it. None without scores, and for modules that see every token.
         share: `pairs` over all choices of the layer, or None.
@@ -40,7 +40,7 @@ class SharedExpert:
     """An expert that two adapters train.
 
     Attributes:
-        path: path of its container.
+        path: path of its experts module.
         expert: its id.
         cosine: cosine of the two deltas, all weights of the expert together; -1 if they cancel each other.
     """
@@ -58,7 +58,7 @@ class ConflictReport:
         adapters: names of the two adapters.
         shared: the experts that both train, layer by layer.
         num_trained: number of experts that each adapter trains.
-        num_layers: number of containers that at least one of them trains.
+        num_layers: number of experts modules that at least one of them trains.
     """
 
     adapters: tuple[str, str]

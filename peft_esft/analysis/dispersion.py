@@ -74,7 +74,7 @@ class Dispersion:
 
     Attributes:
         metric: "token" for shares of choices, "gate" or "gate_share" for shares of a layer's gate mass.
-        layers: by container path, without those that no token reached.
+        layers: by module path, without those that no token reached.
     """
 
     metric: Metric
@@ -130,10 +130,10 @@ def dispersion(scores: ScoreTable, *, metric: Metric = "token") -> Dispersion:
             are shares of the layer's own sum, so routers with and without renormalised gates can be compared.
 
     Returns:
-        The dispersion of every container that a token reached.
+        The dispersion of every experts module that a token reached.
 
     Raises:
-        ValueError: if no container was reached, or the gate values could not be seen.
+        ValueError: if no experts module was reached, or the gate values could not be seen.
 
     Example:
         >>> dispersion(scores).experts_for(0.2)

@@ -123,7 +123,7 @@ def co_occurrence(
 ) -> dict[str, Tensor]:
     """Counts how often two experts are chosen for the same token.
 
-    It holds `[E, E]` for each container on the model's device, whatever the number of tokens.
+    It holds `[E, E]` for each experts module on the model's device, whatever the number of tokens.
 
     Args:
         model: a transformers model, with or without adapters.
@@ -134,7 +134,7 @@ def co_occurrence(
         `{path: counts}`, int64 `[E, E]` on the CPU, symmetric. The diagonal says how often each expert was chosen.
 
     Raises:
-        ValueError: if the model has no containers, or the choices of a container's tokens cannot be seen.
+        ValueError: if the model has no experts modules, or the choices of an experts module's tokens cannot be seen.
     """
     sizes = {path: container.num_experts for path, container in find_experts(model).items()}
     counts: dict[str, Tensor] = {}
@@ -175,7 +175,7 @@ def similarity(counts: Tensor) -> Tensor:
 
 
 def group_experts(counts: Mapping[str, Tensor], size: int) -> Groups:
-    """Joins the experts of each container into groups of those that are chosen together.
+    """Joins the experts of each experts module into groups of those that are chosen together.
 
     Similarity is the cosine of the rows of the co-occurrence matrix, with its diagonal: on the embedded model, groups
     bound without it make a worse coarse model (docs/analysis.md). Groups are joined greedily by mean pairwise
@@ -188,10 +188,10 @@ def group_experts(counts: Mapping[str, Tensor], size: int) -> Groups:
         size: experts of a group; groups of 1 leave every expert alone.
 
     Returns:
-        The groups of each container, in the order in which they were bound.
+        The groups of each experts module, in the order in which they were bound.
 
     Raises:
-        ValueError: if `size` does not divide the number of experts of every container.
+        ValueError: if `size` does not divide the number of experts of every experts module.
     """
     _check_size(size, {path: matrix.shape[0] for path, matrix in counts.items()})
     return {path: _bind(similarity(matrix), size) for path, matrix in counts.items()}
@@ -201,12 +201,12 @@ def random_groups(num_experts: Mapping[str, int], size: int, *, seed: int) -> Gr
     """Joins experts into groups at random, to compare with.
 
     Args:
-        num_experts: number of experts of each container.
+        num_experts: number of experts of each experts module.
         size: experts of a group.
         seed: equal seeds give equal groups.
 
     Raises:
-        ValueError: if `size` does not divide the number of experts of every container.
+        ValueError: if `size` does not divide the number of experts of every experts module.
     """
     _check_size(size, num_experts)
     generator = torch.Generator().manual_seed(seed)

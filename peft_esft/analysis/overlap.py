@@ -22,9 +22,9 @@ class Overlap:
 
     Attributes:
         tasks: names of the `N` tasks.
-        paths: paths of the `L` containers that all tasks reach.
-        top_k: how many of the most used experts were compared, for each container.
-        num_experts: number of experts of each container.
+        paths: paths of the `L` experts modules that all tasks reach.
+        top_k: how many of the most used experts were compared, for each experts module.
+        num_experts: number of experts of each experts module.
         shared: float64 `[L, N, N]`, how many of two tasks' most used experts are the same; `top_k` on the diagonal.
         halves: float64 `[L, N]`, the same for two disjoint halves of one task's samples, by how often they chose each
             expert. Less agreement than this between two tasks may be noise. NaN where there are no halves.
@@ -53,7 +53,7 @@ class Overlap:
 
     @property
     def chances(self) -> list[float]:
-        """Experts that two independent choices would share, `top_k ** 2 / E`, for each container."""
+        """Experts that two independent choices would share, `top_k ** 2 / E`, for each experts module."""
         return [k * k / count for k, count in zip(self.top_k, self.num_experts, strict=True)]
 
     @property
@@ -90,10 +90,10 @@ def overlap(
         top_p: threshold of the selections that the Jaccard index compares; None means the paper's, by metric.
 
     Returns:
-        The comparison over the containers that every task reaches.
+        The comparison over the experts modules that every task reaches.
 
     Raises:
-        ValueError: if there is no task, the scores are of different models, or no container is reached by all.
+        ValueError: if there is no task, the scores are of different models, or no experts module is reached by all.
 
     Example:
         >>> print(overlap({"law": law_scores, "intent": intent_scores}))
@@ -133,7 +133,7 @@ def overlap(
 
 
 def check_same_model(tasks: Mapping[str, ExpertScores]) -> None:
-    """Checks that the scores of all tasks have the same containers.
+    """Checks that the scores of all tasks have the same experts modules.
 
     Raises:
         ValueError: if they differ. The message names two tasks.

@@ -230,7 +230,7 @@ class RoutingCallback(TrainerCallback):
 
 
 def _trained_experts(model: Any) -> dict[str, list[int]]:
-    """The experts that the active adapters train, by container."""
+    """The experts that the active adapters train, by experts module."""
     trained: dict[str, set[int]] = {}
     for name in getattr(model, "active_adapters", []):
         for path, ids in getattr(model.peft_config[name], "adapted_paths", {}).items():

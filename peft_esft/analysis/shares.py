@@ -17,7 +17,7 @@ ScoreTable = ExpertScores | Mapping[str, Tensor | Sequence[float]]
 
 
 def layer_shares(scores: ScoreTable, metric: Metric = "token") -> dict[str, Tensor]:
-    """Divides each container's scores by their sum.
+    """Divides each experts module's scores by their sum.
 
     Args:
         scores: from `score_experts`, or `{path: scores [E]}`.
@@ -28,7 +28,7 @@ def layer_shares(scores: ScoreTable, metric: Metric = "token") -> dict[str, Tens
         `{path: shares}`, float64 `[E]` with sum 1. Containers that no token reached are left out.
 
     Raises:
-        ValueError: if the metric is unknown, a score is negative or not finite, or no container was reached.
+        ValueError: if the metric is unknown, a score is negative or not finite, or no experts module was reached.
     """
     if metric not in get_args(Metric):
         raise ValueError(f"metric is {metric!r}; it is one of {get_args(Metric)}")

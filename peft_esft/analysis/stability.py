@@ -14,8 +14,8 @@ class StabilityPoint:
 
     Attributes:
         num_tokens: tokens of both halves together.
-        shared: by container path, the number of experts that both halves select.
-        selected: by container path, the number of experts that a half selects, mean of the two.
+        shared: by module path, the number of experts that both halves select.
+        selected: by module path, the number of experts that a half selects, mean of the two.
     """
 
     num_tokens: int
@@ -24,7 +24,7 @@ class StabilityPoint:
 
     @property
     def agreement(self) -> float:
-        """Share of the selected experts on which the halves agree, over all containers."""
+        """Share of the selected experts on which the halves agree, over all experts modules."""
         return sum(self.shared.values()) / max(1e-9, sum(self.selected.values()))
 
 

@@ -106,7 +106,7 @@ def token_view(
         model: a transformers model, with or without adapters.
         tokenizer: its tokenizer. It must be a fast one, which knows the characters of each token.
         texts: one text or several.
-        experts: the experts that count, by container path or layer; None means those of the active adapters.
+        experts: the experts that count, by module path or layer; None means those of the active adapters.
         max_length: texts are cut to so many tokens.
 
     Returns:

@@ -118,7 +118,7 @@ class AdapterFolder:
         ]
 
     def check_alone(self) -> None:
-        """Checks what can be known without the base: each container has weights, and all weights are finite."""
+        """Checks what can be known without the base: each experts module has weights, and all weights are finite."""
         present = self.weights()
         # A layer's index does not say the path of its container.
         paths = [path for path in self.config.adapted_experts if not path.isdigit()]
@@ -145,7 +145,7 @@ class AdapterFolder:
         return total
 
     def weights(self) -> dict[str, list[str]]:
-        """The names of the weights that are changed, by container path."""
+        """The names of the weights that are changed, by module path."""
         names: dict[str, list[str]] = {}
         for path, name in self._keys:
             names.setdefault(path, []).append(name)

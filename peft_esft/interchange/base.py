@@ -26,7 +26,7 @@ from .tensor_files import TensorFolder
 
 @dataclass(frozen=True)
 class Rows:
-    """Names some rows of a model: those of `expert_ids` in one weight of a container, in the order of the ids."""
+    """Names some rows of a model: those of `expert_ids`, in their order, in one weight of an experts module."""
 
     container: ExpertsContainer
     weight: ExpertWeight
@@ -90,7 +90,7 @@ class Base:
         folder: its folder. None for a model in memory.
         head: as given.
         files: the checkpoint's tensors. Empty for a model in memory.
-        experts: its experts containers, by path.
+        experts: its experts modules, by path.
         shared: its shared experts, as containers of kind "module".
         others: all its other modules, as containers of kind "module".
         modules: all modules that an adapter can change: the three above.

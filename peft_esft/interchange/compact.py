@@ -38,7 +38,7 @@ def compact(
         form: see above.
         base: the base model, or its folder, which the adapter is checked against. Only "rows" needs it; None then
             means the folder that the adapter's config names. For the other forms None means that only two things are
-            checked: each container of the selection has weights, and all weights are finite.
+            checked: each experts module of the selection has weights, and all weights are finite.
 
     Returns:
         `out_dir`. The new adapter cannot be trained further: keep the original.

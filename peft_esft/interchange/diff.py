@@ -23,12 +23,16 @@ def diff_adapters(first_dir: str | Path, second_dir: str | Path) -> dict[str, An
         second_dir: folder of another.
 
     Returns:
-        `settings`: the fields of the configs that differ, as pairs, those of `selection` one by one. `other_base`: the
-        layers in which the two bases have other weights, as far as the adapters tell. `containers`: for each container
-        the experts that only `first` trains, only `second`, and `both`. For the last it has `weights`: the `norms` of
-        the two deltas, their `distance` as a share of the first norm, and their `cosine`; None if an adapter stores
-        something else than deltas. A module that is trained whole counts as one expert, 0. `modules_to_save`: the
-        tensors of these that only `first` has, only `second`, and that are `different`.
+        A dict with four entries:
+
+        - `settings`: the fields of the configs that differ, as pairs, those of `selection` one by one.
+        - `other_base`: the layers in which the two bases have other weights, as far as the adapters tell.
+        - `containers`: for each experts module, the experts that only the `first` adapter trains, only the `second`,
+          and `both`. Experts of both have `weights`: the `norms` of the two deltas, their `distance` as a share of the
+          first norm, and their `cosine`; None if an adapter stores something else than deltas. A module that is
+          trained whole counts as one expert, 0.
+        - `modules_to_save`: the tensors of these modules that only `first` has, only `second` has, and that are
+          `different`.
     """
     adapters = (AdapterFolder(first_dir), AdapterFolder(second_dir))
     fields = [_settings(adapter.config) for adapter in adapters]
@@ -49,7 +53,7 @@ def diff_adapters(first_dir: str | Path, second_dir: str | Path) -> dict[str, An
 
 
 def format_diff(record: dict[str, Any]) -> str:
-    """Formats the result of `diff_adapters` as text, with one line for each container."""
+    """Formats the result of `diff_adapters` as text, with one line for each experts module."""
     lines = [f"{name}: {first!r} -> {second!r}" for name, (first, second) in record["settings"].items()]
     if record["other_base"]:
         lines.append(f"trained over bases with other weights in {len(record['other_base'])} layers")
@@ -124,7 +128,7 @@ def _other_base(first: ESFTConfig, second: ESFTConfig) -> list[str]:
 
 
 def _changes(adapter: AdapterFolder) -> dict[str, list[int]]:
-    """The experts that an adapter changes, by container; modules that are trained whole as expert 0."""
+    """The experts that an adapter changes, by experts module; modules that are trained whole as expert 0."""
     selection = adapter.config.adapted_experts
     return selection | {path: [0] for path in adapter.weights() if path not in selection}
 

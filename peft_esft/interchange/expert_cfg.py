@@ -76,7 +76,7 @@ def expert_cfg_from_selection(
     """Converts `target_experts` to the original code's `expert_cfg.json`, which counts decoder layers.
 
     Raises:
-        ValueError: if two containers have the same layer number, or one has none.
+        ValueError: if two experts modules have the same layer number, or one has none.
     """
     experts: dict[str, list[int]] = {}
     for key, ids in target_experts.items():

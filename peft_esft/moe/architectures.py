@@ -98,7 +98,7 @@ def register_experts(
 
 @dataclass(frozen=True)
 class KnownContainer:
-    """The description of a class of experts containers that cannot be found out from its modules.
+    """The description of a class of experts modules that cannot be found out from its modules.
 
     Attributes:
         routing: where its routing can be seen.

@@ -241,7 +241,7 @@ def _search(
 
 
 def _describe(location: ModuleLocation) -> list[ExpertsContainer] | None:
-    """Describes a module if it is an experts container."""
+    """Describes a module if it is an experts module."""
     if is_parametrized(location.module):
         return [_describe_parametrized(location)]
     known = KNOWN_CONTAINERS.get(type(location.module).__name__)

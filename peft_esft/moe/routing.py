@@ -1,4 +1,4 @@
-"""Reads the routing of experts containers: expert ids, and the values that multiply the experts' outputs.
+"""Reads the routing of experts modules: expert ids, and the values that multiply the experts' outputs.
 
 Each reader belongs to one class of transformers, and takes its arguments or its result apart.
 """

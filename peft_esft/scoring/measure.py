@@ -30,7 +30,7 @@ _BATCHES_ON_DEVICE = 64  # whose sums are brought to the host together
 
 
 class RoutingAccumulator:
-    """Sums up the routing of one container, batch by batch, on the device where the routing is computed.
+    """Sums up the routing of one experts module, batch by batch, on the device where the routing is computed.
 
     Memory is constant in the number of tokens. The host waits once in many batches: it adds their sums up in float64,
     which not every device has.
@@ -153,11 +153,11 @@ def score_experts(
         progress: show a progress bar.
 
     Returns:
-        The scores of all containers.
+        The scores of all experts modules.
 
     Raises:
-        ValueError: if the model has no experts containers that can be scored, `batches` holds no tokens or something
-            else than batches, the samples of a container's tokens are not known, or routing weights are NaN or
+        ValueError: if the model has no experts modules that can be scored, `batches` holds no tokens or something
+            else than batches, the samples of an experts module's tokens are not known, or routing weights are NaN or
             infinite.
 
     Example:
@@ -271,7 +271,7 @@ class _Counter:
             self._end_batch()
 
     def see(self, container: ExpertsContainer, path: str, routing: Routing) -> None:
-        """Counts one call of a container."""
+        """Counts one call of an experts module."""
         if self._is_counting:
             self.accumulators[container.path].update(routing, self._stream_of(path, routing))
 
@@ -320,7 +320,7 @@ class _Counter:
         return "decoder" if self._decoder is not None and path.startswith(f"{self._decoder}.") else "text"
 
     def _stream_of(self, path: str, routing: Routing) -> TokenStream:
-        """The tokens that a container sees."""
+        """The tokens that an experts module sees."""
         num_tokens = routing.top_k_index.shape[0]
         stream = self._streams.get(self._stream_name(path))
         if stream is not None and stream.sample_of_token.shape[0] == num_tokens:
@@ -342,7 +342,7 @@ class _Counter:
         return self._other_streams[num_tokens]
 
     def _stream_of_calls(self, path: str) -> TokenStream:
-        """The tokens of a container where only the calls of its experts can be seen."""
+        """The tokens of an experts module where only the calls of its experts can be seen."""
         stream = self._streams[self._stream_name(path)]
         if not stream.counts_all or (self.averaging == "sample" and len(stream.lengths) > 1):
             raise ValueError(

@@ -19,7 +19,7 @@ class SelectionPreview:
 
     Attributes:
         top_p: the threshold.
-        fewest, mean, most: number of chosen experts in a container.
+        fewest, mean, most: number of chosen experts in an experts module.
         num_parameters: number of weights of all chosen experts.
         share: `num_parameters` over the number of weights of all experts.
         megabytes: size of the adapter's file (10^6 bytes), by dtype of the deltas. The default is fp32.

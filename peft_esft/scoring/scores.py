@@ -28,10 +28,10 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class ContainerScores:
-    """The counts of one container.
+    """The counts of one experts module.
 
     Attributes:
-        top_k: experts for each token; 0 if the container was never called.
+        top_k: experts for each token; 0 if the experts module was never called.
         num_tokens: tokens counted here. They need not be those of the text: they may be a decoder's, for example.
         num_samples: samples that have these tokens.
         selected_pairs: how often each of the `E` experts was chosen.
@@ -77,7 +77,7 @@ class HalfCounts:
 
     Attributes:
         num_tokens: tokens of the first and of the second half.
-        selected_pairs: by container path, how often each half chose each expert, two lists of `E`.
+        selected_pairs: by module path, how often each half chose each expert, two lists of `E`.
     """
 
     num_tokens: list[int]
@@ -96,7 +96,7 @@ class ExpertScores:
     """How often a task chose each expert, and with what weight.
 
     Attributes:
-        containers: the counts of each container, by container path.
+        containers: the counts of each experts module, by module path.
         num_tokens: tokens of the batches' text that were counted (padding is not).
         num_samples: samples with at least one counted token.
         averaging: "sample" for the paper's equations, the mean over samples of each sample's mean over tokens;
@@ -119,7 +119,7 @@ class ExpertScores:
     sizes: ModelSizes | None = field(default=None, repr=False)
 
     def token(self) -> dict[str, Tensor]:
-        """Token selection ratio `r_i` (arXiv 2407.01906, equation 6), float64 `[E]`; sums to 1 over a container."""
+        """Token selection ratio `r_i` (arXiv 2407.01906, equation 6), float64 `[E]`, with sum 1."""
         if self.averaging == "sample":
             return {path: _mean(c.token_share_sum, c.num_samples) for path, c in self.containers.items()}
         return {path: _mean(c.selected_pairs, c.num_tokens * c.top_k) for path, c in self.containers.items()}
@@ -128,7 +128,7 @@ class ExpertScores:
         """Average gate score `g_i` (arXiv 2407.01906, equation 5), float64 `[E]`; its sum depends on the router.
 
         Raises:
-            ValueError: if gate values could not be seen at a container.
+            ValueError: if gate values could not be seen at an experts module.
         """
         rows = {}
         for path, c in self.containers.items():
@@ -143,11 +143,11 @@ class ExpertScores:
         return rows
 
     def gate_share(self) -> dict[str, Tensor]:
-        """`gate()` over its sum in each container, so that a threshold means the same for every router."""
+        """`gate()` over its sum in each experts module, so that a threshold means the same for every router."""
         return {path: row / row.sum().clamp(min=1e-300) for path, row in self.gate().items()}
 
     def parameters_per_expert(self) -> dict[str, int]:
-        """Number of weights of one expert of each container."""
+        """Number of weights of one expert of each experts module."""
         return {path: c.parameters_per_expert for path, c in self.containers.items()}
 
     def by_metric(self, metric: Metric) -> dict[str, Tensor]:
@@ -155,10 +155,10 @@ class ExpertScores:
         return {"token": self.token, "gate": self.gate, "gate_share": self.gate_share}[metric]()
 
     def check_fits(self, model: nn.Module) -> None:
-        """Checks that a model has the containers that were scored.
+        """Checks that a model has the experts modules that were scored.
 
         Raises:
-            ValueError: if containers differ in path or number of experts.
+            ValueError: if experts modules differ in path or number of experts.
         """
         from ..moe.containers import find_experts
 
@@ -175,7 +175,7 @@ class ExpertScores:
         """Joins two runs over different data of the same model.
 
         Raises:
-            ValueError: if the two runs differ in containers, experts, top_k, averaging or the tokens that count.
+            ValueError: if the two runs differ in experts modules, experts, top_k, averaging or the tokens that count.
         """
         if not isinstance(other, ExpertScores):
             return NotImplemented

@@ -34,9 +34,9 @@ def select_experts(
     min_experts: int = 1,
     max_experts: int | None = None,
 ) -> Selection:
-    """Chooses the experts to train in each container.
+    """Chooses the experts to train in each experts module.
 
-    The paper's way is `top_p`: it takes the experts with the highest scores until their sum reaches `top_p`. Equal
+    The paper uses `top_p`: it takes the experts with the highest scores until their sum reaches `top_p`. Equal
     scores are ordered by expert id (arXiv 2407.01906, section 3.2; the order of the released selections).
 
     Args:
@@ -44,22 +44,23 @@ def select_experts(
         top_p: the share of a layer's choices (metric "token"), the gate mass (metric "gate") or the share of a layer's
             gate mass (metric "gate_share") to cover; None means 0.2, 0.1 and 0.2, unless `top_k` or `budget` is given.
         metric: which of the scores to use. Ignored if `scores` is a plain mapping, apart from the default of top_p.
-        top_k: the same number of experts in every container, instead of `top_p`.
-        budget: a share of all experts' parameters, or memory, instead of `top_p`. Of a share, the highest scores of
-            the whole model are taken as long as they fit; experts of a plain mapping count as equally large. Memory
-            of GPUs such as "24GB" or "2x24GB", or a `memory_estimate.Setup` which also says the optimizer, the rank,
-            the form of the base and the tokens, gives the largest `top_p` whose selection can be trained there.
-        min_experts: the fewest experts of a container.
-        max_experts: the most experts of a container.
+        top_k: the same number of experts in every experts module, instead of `top_p`.
+        budget: a share of all experts' parameters, or memory, instead of `top_p`. With a share, the
+            experts with the highest scores of the whole model are taken as long as they fit; experts of a plain
+            mapping count as equally large. With memory of GPUs, such as "24GB" or "2x24GB", it takes the largest
+            `top_p` whose selection can be trained there. A `memory_estimate.Setup` also gives the optimizer, the rank, the form
+            of the base and the tokens.
+        min_experts: the fewest experts of an experts module.
+        max_experts: the most experts of an experts module.
 
     Returns:
-        `{path: expert ids}`, the ids in falling order of score; at least one expert for each container that the data
-        reached. Containers whose scores are all 0 are left out, with a warning.
+        `{path: expert ids}`, the ids in falling order of score, with at least one expert of each experts module that
+        the data reached. Modules whose scores are all 0 are left out, with a warning.
 
     Raises:
-        ValueError: if a setting is of the wrong type or out of range, two ways of choosing are asked for at once, the
-            budget does not hold `min_experts` of every container, or a score is negative or not finite. If memory does
-            not hold them, the error says what would.
+        ValueError: if a setting is of the wrong type or out of range, two ways of choosing are given, the budget is
+            too small for `min_experts` of every experts module, or a score is negative or not finite. For a budget of
+            memory, the error lists settings that would fit.
 
     Example:
         >>> select_experts(scores, budget="24GB")
@@ -107,8 +108,8 @@ def top_p_for_memory(
         scores: what `score_experts` returned.
         budget: memory of GPUs, see `select_experts`.
         metric: see `select_experts`.
-        min_experts: of each container.
-        max_experts: of each container.
+        min_experts: of each experts module.
+        max_experts: of each experts module.
 
     Returns:
         A share above 0 and at most 1.
@@ -152,7 +153,7 @@ def top_p_for_memory(
 
 
 def _rows(scores: Any, metric: Metric) -> dict[str, Tensor]:
-    """The scores of each container, float64 `[E]`."""
+    """The scores of each experts module, float64 `[E]`."""
     if not isinstance(scores, Mapping | ExpertScores):
         raise ValueError(f"scores are a {type(scores).__name__}; expected ExpertScores or a dict {{path: scores [E]}}")
     table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
@@ -160,7 +161,7 @@ def _rows(scores: Any, metric: Metric) -> dict[str, Tensor]:
 
 
 def _bounds(rows: Mapping[str, Tensor], least: int, most: int | None) -> dict[str, tuple[int, int]]:
-    """The fewest and the most experts of each container."""
+    """The fewest and the most experts of each experts module."""
     return {path: (min(least, len(row)), min(most or len(row), len(row))) for path, row in rows.items()}
 
 
@@ -174,11 +175,11 @@ def ranking(row: Tensor) -> Tensor:
 
 
 def random_experts(selection: Mapping[str, Sequence[int]], num_experts: Mapping[str, int], *, seed: int) -> Selection:
-    """Chooses as many random experts of each container as a selection has: the paper's control.
+    """Chooses as many random experts of each experts module as a selection has: the paper's control.
 
     Args:
         selection: what `select_experts` returned.
-        num_experts: number of experts of each container.
+        num_experts: number of experts of each experts module.
         seed: equal seeds give equal choices.
 
     Returns:
@@ -225,7 +226,7 @@ def _count_by_top_p(falling: Tensor, top_p: float) -> int:
 def _counts_by_budget(
     rows: Mapping[str, Tensor], bounds: Mapping[str, tuple[int, int]], sizes: Mapping[str, int], budget: float
 ) -> dict[str, int]:
-    """Takes the highest scores of the whole model that fit, after the minimum of every container."""
+    """Takes the highest scores of the whole model that fit, after the minimum of every experts module."""
     counts = {path: least for path, (least, _) in bounds.items()}
     left = budget * sum(len(row) * sizes[path] for path, row in rows.items()) * (1 + _ROUNDING)
     left -= sum(counts[path] * sizes[path] for path in rows)

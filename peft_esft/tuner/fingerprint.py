@@ -90,7 +90,7 @@ def check_num_experts(
 
     Args:
         records: what the config says of the adapter's base: `selection` and `base_fingerprint`.
-        paths: the containers that are adapted.
+        paths: the experts modules that are adapted.
         containers: of this base.
 
     Raises:
@@ -155,7 +155,7 @@ def compare_bases(
 
 
 def differing_paths(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """The containers whose rows are not those that the adapter was made over."""
+    """The experts modules whose rows are not those that the adapter was made over."""
     known, present = recorded.get("rows", {}), current.get("rows", {})
     return [
         path

@@ -52,7 +52,7 @@ LAYER_CLASSES: dict[ContainerKind, type[ESFTLayer]] = {
     "stacked": SubstitutedExperts,
     "module": SubstitutedExperts,
 }
-"""The layer for each kind of container."""
+"""The layer for each kind of experts module."""
 
 
 class ESFTModel(AdapterOperations):
@@ -61,7 +61,7 @@ class ESFTModel(AdapterOperations):
     PEFT makes it: `get_peft_model` and `PeftModel.from_pretrained` put it between the `PeftModel` and the base.
 
     Attributes:
-        model (torch.nn.Module): the base, its experts containers wrapped.
+        model (torch.nn.Module): the base, its experts modules wrapped.
         peft_config (dict[str, ESFTConfig]): the config of each adapter.
 
     Example:

@@ -138,7 +138,7 @@ def describe_choice(fields: Fields) -> str | None:
 
 
 def num_experts_of(fields: Fields) -> dict[str, int]:
-    """How many experts there are to choose from, by container, as far as the config says."""
+    """How many experts there are to choose from, by experts module, as far as the config says."""
     for record in (fields["base_fingerprint"], fields["selection"]):
         if record and isinstance(record.get("num_experts"), dict):
             return dict(record["num_experts"])

@@ -40,7 +40,7 @@ class ResolvedConfig:
         target_experts: the config's, by module path.
         selection: the same, and modules that are trained whole, each as its only expert.
         containers: those of the selection that no option of the config excludes.
-        experts: all experts containers of the model.
+        experts: all experts modules of the model.
         prefixes: how the config's paths change, if it was made over another class of the same checkpoint.
     """
 

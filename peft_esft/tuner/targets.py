@@ -25,7 +25,7 @@ def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -
         containers: of the model.
 
     Raises:
-        ValueError: if no container, or more than one, fits the key.
+        ValueError: if no experts module, or more than one, fits the key.
     """
     for path, container in containers.items():
         if any(place.path == key for place in container.places):
@@ -58,7 +58,7 @@ def resolve_target_experts(
     """Brings the keys of a selection to module paths and checks its ids against a model.
 
     Raises:
-        ValueError: if a key fits no container, two keys mean the same one, or an id is out of range.
+        ValueError: if a key fits no experts module, two keys mean the same one, or an id is out of range.
     """
     resolved: dict[str, list[int]] = {}
     for key, ids in target_experts.items():

@@ -20,7 +20,7 @@ _WITHOUT_OWN_KERNELS = (None, "eager", "grouped_mm", "batched_mm")
 
 
 def check_trainable(container: ExpertsContainer) -> None:
-    """Refuses containers whose weights cannot be read as plain rows.
+    """Refuses experts modules whose weights cannot be read as plain rows.
 
     Raises:
         NotImplementedError: for quantised, distributed, partly shared or offloaded weights.
@@ -75,7 +75,7 @@ def warn_of_unquantised_experts(model: Any, containers: Iterable[ExpertsContaine
 
 
 def warn_of_slow_layouts(containers: Iterable[ExpertsContainer]) -> None:
-    """Says which containers are trained at the price of full fine-tuning."""
+    """Says which experts modules are trained at the price of full fine-tuning."""
     slow = sorted({type(container.module).__name__ for container in containers if container.kind == "stacked"})
     if slow:
         warnings.warn(
