@@ -48,8 +48,8 @@ def select_experts(
         budget: a share of all experts' parameters, or memory, instead of `top_p`. With a share, the
             experts with the highest scores of the whole model are taken as long as they fit; experts of a plain
             mapping count as equally large. With memory of GPUs, such as "24GB" or "2x24GB", it takes the largest
-            `top_p` whose selection can be trained there. A `memory_estimate.Setup` also gives the optimizer, the rank, the form
-            of the base and the tokens.
+            `top_p` whose selection can be trained there. A `memory_estimate.Setup` also gives the optimizer, the
+            rank, the form of the base and the tokens.
         min_experts: the fewest experts of an experts module.
         max_experts: the most experts of an experts module.
 
