@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import disable_progress_bars
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -38,6 +38,7 @@ SCORES, REPORT = "scores.json", "train_report.json"
 CHOICE = ("metric", "top_p", "budget", "num_tokens")
 SCORING = "scoring"
 """The name of an adapter that trains nothing: TRL prepares data and batches for a model with an adapter only."""
+Wrap: TypeAlias = Callable[[PreTrainedModel], "PreTrainedModel | PeftModel"]
 
 
 class Trainer(SFTTrainer):
@@ -57,7 +58,7 @@ class Finetuning:
         rows: the data.
         sizes: of the base.
         trainer: has the model with the adapter that is to be trained.
-        scores: what the choice of experts is from.
+        scores: what the choice of experts is from; None where no experts are chosen.
         notes: what was decided for the user, a line each.
     """
 
@@ -66,12 +67,17 @@ class Finetuning:
     rows: TrainingRows
     sizes: ModelSizes
     trainer: Trainer
-    scores: ExpertScores
+    scores: ExpertScores | None
     notes: list[str]
 
     @classmethod
-    def prepare(cls, own: TrainOptions, settings: SFTConfig) -> Finetuning:
+    def prepare(cls, own: TrainOptions, settings: SFTConfig, wrap: Wrap | None = None) -> Finetuning:
         """Reads the data, loads the model, scores it and attaches the adapter.
+
+        Args:
+            own: the options of the command.
+            settings: TRL's options.
+            wrap: makes of the base what is to be trained, in place of scoring and an ESFT adapter.
 
         Raises:
             ValueError: if an option, the data or the model do not fit; most of it before the model is loaded.
@@ -93,7 +99,9 @@ class Finetuning:
         if not find_experts(model):
             raise ValueError(f"{own.model_name_or_path} is not a mixture of experts: {type(model).__name__} has none")
         sizes = ModelSizes.of(model)
-        trainer, scores = _trainer(own, settings, rows, tokenizer, model, scores)
+        if wrap is not None:
+            return cls(own, settings, rows, sizes, _trainer(settings, rows, tokenizer, wrap(model)), None, notes)
+        trainer, scores = _esft_trainer(own, settings, rows, tokenizer, model, scores)
         return cls(own, settings, rows, sizes, trainer, scores, notes)
 
     @property
@@ -120,7 +128,7 @@ class Finetuning:
         """What will be done: the numbers that `describe` writes out."""
         sizes = self.sizes
         chosen = [len(ids) for ids in self.config.adapted_experts.values()]
-        tokens = _tokens_in_a_batch(self.trainer)
+        tokens = tokens_in_a_batch(self.trainer)
         element = self.trainer.model.get_base_model().dtype.itemsize
         trained = self.num_trained
         return {
@@ -161,35 +169,43 @@ class Finetuning:
         """
         out, trainer, is_first = Path(self.settings.output_dir), self.trainer, self.settings.process_index == 0
         plan = self.plan()
-        if is_first:
+        if is_first and self.scores is not None:
             out.mkdir(parents=True, exist_ok=True)
             self.scores.save(out / SCORES)
-        stop = StopOnSignal()
-        trainer.add_callback(stop)
         routing = RoutingCallback.add_to(trainer)
-        with trainer.model.disable_adapter():
-            before = trainer.evaluate()["eval_loss"]
-        checkpoint = last_complete_checkpoint(out) if self.own.resume else None
-        with stop.listening():
-            trained = trainer.train(resume_from_checkpoint=checkpoint)
-        if stop.stopped:
-            raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step} of {plan['steps']}")
-        after = trainer.evaluate()["eval_loss"]
+        fitted = self.fit()
         save_adapter(trainer.model, out)
-        report = {
-            **plan,
-            "held_out_loss": {"before": before, "after": after},
-            "train_loss": trained.training_loss,
-            "resumed_from": checkpoint,
-            "seconds": trained.metrics["train_runtime"],
-            "routing": {path: _routing(layer) for path, layer in routing.layers.items()},
-            "log": trainer.state.log_history,
-        }
+        layers = {path: _routing(layer) for path, layer in routing.layers.items()}
+        report = {**plan, **fitted, "routing": layers, "log": trainer.state.log_history}
         if is_first:
             trainer.processing_class.save_pretrained(out)
             (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
         trainer.accelerator.wait_for_everyone()
         return report
+
+    def fit(self) -> dict[str, Any]:
+        """Trains, and measures the loss on the held-out rows before and after.
+
+        Returns:
+            The losses, the checkpoint that training went on from, if any, and the seconds of training.
+
+        Raises:
+            KeyboardInterrupt: as `run` does.
+        """
+        trainer, stop = self.trainer, StopOnSignal()
+        trainer.add_callback(stop)
+        before = trainer.evaluate()["eval_loss"]  # nothing is trained yet: this is the base's
+        checkpoint = last_complete_checkpoint(self.settings.output_dir) if self.own.resume else None
+        with stop.listening():
+            trained = trainer.train(resume_from_checkpoint=checkpoint)
+        if stop.stopped:
+            raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step} of {self.steps}")
+        return {
+            "held_out_loss": {"before": before, "after": trainer.evaluate()["eval_loss"]},
+            "train_loss": trained.training_loss,
+            "resumed_from": checkpoint,
+            "seconds": trained.metrics["train_runtime"],
+        }
 
 
 def _quieten(settings: SFTConfig) -> None:
@@ -281,6 +297,17 @@ def _decide_loss(rows: TrainingRows, tokenizer: PreTrainedTokenizerBase, setting
 
 
 def _trainer(
+    settings: SFTConfig, rows: TrainingRows, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel
+) -> Trainer:
+    trainer = Trainer(
+        model, settings, train_dataset=rows.train, eval_dataset=rows.held_out, processing_class=tokenizer
+    )
+    if not len(trainer.train_dataset) or not len(trainer.eval_dataset):
+        raise ValueError(f"no row has a token to learn within --max-length {settings.max_length}; give more")
+    return trainer
+
+
+def _esft_trainer(
     own: TrainOptions,
     settings: SFTConfig,
     rows: TrainingRows,
@@ -293,15 +320,7 @@ def _trainer(
     Scoring takes the trainer's own batches: cut, templated, packed and shared out as in training.
     """
     first = ESFTConfig(target_experts={next(iter(find_experts(model))): [0]}, task_type="CAUSAL_LM")
-    trainer = Trainer(
-        get_peft_model(model, first, adapter_name=SCORING),
-        settings,
-        train_dataset=rows.train,
-        eval_dataset=rows.held_out,
-        processing_class=tokenizer,
-    )
-    if not len(trainer.train_dataset) or not len(trainer.eval_dataset):
-        raise ValueError(f"no row has a token to learn within --max-length {settings.max_length}; give more")
+    trainer = _trainer(settings, rows, tokenizer, get_peft_model(model, first, adapter_name=SCORING))
     if scores is None:
         with trainer.model.disable_adapter():
             scores = score_experts(
@@ -314,7 +333,7 @@ def _trainer(
     if isinstance(budget, str):
         sizes = ModelSizes.of(model)
         scores = replace(scores, sizes=sizes)
-        tokens, element = _tokens_in_a_batch(trainer), model.dtype.itemsize
+        tokens, element = tokens_in_a_batch(trainer), model.dtype.itemsize
         memory = bytes_of("--budget", budget)
         budget = training_setup(own, settings, sizes, tokens, element, memory=memory)
     config = ESFTConfig.from_scores(
@@ -334,7 +353,8 @@ def _trainer(
     return trainer, scores
 
 
-def _tokens_in_a_batch(trainer: Trainer) -> int:
+def tokens_in_a_batch(trainer: Trainer) -> int:
+    """The number of tokens that one GPU sees in a forward pass, at most."""
     longest: int = trainer.args.max_length or max(map(len, trainer.train_dataset["input_ids"]))
     return trainer.args.per_device_train_batch_size * longest
 
