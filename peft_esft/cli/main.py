@@ -14,11 +14,11 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import chat, convert, evaluate, inspect, plan, report, run, score, select, train, verify
+from . import chat, compare, convert, evaluate, inspect, plan, report, run, score, select, train, verify
 from .kinds import check_kinds
 
 
-COMMANDS = (train, chat, evaluate, verify, score, select, inspect, report, plan, convert, run)
+COMMANDS = (train, chat, evaluate, compare, verify, score, select, inspect, report, plan, convert, run)
 BROKEN_PIPE, INTERRUPTED = 141, 130
 """Exit codes of a program that was ended by the signals SIGPIPE and SIGINT, as shells report them."""
 
