@@ -36,7 +36,11 @@ class Parser(argparse.ArgumentParser):
     def unknown(self, arguments: Sequence[str]) -> NoReturn:
         """Refuses arguments that no option takes."""
         own = [name for action in self._actions for name in action.option_strings]
-        hints = "".join(_similar(argument.partition("=")[0], own) for argument in arguments)
+        options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+        hints = "".join(_similar(option, own) for option in options)
+        takes_several = any(not action.option_strings and action.nargs == "*" for action in self._actions)
+        if takes_several and not options:
+            hints += "; give all names and paths one after the other, and the options before or after them"
         super().error(f"unrecognized arguments: {' '.join(arguments)}{hints}")
 
 

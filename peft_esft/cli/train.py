@@ -61,7 +61,12 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="folder or Hub name of the model")
-    add("data", nargs="?", metavar="DATA", help="file, folder or dataset with messages, prompt+completion or text")
+    add(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="file, folder, dataset or pipe (-) of messages, prompt+completion or text",
+    )
     add("--out", metavar="FOLDER", help="new folder for scores, adapter, card, tokenizer and report")
     add("--dry-run", action="store_true", help="say what would be trained, and stop")
     add("--resume", action="store_true", help="go on from the last checkpoint in FOLDER")

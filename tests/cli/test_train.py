@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from peft_esft import ESFTConfig, ExpertScores
 from peft_esft.checkpoints import last_complete_checkpoint
+from peft_esft.cli import training_rows
 from peft_esft.cli.main import main
 from peft_esft.cli.train_options import parse
 from peft_esft.cli.training_rows import read_rows
@@ -98,6 +100,36 @@ def loss_on_answers(model, rows):
         total += float(model(input_ids=ids, labels=ids.where(answer == 1, -100)).loss) * count
         tokens += count
     return total / tokens
+
+
+@pytest.fixture
+def piped(monkeypatch):
+    """Gives a command a text as its standard input."""
+    training_rows._rows_of_standard_input.cache_clear()
+    yield lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    training_rows._rows_of_standard_input.cache_clear()
+
+
+def test_rows_of_a_pipe_are_read_once_and_kept(piped):
+    piped("".join(json.dumps(row) + "\n" for row in conversations(20)))
+    first, again = read_rows("-"), read_rows("-")
+    assert (len(first.train), len(first.held_out), first.format) == (18, 2, "messages")
+    assert first.train[:] == again.train[:]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the standard input is empty"),
+        ('{"text": "a"}\nnone\n', "line 2 of the standard input is not JSON"),
+        ("[1]\n", "line 1 of the standard input is not a JSON object"),
+        ('{"title": "a"}\n', "- has title; a row has messages"),
+    ],
+)
+def test_a_pipe_without_rows(text, message, piped):
+    piped(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_rows("-")
 
 
 def test_a_dry_run_says_all_and_writes_nothing(chat, tmp_path, capsys):
