@@ -25,7 +25,10 @@ from .changes import esft_layers, expert_usage
 RELATIVE = "norm of the change over the norm of the expert's weights"
 ROOT_MEAN_SQUARE = "root mean square of the change of a weight"
 NO_WEIGHTS = "how far they moved is not known without their weights"
-NO_BASE = "how far they moved is not known: the file has the weights themselves, and the base's cannot be read here"
+NO_BASE = (
+    "how far they moved is not known: the file stores the trained weights themselves, and the base's "
+    "weights cannot be read here"
+)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class ConflictReport:
         first, second = self.adapters
         lines = [
             f"{first} trains {self.num_trained[0]} experts and {second} {self.num_trained[1]}; they share "
-            f"{len(self.shared)}, {self.shared_per_layer:.2f} a layer"
+            f"{len(self.shared)}, {self.shared_per_layer:.2f} per layer"
         ]
         lines += [f"{shared.path} {shared.expert}: cosine {shared.cosine:+.2f}" for shared in self.shared]
         return "\n".join(lines)
@@ -155,7 +155,9 @@ def _layers_with(model: nn.Module, *adapter_names: str) -> list[ESFTLayer]:
             raise ValueError(f"the model has no ESFT adapter named {name!r}; it has {known}")
     layers = [layer for layer in layers if layer.adapters_here(adapter_names)]
     if any(layer.merged for layer in layers):
-        raise ValueError("adapters are merged into the base, so there is nothing to compare; unmerge them first")
+        raise ValueError(
+            "adapters are merged into the base, so their changes cannot be measured; call unmerge_adapter first"
+        )
     return layers
 
 

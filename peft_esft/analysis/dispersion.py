@@ -148,4 +148,4 @@ def dispersion(scores: ScoreTable, *, metric: Metric = "token") -> Dispersion:
 
 def _check_share(share: float) -> None:
     if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; it is above 0 and at most 1")
+        raise ValueError(f"share is {share}; expected a number above 0 and at most 1")

@@ -71,7 +71,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> Evaluation:
                 samples, tokens = samples + 1, tokens + len(counted)
                 right_tokens, right_samples = right_tokens + int(is_right.sum()), right_samples + int(is_right.all())
     if not tokens:
-        raise ValueError("there is no token to predict; check labels, attention_mask, and that there are batches")
+        raise ValueError(
+            "the batches have no token to predict; check that there are batches, and their labels and attention_mask"
+        )
     return Evaluation(samples, tokens, loss / tokens, right_tokens / tokens, right_samples / samples)
 
 

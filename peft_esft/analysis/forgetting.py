@@ -91,7 +91,9 @@ def forgetting(
     if base is None and not hasattr(model, "disable_adapter"):
         raise ValueError(f"{type(model).__name__} has no adapters to disable; give the model before training as base")
     if base is None and any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
-        raise ValueError("adapters are merged into the base; unmerge them first, or give the model before as base")
+        raise ValueError(
+            "adapters are merged into the base; call unmerge_adapter first, or give the model before training as base"
+        )
     named = texts if isinstance(texts, Mapping) else {"text": texts}
     with eval_mode(*(module for module in (model, base) if module is not None)):
         return Forgetting({name: _measure(model, base, name, batches) for name, batches in named.items()})
@@ -115,7 +117,9 @@ def _measure(model: Any, base: Any, name: str, batches: Iterable[Batch]) -> Forg
             total += _sums(row_before[counted], row_after[counted], row_targets[counted]).cpu()
             num_tokens += len(counted)
     if num_tokens == 0:
-        raise ValueError(f"{name!r} has no token to predict; check labels, attention_mask, and that there are batches")
+        raise ValueError(
+            f"{name!r} has no token to predict; check that there are batches, and their labels and attention_mask"
+        )
     loss_before, loss_after, kl, same_top = (total / num_tokens).tolist()
     return ForgettingPoint(num_tokens, loss_before, loss_after, kl, same_top)
 

@@ -67,7 +67,7 @@ class Granularity:
     points: list[GranularityPoint]
 
     def __str__(self) -> str:
-        lines = [f"experts to train a layer for {self.top_p:.0%} ({self.metric}), mean of tasks and layers"]
+        lines = [f"experts to train per layer for {self.top_p:.0%} ({self.metric}), mean of tasks and layers"]
         lines += ["group size   similar   random   share of parameters"]
         lines += [
             f"{point.size:<12} {point.mean_experts:<9.1f} {point.mean_random_experts:<8.1f} "
@@ -227,7 +227,7 @@ def group_shares(scores: ScoreTable, groups: Groups, metric: Metric = "token") -
     table = {}
     for path, row in layer_shares(scores, metric).items():
         if path not in groups or sorted(chain.from_iterable(groups[path])) != list(range(row.numel())):
-            raise ValueError(f"the groups of {path} do not hold each of its {row.numel()} experts once")
+            raise ValueError(f"the groups of {path} do not hold each of its {row.numel()} experts exactly once")
         table[path] = torch.stack([row[members].sum() for members in groups[path]])
     return table
 
@@ -271,7 +271,10 @@ def _bind(similar: Tensor, size: int) -> list[list[int]]:
 def _check_size(size: int, num_experts: Mapping[str, int]) -> None:
     for path, count in num_experts.items():
         if size < 1 or count % size:
-            raise ValueError(f"groups of {size} do not divide the {count} experts of {path}")
+            raise ValueError(
+                f"{path} has {count} experts, which cannot be divided into groups of {size}; choose "
+                f"a divisor of {count}"
+            )
 
 
 def _cost(scores: ExpertScores, groups: Groups, top_p: float, metric: Metric) -> tuple[float, float]:

@@ -99,13 +99,13 @@ def overlap(
         >>> print(overlap({"law": law_scores, "intent": intent_scores}))
     """
     if not tasks:
-        raise ValueError("there are no tasks to compare")
+        raise ValueError("there are no tasks to compare; give the scores of at least one")
     check_same_model(tasks)
     shares = [layer_shares(scores, metric) for scores in tasks.values()]
     first = next(iter(tasks.values())).containers
     paths = tuple(path for path in first if all(path in table for table in shares))
     if not paths:
-        raise ValueError("no container is reached by all tasks")
+        raise ValueError("no experts module was reached by all tasks, so they cannot be compared")
     counts = [top_k or first[path].top_k for path in paths]
     top_p = DEFAULT_TOP_P[metric] if top_p is None else top_p
     selections = []
@@ -142,8 +142,9 @@ def check_same_model(tasks: Mapping[str, ExpertScores]) -> None:
     for (one, first), (other, second) in pairwise(sizes.items()):
         if first != second:
             raise ValueError(
-                f"the scores of {one!r} and {other!r} are of different models: {len(first)} containers, for example "
-                f"{next(iter(first.items()), None)}, and {len(second)}, for example {next(iter(second.items()), None)}"
+                f"the scores of {one!r} and {other!r} are of different models: {len(first)} experts modules, for "
+                f"example {next(iter(first.items()), None)}, and {len(second)}, for example "
+                f"{next(iter(second.items()), None)}"
             )
 
 

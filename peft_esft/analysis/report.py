@@ -72,7 +72,7 @@ def report(
     import_matplotlib()
     tasks, adapters = _collect(scores_or_adapters)
     if not tasks and not adapters:
-        raise ValueError("there is nothing to report on: no scores and no adapters")
+        raise ValueError("there is nothing to report on; give scores or adapters")
     check_same_model(tasks)
     sections = _score_sections(tasks, share, co_occurrence) if tasks else []
     if adapters:
@@ -106,7 +106,7 @@ def _collect(subject: Any) -> tuple[dict[str, ExpertScores], dict[str, AdapterRe
         elif isinstance(item, str | Path):
             _add(tasks, name or _name_of_path(Path(item)), ExpertScores.load(item))
         else:
-            raise ValueError(f"report takes scores and adapters; {type(item).__name__} is neither")
+            raise ValueError(f"report takes scores and adapters, not {type(item).__name__}")
     return tasks, adapters
 
 

@@ -36,7 +36,7 @@ def layer_shares(scores: ScoreTable, metric: Metric = "token") -> dict[str, Tens
     rows = {path: score_row(path, values) for path, values in table.items()}
     shares = {path: row / row.sum() for path, row in rows.items() if row.any()}
     if not shares:
-        raise ValueError("the scores are all 0: no container was reached")
+        raise ValueError("the scores are all 0: no token reached an experts module")
     return shares
 
 

@@ -46,7 +46,7 @@ class StabilityReport:
         last = self.points[-1]
         weakest = min(last.shared, key=lambda path: last.shared[path] / last.selected[path])
         lines.append(
-            f"weakest container: {weakest}, where the halves share {last.shared[weakest]} of "
+            f"least agreement: {weakest}, where the halves share {last.shared[weakest]} of "
             f"{last.selected[weakest]:.1f} experts"
         )
         return "\n".join(lines)
@@ -73,7 +73,7 @@ def stability_report(scores: ExpertScores, *, top_p: float = DEFAULT_TOP_P["toke
     """
     points = [_compare(half, top_p) for half in scores.halves if min(half.num_tokens) > 0]
     if not points:
-        raise ValueError("the scores hold no two halves to compare: there was a single sample, or none")
+        raise ValueError("the scores have no two halves to compare; score at least two samples")
     return StabilityReport(top_p, points)
 
 

@@ -120,11 +120,11 @@ def token_view(
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError("token_view needs a fast tokenizer, which knows the characters of each token")
+        raise ValueError("token_view needs a fast tokenizer, because only that knows the characters of each token")
     containers = find_experts(model)
     trained = _active_experts(model) if experts is None else check_target_experts(experts)
     if not trained:
-        raise ValueError("experts is empty, so no choice would count; leave it out for those of the active adapters")
+        raise ValueError("experts is empty; leave it out to count the experts of the active adapters")
     masks = {path: torch.zeros(container.num_experts + 1, dtype=torch.bool) for path, container in containers.items()}
     for path, ids in resolve_target_experts(trained, containers).items():
         masks[path][ids] = True
@@ -160,7 +160,7 @@ def _active_experts(model: nn.Module) -> Selection:
         if ids and layer.path in containers:
             experts[layer.path] = ids
     if not experts:
-        raise ValueError("the model has no active ESFT adapter; say which experts to look for with experts=...")
+        raise ValueError("the model has no active ESFT adapter; say which experts to count with experts=...")
     return experts
 
 

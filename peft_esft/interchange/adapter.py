@@ -65,7 +65,10 @@ class AdapterFolder:
         if not (self.folder / SAFETENSORS_WEIGHTS_NAME).exists():
             message = f"{self.folder} has no {SAFETENSORS_WEIGHTS_NAME}"
             if (self.folder / WEIGHTS_NAME).exists():
-                message += ". It has pickled weights, which could run code when read; have them saved as safetensors"
+                message += (
+                    ". It has pickled weights, which could run code when they are read; ask for weights "
+                    "saved as safetensors"
+                )
             raise FileNotFoundError(message)
         self.files = TensorFolder([self.folder / SAFETENSORS_WEIGHTS_NAME])
         self._suffixes = ("_A", "_B") if self.config.rank is not None else SUFFIXES[self.config.storage]
@@ -74,7 +77,7 @@ class AdapterFolder:
         strange = [k for keys in self._keys.values() for suffix, k in keys.items() if suffix not in self._suffixes]
         if strange:
             kind = f"rank {self.config.rank}" if self.config.rank is not None else f"storage {self.config.storage!r}"
-            raise ValueError(f"{self.folder}: with {kind} there are no tensors such as {shortened(strange)}")
+            raise ValueError(f"{self.folder} has tensors that do not belong to the form {kind}: {shortened(strange)}")
 
     def fitted_to(self, base: Base) -> AdapterFolder:
         """The same adapter under the paths of a base. It may come from another class of the base's checkpoint."""

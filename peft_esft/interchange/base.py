@@ -111,7 +111,7 @@ class Base:
         head: Head | None = None,
     ) -> None:
         if hasattr(model, "peft_config"):
-            raise ValueError("the base carries adapters; pass the model without them (unload() removes them)")
+            raise ValueError("the base has adapters; pass the model without them (unload() removes them)")
         self.model: Any = model
         self.folder: Path | None = None
         self.head = head
@@ -201,7 +201,8 @@ class Base:
             if part.holds_other_experts:
                 raise NotImplementedError(
                     f"the checkpoint keeps all experts of {rows.container.path} in one tensor "
-                    f"({part.sources[0].key}); the original code's files are for checkpoints that keep them apart"
+                    f"({part.sources[0].key}). The original code's files can only be made for checkpoints that "
+                    "keep each expert apart"
                 )
             tensors |= self._tensors(part, value)
         return tensors

@@ -53,11 +53,13 @@ def compact(
     adapter = AdapterFolder(adapter_dir)
     if adapter.config.rank is not None or adapter.config.storage != "delta":
         kind = f"rank {adapter.config.rank}" if adapter.config.rank is not None else adapter.config.storage
-        raise ValueError(f"{adapter_dir} is stored with {kind}; compact needs fp32 deltas of full rank")
+        raise ValueError(
+            f"{adapter_dir} is stored with {kind}; compact needs an adapter with fp32 deltas of full rank"
+        )
     if base is None and form == "rows":
         base = adapter.config.base_model_name_or_path
         if base is None or not Path(base).is_dir():
-            raise ValueError(f"form 'rows' needs the base's weights, and {base!r} is not a folder: pass base=...")
+            raise ValueError(f"form 'rows' needs the base's weights, and {base!r} is not a folder; give base=...")
     if base is None:
         adapter.check_alone()
     else:

@@ -52,7 +52,7 @@ def format_diff(record: dict[str, Any]) -> str:
     """Formats the result of `diff_adapters` as text, with one line for each container."""
     lines = [f"{name}: {first!r} -> {second!r}" for name, (first, second) in record["settings"].items()]
     if record["other_base"]:
-        lines.append(f"made over bases of other weights, in {len(record['other_base'])} layers")
+        lines.append(f"trained over bases with other weights in {len(record['other_base'])} layers")
     for path, row in record["containers"].items():
         sides = {"only first": row["first"], "only second": row["second"], "both": row["both"]}
         line = f"{path}: {', '.join(f'{side} {ids}' for side, ids in sides.items() if ids)}"

@@ -34,7 +34,7 @@ def read_expert_cfg(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         content = read_json(Path(source) / EXPERT_CONFIG_NAME if Path(source).is_dir() else Path(source))
         where = f"{EXPERT_CONFIG_NAME} ({source})"
     if not isinstance(content, Mapping) or not isinstance(content.get("experts"), Mapping):
-        raise ValueError(f'{where} has no object "experts" of layer indices and lists of expert ids')
+        raise ValueError(f'{where} has no object "experts" with layer indices and lists of expert ids')
     flags = {name: content.get(name, False) for name in ("shared_experts", "non_expert_modules")}
     for name, value in flags.items():
         if not isinstance(value, bool):
@@ -84,7 +84,7 @@ def expert_cfg_from_selection(
         same = [c.path for c in containers.values() if c.layer_index == container.layer_index]
         if container.layer_index is None or len(same) > 1:
             raise ValueError(
-                f"{EXPERT_CONFIG_NAME} names containers by the index of their layer, and {same} have the same"
+                f"{EXPERT_CONFIG_NAME} names experts modules by the index of their layer, but {same} have the same"
             )
         experts[str(container.layer_index)] = list(ids)
     return {"experts": experts, "shared_experts": shared_experts, "non_expert_modules": non_expert_modules}

@@ -153,7 +153,9 @@ class KeyMap:
         for key, tensor in revert_weight_conversion(self.model, {parameter: value}).items():
             found = self.source(key)
             if found is None or found.parameter != parameter:
-                raise NotImplementedError(f"transformers' tables do not lead from {parameter} to {key} and back")
+                raise NotImplementedError(
+                    f"transformers' conversion tables do not convert {parameter} to {key} and back"
+                )
             parts[found.pattern, found.expert] = tensor
         return parts
 
@@ -178,6 +180,6 @@ def _transposition(converter: WeightConverter) -> Transpose | None:
 def mixed_weights(parameter: str) -> NotImplementedError:
     """The error for weights that a checkpoint stores in the same tensors as others."""
     return NotImplementedError(
-        f"the checkpoint stores {parameter} in the same tensors as another parameter, so it cannot be read or written "
-        "by itself. Load the whole model, and use merge_and_unload() and save_pretrained() there"
+        f"the checkpoint stores {parameter} in the same tensors as another parameter, so it cannot be read or "
+        "written alone. Load the whole model, and use merge_and_unload() and save_pretrained()"
     )

@@ -65,7 +65,9 @@ def merge_checkpoint(
     """
     if is_quantised(folder := local_folder(base_dir, revision, variant=variant)):
         if untie:
-            raise NotImplementedError(f"{base_dir} is quantised, and its head cannot be untied in the merge")
+            raise NotImplementedError(
+                f"{base_dir} is quantised, and untie is not supported for quantised checkpoints; leave it out"
+            )
         merge_quantised(folder, adapter_dir, out_dir, variant)
         return Path(out_dir)
     adapter = AdapterFolder(adapter_dir)
@@ -82,7 +84,9 @@ def merge_checkpoint(
         for change in changes:
             merged = change.effective(base)
             if not bool(torch.isfinite(merged).all()):
-                raise ValueError(f"{change.key}: merged weights are not all finite, the adapter seems to be broken")
+                raise ValueError(
+                    f"{change.key}: the merged weights are not all finite; the adapter seems to be broken"
+                )
             target.overwrite(change, merged, folder)
         values = {tied_head.key: copies.read(tied_head.embeddings).clone()} if tied_head else {}
         values |= {key: adapter.files.read(name) for key, name in whole.items()}
@@ -102,7 +106,8 @@ def _warn_of_quantised_training(adapter: AdapterFolder) -> None:
     if forms:
         warnings.warn(
             f"the adapter was trained over experts in {', '.join(forms)}, and is merged into experts in full "
-            "precision. Its deltas stay the same, with what they learned to correct the error of quantising",
+            "precision. Its deltas stay the same; they may also correct errors of the quantisation, which the "
+            "new base does not have",
             stacklevel=3,
         )
 
@@ -159,7 +164,8 @@ def _tied_head(base: Base) -> _TiedHead:
     embeddings = base.keys.sources.get(next(iter(tied.values()), ""), [])
     if len(tied) != 1 or len(embeddings) != 1:
         raise ValueError(
-            f"untie is for a head that shares the embeddings' weights; in {base.name} these are shared: {dict(tied)}"
+            f"untie needs a base whose head and embeddings share their weights; in {base.name} these are shared: "
+            f"{dict(tied)}"
         )
     return _TiedHead(_stored_key(base, next(iter(tied))), embeddings[0].key)
 

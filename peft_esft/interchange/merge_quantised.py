@@ -42,8 +42,8 @@ def merge_quantised(folder: Path, adapter_dir: str | Path, out_dir: str | Path, 
     adapter = AdapterFolder(adapter_dir)
     if others := adapter.other_tensors():
         raise NotImplementedError(
-            f"the adapter has {others[0]}, and merges into a quantised checkpoint take experts alone. Merge into the "
-            "checkpoint that it was made from, or use merge_and_unload().save_pretrained(...)"
+            f"the adapter has {others[0]}, but only experts can be merged into a quantised checkpoint. Merge into "
+            "the checkpoint that it was made from, or use merge_and_unload().save_pretrained(...)"
         )
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or ["AutoModelForCausalLM"])[0]

@@ -59,7 +59,7 @@ def import_official(
     config = _config(read_expert_cfg(source_dir if expert_cfg is None else expert_cfg), resolved)
     paths = sorted(source_dir.glob("*.safetensors"))
     if not paths:
-        raise FileNotFoundError(f"{source_dir} holds no *.safetensors file")
+        raise FileNotFoundError(f"{source_dir} has no *.safetensors file")
     files = TensorFolder(paths)
     names = _keys_of_base(files, resolved)
     adapted = [
@@ -94,7 +94,7 @@ def export_official(adapter_dir: str | Path, base: nn.Module | str | Path, out_d
     resolved = Base(base)
     adapter = AdapterFolder(adapter_dir).fitted_to(resolved)
     if adapter.other_tensors():
-        raise ValueError(f"the original code's files cannot hold modules_to_save: {adapter.other_tensors()[:4]}")
+        raise ValueError(f"the original code's files cannot store modules_to_save: {adapter.other_tensors()[:4]}")
     changes = adapter.changes(resolved)
     selection = {c.container.path: c.expert_ids for c in changes if c.container.path in resolved.experts}
     cfg = expert_cfg_from_selection(
@@ -149,7 +149,9 @@ def _hint(key: str, base: Base) -> str:
     number = re.search(r"(?:^|\.)(\d+)\.", key)
     layers = sorted({c.layer_index for c in base.experts.values() if c.layer_index is not None})
     if number and layers and int(number[1]) not in layers:
-        return f" (its layers with experts are {layers[0]} to {layers[-1]}; a file that counts from 1 is off by one)"
+        return (
+            f" (its layers with experts are {layers[0]} to {layers[-1]}; if the file counts layers from 1, subtract 1)"
+        )
     return ""
 
 
@@ -193,11 +195,11 @@ def _adapter_tensors(
         message = f"{inexact:,} of {total:,} weights have no fp32 delta that gives them bit for bit"
         if form == "delta":
             raise ValueError(f"{message}; form='rows' stores the weights themselves")
-        warnings.warn(f"{message}: the adapter stores the weights themselves, for inference only", stacklevel=3)
+        warnings.warn(f"{message}: the adapter stores the weights themselves, and is for inference only", stacklevel=3)
     for dtype in wider:
         warnings.warn(
-            f"the file's weights are {dtype}, wider than the base's: the effective weights equal them only on a base "
-            f"loaded with dtype={dtype}",
+            f"the file's weights are {dtype}, wider than the base's. The effective weights equal them only on a "
+            f"base that is loaded with dtype={dtype}",
             stacklevel=3,
         )
     return ("rows", effective) if form == "rows" or inexact else ("delta", deltas)

@@ -31,7 +31,7 @@ def local_folder(
     """
     if Path(name).is_dir():
         if revision is not None:
-            raise ValueError(f"{name} is a folder, which has no revisions, and revision is {revision!r}")
+            raise ValueError(f"{name} is a folder and has no revisions; leave out revision={revision!r}")
         return Path(name)
     if not is_hub_name(str(name)):
         raise NotADirectoryError(f"{name} is neither a folder nor the name of a repository on the Hub")

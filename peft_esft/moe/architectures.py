@@ -83,7 +83,7 @@ def register_experts(
         has_post_expert_norm: the module `post_expert_norm` follows each expert.
 
     Raises:
-        ValueError: if it is no class of modules.
+        ValueError: if it is not a class of modules.
 
     Example:
         >>> register_experts(MyExperts, is_transposed=True)
@@ -116,12 +116,12 @@ class KnownContainer:
 
 
 _QUANTISED = (
-    "its experts are quantised, and no gradient goes through them. Load the model with {}, and call "
+    "its experts are quantised, and no gradient can pass through them. Load the model with {}, and call "
     "peft_esft.quantize_experts(model), which keeps them in 4 or 8 bits"
 )
 ADOPTABLE = (
-    "its experts are quantised in a form of another package. peft_esft.adopt_quantized_experts(model) takes them over "
-    "as they are, before adapters are attached"
+    "its experts are quantised by another package. Call peft_esft.adopt_quantized_experts(model) before you "
+    "attach an adapter; it keeps their values"
 )
 _FUSED_WEIGHTS = {"gate_up_proj": "gate_up_proj", "down_proj": "down_proj"}
 
@@ -148,8 +148,9 @@ KNOWN_CONTAINERS: dict[str, KnownContainer] = {
     "Mxfp4GptOssExperts": KnownContainer(
         STANDARD_CALL,
         _FUSED_WEIGHTS,
-        refusal="transformers' MXFP4 kernels give no gradients. Load the checkpoint with ESFTQuantizationConfig("
-        'quant_type="mxfp4") in place of its own config (see docs/quantised.md), or with Mxfp4Config(dequantize=True)',
+        refusal="transformers' MXFP4 kernels give no gradients. Load the checkpoint with "
+        'ESFTQuantizationConfig(quant_type="mxfp4") instead of its own config (see docs/quantised.md), '
+        "or with Mxfp4Config(dequantize=True)",
     ),
     "GgufExperts": KnownContainer(
         STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("GgufConfig(dequantize=True)")

@@ -56,7 +56,7 @@ class ModuleLocation:
         return watched
 
     def path_of(self, name: str) -> str:
-        """The path of something in the module. `torch.compile`'s wrapper is no part of it."""
+        """The path of something in the module. `torch.compile`'s wrapper is not a part of it."""
         if name == "_orig_mod":
             return self.path
         return f"{self.path}.{name}" if self.path else name
@@ -174,14 +174,14 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
 
 def no_experts(model: nn.Module) -> str:
     """Says that a model has no experts of a known kind, and what to do if it seems to have some of another kind."""
-    message = f"{type(model).__name__} has no experts container of a known kind"
+    message = f"{type(model).__name__} has no experts module of a known kind"
     for path, module in model.named_modules():
         stacked = {name: list(p.shape) for name, p in module.named_parameters(recurse=False) if p.dim() == 3}
         if len(stacked) > 1 and len({shape[0] for shape in stacked.values()}) == 1:
             return (
-                f"{message}. If {path} ({type(module).__name__}) holds experts, with {stacked}, describe its class "
-                "before: peft_esft.register_experts(type(module), has_gate=..., has_bias=..., is_transposed=..., "
-                "has_post_expert_norm=...), whose documentation says what these mean"
+                f"{message}. If {path} ({type(module).__name__}) holds experts, with {stacked}, describe its "
+                "class first: peft_esft.register_experts(type(module), has_gate=..., has_bias=..., "
+                "is_transposed=..., has_post_expert_norm=...). Its documentation explains the arguments"
             )
     return message
 
@@ -322,9 +322,9 @@ def _check_registered(module: nn.Module, layout: ExpertsLayout) -> None:
     wrong += [name for name in modules if not hasattr(module, name)]
     if wrong:
         raise ValueError(
-            f"{type(module).__name__} was registered with {layout}, and lacks {', '.join(wrong)}: it needs the "
-            f"parameters {', '.join(needed)} of {', '.join(map(str, needed.values()))} dimensions, and act_fn or "
-            "_apply_gate; see register_experts"
+            f"{type(module).__name__} was registered with {layout}, but lacks {', '.join(wrong)}. It needs act_fn "
+            f"or _apply_gate, and the parameters {', '.join(needed)} with {', '.join(map(str, needed.values()))} "
+            "dimensions; see register_experts"
         )
 
 

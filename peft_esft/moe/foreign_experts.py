@@ -56,8 +56,9 @@ def _of_bitsandbytes(name: str, module: Any) -> dict[str, StoredRows]:
         num_experts, *shape = state.shape
         if len(shape) != 2 or shape[0] * shape[1] % state.blocksize:
             raise NotImplementedError(
-                f"{name}.{weight} has the shape {list(state.shape)}, of which blocks of {state.blocksize} weights "
-                "belong to two experts. Load the model without it, and call peft_esft.quantize_experts(model)"
+                f"{name}.{weight} has the shape {list(state.shape)}, so some of its blocks of {state.blocksize} "
+                "weights belong to two experts. Load the model without this quantisation, and call "
+                "peft_esft.quantize_experts(model)"
             )
         scales = state.absmax
         if state.nested:
@@ -70,10 +71,10 @@ def _of_bitsandbytes(name: str, module: Any) -> dict[str, StoredRows]:
 def _of_fp8(name: str, module: Any, dtype: torch.dtype) -> dict[str, StoredRows]:
     names = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     if module.down_proj.dtype == torch.int8 or module.block_size is None:
-        form = "fp4" if module.down_proj.dtype == torch.int8 else "fp8 with one scale for a whole matrix"
+        form = "fp4" if module.down_proj.dtype == torch.int8 else "fp8 with one scale per matrix"
         raise NotImplementedError(
-            f"{name} has its experts in {form}, which transformers' function for fp8 in blocks does not dequantise. "
-            "Load the model in bfloat16, and call peft_esft.quantize_experts(model)"
+            f"{name} has its experts in {form}. Only fp8 in blocks can be dequantised here. Load the model in "
+            "bfloat16, and call peft_esft.quantize_experts(model)"
         )
     block = (module.block_size[0], module.block_size[1])
     return {

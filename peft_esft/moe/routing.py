@@ -132,6 +132,6 @@ def read_router_result(module: nn.Module, arguments: Any, result: Any) -> Routin
             top_k = index.shape[-1]
             return Routing(index.reshape(-1, top_k), weights.reshape(-1, top_k), top_k)
     raise NotImplementedError(
-        f"{type(module).__name__} does not return expert ids and their weights in two tensors of one shape, so what "
-        "it chose cannot be read"
+        f"{type(module).__name__} does not return expert ids and weights as two tensors of one shape, so its "
+        "choices cannot be read"
     )

@@ -150,7 +150,7 @@ class StoredWeight(StackedWeight):
     def substitutes(
         self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None
     ) -> dict[str, Tensor]:
-        raise NotImplementedError("a weight in few bits is no parameter that could be substituted")
+        raise NotImplementedError("a weight in few bits cannot be substituted, because it is not a parameter")
 
 
 @dataclass(frozen=True)

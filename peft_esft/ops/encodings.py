@@ -108,7 +108,7 @@ def delta_from(
     """
     if form == "rows":
         if base_rows is None:
-            raise ValueError("the adapter stores effective rows: their deltas need the base")
+            raise ValueError("the adapter stores effective rows, and their deltas need the base; give base_rows")
         wide = torch.promote_types(base_rows.dtype, torch.float32)
         delta = stored["_rows"].to(wide) - base_rows.to(wide)
     elif form == "delta":

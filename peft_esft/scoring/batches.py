@@ -55,9 +55,9 @@ def text_batches(
         >>> scores = score_experts(model, text_batches(["some text", "some more"], tokenizer))
     """
     if isinstance(data, str):
-        raise ValueError("data is a single string, whose samples would be its characters; give a list of texts")
+        raise ValueError("data is a single string; give a list of texts")
     if isinstance(data, Mapping):
-        what = f"data is a {type(data).__name__} of {list(data)}, which is not a sequence of samples"
+        what = f"data is a {type(data).__name__} of {list(data)} and not a sequence of samples"
         raise ValueError(f"{what}; give one of its splits, or a list of rows")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if value < 1:
@@ -96,8 +96,8 @@ def check_batch(batch: Any) -> Mapping[str, Any]:
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"a batch is a {type(batch).__name__}; expected a dict of tensors, as the model's forward takes them. A "
-            "single batch is given as [batch]; texts become batches by text_batches(texts, tokenizer)"
+            f"a batch is a {type(batch).__name__}; expected a dict of tensors, as the model's forward takes them. "
+            "Give a single batch as [batch], and texts as text_batches(texts, tokenizer)"
         )
     return batch
 
@@ -107,7 +107,9 @@ def batch_size_of(inputs: Mapping[str, Any]) -> int:
     for value in inputs.values():
         if isinstance(value, Tensor) and value.dim() > 0:
             return value.shape[0]
-    raise ValueError(f"a batch holds no tensor, only {sorted(inputs)}")
+    raise ValueError(
+        f"a batch holds no tensor, only {sorted(inputs)}; expected tensors, as the model's forward takes them"
+    )
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -204,7 +206,7 @@ def _prompt_and_whole(prompt: Any, completion: Any, tokenizer: PreTrainedTokeniz
         return before, _apply_chat_template([*prompt, *completion], tokenizer), False
     if not isinstance(prompt, str) or not isinstance(completion, str):
         kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
-        raise RowError(f"its prompt and completion are {kinds}; both are texts, or both lists of messages")
+        raise RowError(f"its prompt and completion are {kinds}; give two texts, or two lists of messages")
     end = tokenizer.eos_token or ""
     return prompt, prompt + completion + ("" if end and completion.endswith(end) else str(end)), True
 
@@ -247,12 +249,13 @@ def _apply_chat_template(messages: list[Any], tokenizer: PreTrainedTokenizerBase
     if getattr(tokenizer, "chat_template", None) is None:
         name = tokenizer.name_or_path or "the model"
         raise RowError(
-            f"the chat template does not take its messages: the tokenizer of {name} has no chat_template, as of a "
-            "base model. Use the model's chat version, or rows with text, or prompt and completion as texts"
+            f"the chat template cannot format its messages: the tokenizer of {name} has no chat_template, as is "
+            "usual for a base model. Use the model's chat version, or rows with text, or with prompt and "
+            "completion as texts"
         )
     try:
         return tokenizer.apply_chat_template(messages, **{"tokenize": False, **settings})
     except ImportError:
         raise
     except Exception as error:  # a template is a program: it may raise anything
-        raise RowError(f"the chat template does not take its messages: {error}") from error
+        raise RowError(f"the chat template cannot format its messages: {error}") from error

@@ -171,7 +171,7 @@ def score_experts(
         raise ValueError(f"max_tokens is {max_tokens}; it is at least 1")
     containers = find_experts(model)
     if not containers:
-        raise ValueError(f"nothing can be scored: {no_experts(model)}")
+        raise ValueError(f"the model cannot be scored: {no_experts(model)}")
     if tokenizer is not None:
         batches = text_batches(batches, tokenizer, answers_only=answers_only)
 
@@ -209,9 +209,9 @@ def score_experts(
     broken = [path for path, own in scores.containers.items() if not math.isfinite(sum(own.gate_weight_sum or [0.0]))]
     if broken:
         raise ValueError(
-            f"the routing weights in {len(broken)} of {len(scores.containers)} containers, the first of them "
-            f"{broken[0]}, are NaN or infinite for some tokens, so these cannot be scored. In fp16 an overflow "
-            "is likely: score the model in bf16 or fp32. Otherwise look for NaN in its weights and in the batches"
+            f"the routing weights of {len(broken)} of {len(scores.containers)} experts modules are NaN or "
+            f"infinite for some tokens; the first is {broken[0]}. Scores would be wrong. In fp16 this is often an "
+            "overflow: score the model in bf16 or fp32. Otherwise look for NaN in its weights and in the batches"
         )
     return scores
 
@@ -329,8 +329,9 @@ class _Counter:
         batch_size = 1 if self._batch_size == 1 else routing.batch_size
         if batch_size != self._batch_size or (stream is not None and not stream.counts_all):
             raise ValueError(
-                f"{path} sees {num_tokens} tokens of a batch of {self._batch_size} samples, which are not those of "
-                "input_ids, so their samples are not known. Use batches of one sample, without padding"
+                f"{path} receives {num_tokens} tokens for a batch of {self._batch_size} samples. They are not the "
+                "tokens of input_ids, so it is not known which sample each belongs to. Use batches of one "
+                "sample, without padding"
             )
         if num_tokens not in self._other_streams:
             stands_for_text = not self._streams and not self._other_streams
@@ -345,9 +346,9 @@ class _Counter:
         stream = self._streams[self._stream_name(path)]
         if not stream.counts_all or (self.averaging == "sample" and len(stream.lengths) > 1):
             raise ValueError(
-                f"the router of {path} does not return its choices: the number of tokens of each expert is known, but "
-                "not which tokens. Use batches of one sample in which all tokens count; with averaging='token', "
-                "batches may be larger"
+                f"the router of {path} does not return its choices: the number of tokens of each expert is known, "
+                "but not which tokens. Use batches of one sample in which all tokens count. With "
+                "averaging='token', batches may be larger"
             )
         return stream
 

@@ -72,7 +72,7 @@ class Setup:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it is at least 1")
         if not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share}; it is a share of the experts, above 0 and at most 1")
+            raise ValueError(f"share is {self.share}; expected a share of the experts, above 0 and at most 1")
         for name, known in (("base", BASE_FORMATS), ("optim", OPTIMIZERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
@@ -90,7 +90,7 @@ class Setup:
                 raise ValueError
             memory = bytes_of("memory", match[2])
         except ValueError:
-            raise ValueError(f"{gpus!r} is not a memory of GPUs; expected for example 24GB or 8x80GB") from None
+            raise ValueError(f"{gpus!r} is not an amount of GPU memory; expected for example 24GB or 8x80GB") from None
         return cls(gpus=int(match[1] or 1), memory=memory, **settings)
 
     @property

@@ -86,7 +86,9 @@ class ModelSizes:
         model = model if unwrap is None else unwrap()
         containers = find_experts(model)
         if not containers:
-            raise ValueError(f"{type(model).__name__} has no experts container of a known kind; nothing to plan")
+            raise ValueError(
+                f"{type(model).__name__} has no experts module of a known kind, so ESFT cannot be planned for it"
+            )
         first = next(iter(containers.values()))
         layers = _decoder_layers(model)
         config: Any = getattr(model, "config", None)
@@ -161,7 +163,7 @@ def _top_k(container: ExpertsContainer, config: Any) -> int:
             value = getattr(source, field, None)
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
-    raise ValueError(f"how many experts {container.path} chooses for a token is not known")
+    raise ValueError(f"it is not known how many experts {container.path} chooses for a token")
 
 
 def _stored_as(model: nn.Module, config: Any) -> str | None:

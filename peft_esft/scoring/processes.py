@@ -85,6 +85,7 @@ def batches_in_step(
         last = last if batch is None else batch
         if last is None:
             raise ValueError(
-                "this process has no batch, but others do. All processes must run a sharded model: give each some data"
+                "this process has no batch, but others do. A sharded model must run on all processes: give each "
+                "process some data"
             )
         yield last, batch is not None

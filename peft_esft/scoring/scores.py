@@ -136,7 +136,8 @@ class ExpertScores:
             sums, count = (c.gate_share_sum, c.num_samples) if by_sample else (c.gate_weight_sum, c.num_tokens)
             if sums is None:
                 raise ValueError(
-                    f"the gate values of {path} could not be seen: its router returns no weights. Use metric='token'"
+                    f"the gate values of {path} are not known, because its router returns no weights. Use "
+                    "metric='token'"
                 )
             rows[path] = _mean(sums, count)
         return rows
@@ -165,8 +166,9 @@ class ExpertScores:
         found = {path: c.num_experts for path, c in find_experts(model).items()}
         if own != found:
             raise ValueError(
-                f"these scores, of {self.model or 'a model without a name'}, do not fit {type(model).__name__}: they "
-                f"are for the containers (with so many experts) {_sample(own)}, the model has {_sample(found)}"
+                f"these scores of {self.model or 'a model without a name'} do not fit {type(model).__name__}. "
+                f"They are for these experts modules, with numbers of experts: {_sample(own)}. The model has "
+                f"{_sample(found)}"
             )
 
     def __add__(self, other: ExpertScores) -> ExpertScores:
@@ -178,13 +180,15 @@ class ExpertScores:
         if not isinstance(other, ExpertScores):
             return NotImplemented
         if self.averaging != other.averaging:
-            raise ValueError(f"cannot join scores averaged by {self.averaging} and by {other.averaging}")
+            raise ValueError(
+                f"cannot join scores that are averaged differently: {self.averaging!r} and {other.averaging!r}"
+            )
         if self.answers_only != other.answers_only:
-            raise ValueError("cannot join scores of all tokens and of answers only")
+            raise ValueError("cannot join scores of all tokens with scores of answers only")
         own, others = self._signature(), other._signature()
         if own.keys() != others.keys() or not all(_are_joinable(own[path], others[path]) for path in own):
             raise ValueError(
-                f"cannot join scores of different models: their containers are {_sample(own)} and {_sample(others)}"
+                f"cannot join scores of different models: the experts modules are {_sample(own)} and {_sample(others)}"
             )
         return replace(
             self,
@@ -251,13 +255,13 @@ class ExpertScores:
             if len(half.num_tokens) != 2:
                 raise ValueError(f"{path}: halves: num_tokens is malformed: {half.num_tokens}; expected two numbers")
             if strangers := sorted(half.selected_pairs.keys() - containers.keys()):
-                raise ValueError(f"{path}: halves names {strangers[:4]}, which the file has no containers for")
+                raise ValueError(f"{path}: halves has {strangers[:4]}, but containers does not")
         for name, container in containers.items():
             sums = [container.gate_weight_sum, container.token_share_sum, container.gate_share_sum]
             pairs = [half.selected_pairs.get(name, []) for half in halves]
             lengths = {len(row) for row in chain(sums, *pairs) if row is not None}
             if lengths != {container.num_experts} or any(len(rows) != 2 for rows in pairs):
-                raise ValueError(f"{path}: {name} has {container.num_experts} experts, but rows of another length")
+                raise ValueError(f"{path}: {name} has {container.num_experts} experts, but lists of another length")
         sizes = None if record["sizes"] is None else _read_sizes(record["sizes"], f"{path}: sizes")
         return replace(scores, containers=containers, halves=halves, sizes=sizes)
 
@@ -283,7 +287,7 @@ def _read(kind: Any, values: Any, where: str, **in_file: Any) -> Any:
     types = get_type_hints(kind) | in_file
     found = sorted(values) if isinstance(values, dict) else type(values).__name__
     if found != sorted(types):
-        raise ValueError(f"{where} holds the fields {found}; expected {sorted(types)}")
+        raise ValueError(f"{where} has the fields {found}; expected {sorted(types)}")
     for name, expected in types.items():
         try:
             type_validator(name, values[name], expected)

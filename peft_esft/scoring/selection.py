@@ -71,8 +71,8 @@ def select_experts(
     unused = [path for path, row in rows.items() if not bool(row.any())]
     if unused:
         warnings.warn(
-            f"no token of the scored data reached {len(unused)} of {len(rows)} containers, for example {unused[0]}; "
-            "none of their experts are selected",
+            f"no token of the scored data reached {len(unused)} of {len(rows)} experts modules, for example "
+            f"{unused[0]}; none of their experts are selected",
             stacklevel=2,
         )
         rows = {path: row for path, row in rows.items() if path not in unused}
@@ -119,8 +119,8 @@ def top_p_for_memory(
     setup = Setup.parse(budget) if isinstance(budget, str) else budget
     if not isinstance(scores, ExpertScores) or scores.sizes is None:
         raise ValueError(
-            f"a budget of {setup.hardware} needs the sizes of the model, which these scores do not have: give what "
-            "score_experts of this version returns, or a budget that is a share of the experts"
+            f"a budget of {setup.hardware} needs the sizes of the model, and these scores do not have them. Score "
+            "the model again with this version of peft_esft, or give the budget as a share of the experts"
         )
     sizes, per_expert = scores.sizes, scores.parameters_per_expert()
     rows = {path: row for path, row in _rows(scores, metric).items() if bool(row.any())}
@@ -134,16 +134,19 @@ def top_p_for_memory(
         return replace(setup, share=min(1.0, trained / sizes.experts))
 
     if not shares:
-        raise ValueError("no token of the scored data reached any container, so there is nothing to choose from")
+        raise ValueError(
+            "no token of the scored data reached any experts module, so there is nothing to choose "
+            "from; check the data"
+        )
     fitting = bisect_left(shares, True, key=lambda share: not fits_on_gpus(sizes, filled(share)))
     if fitting == 0:
         least = filled(shares[0])
         own, name = estimate(sizes, least), scores.model or "the model"
         ways = "; ".join(describe(way, sizes) for way in what_would_fit(sizes, least)[:4])
         raise ValueError(
-            f"a budget of {setup.hardware} does not hold {name} and the fewest experts to train. On one GPU they take "
-            f"{own.total / 1e9:.3g} GB, {own.base / 1e9:.3g} of them for the base in {setup.base}, and a tenth of a "
-            f"GPU is kept free. What would fit: {ways or 'nothing that is known'}"
+            f"{name} does not fit a budget of {setup.hardware}, not even with the fewest experts. On one GPU it "
+            f"takes {own.total / 1e9:.3g} GB, of which the base in {setup.base} takes {own.base / 1e9:.3g} GB. A "
+            f"tenth of each GPU is kept free. These settings would fit: {ways or 'none that is known'}"
         )
     return shares[fitting - 1]
 
@@ -151,7 +154,7 @@ def top_p_for_memory(
 def _rows(scores: Any, metric: Metric) -> dict[str, Tensor]:
     """The scores of each container, float64 `[E]`."""
     if not isinstance(scores, Mapping | ExpertScores):
-        raise ValueError(f"scores are a {type(scores).__name__}; they are ExpertScores or a dict {{path: scores [E]}}")
+        raise ValueError(f"scores are a {type(scores).__name__}; expected ExpertScores or a dict {{path: scores [E]}}")
     table = scores if isinstance(scores, Mapping) else scores.by_metric(metric)
     return {path: score_row(path, values) for path, values in table.items()}
 
@@ -191,16 +194,16 @@ def random_experts(selection: Mapping[str, Sequence[int]], num_experts: Mapping[
 def _check_numbers(ways: Mapping[str, Any], min_experts: int, max_experts: int | None) -> None:
     given = {name: value for name, value in ways.items() if value is not None}
     if len(given) > 1:
-        raise ValueError(f"{given} are different ways of choosing; give one of them")
+        raise ValueError(f"{given} are different ways of choosing; give only one of them")
     if isinstance(given.get("budget"), str | Setup):
         del given["budget"]
     for name, value in (given | {"min_experts": min_experts, "max_experts": max_experts}).items():
         is_share = name in ("top_p", "budget")
         is_number = isinstance(value, Real if is_share else Integral) and not isinstance(value, bool)
         if is_share and not (is_number and 0 < value <= 1):
-            raise ValueError(f"{name} is {value!r}; it is a share above 0 and at most 1")
+            raise ValueError(f"{name} is {value!r}; expected a share above 0 and at most 1")
         if not is_share and value is not None and not (is_number and value >= 1):
-            raise ValueError(f"{name} is {value!r}; it is an integer of at least 1")
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
     if max_experts is not None and max_experts < min_experts:
         raise ValueError(f"max_experts is {max_experts}, less than min_experts, {min_experts}")
 
@@ -208,7 +211,9 @@ def _check_numbers(ways: Mapping[str, Any], min_experts: int, max_experts: int |
 def score_row(path: str, values: Tensor | Sequence[float]) -> Tensor:
     row = torch.as_tensor(values, dtype=torch.float64)
     if row.dim() != 1 or row.numel() == 0 or not bool(torch.isfinite(row).all()) or bool((row < 0).any()):
-        raise ValueError(f"scores of {path} are not a row of finite numbers of at least 0: {row}")
+        raise ValueError(
+            f"the scores of {path} are {row}; expected a one-dimensional row of finite numbers of at least 0"
+        )
     return row
 
 
@@ -226,8 +231,8 @@ def _counts_by_budget(
     left -= sum(counts[path] * sizes[path] for path in rows)
     if left < 0:
         raise ValueError(
-            f"budget={budget} of the experts' parameters is less than {sum(counts.values())} experts, the smallest "
-            "number that min_experts allows"
+            f"budget={budget} of the experts' parameters is too small: min_experts requires "
+            f"{sum(counts.values())} experts"
         )
     candidates = [
         (-score, rank, path)
@@ -249,18 +254,18 @@ def _warn_of_odd_sums(rows: Mapping[str, Tensor], counts: Mapping[str, int], top
     too_little = [path for path, mass in sums.items() if mass < top_p - _ROUNDING]
     if too_little:
         warnings.warn(
-            f"the scores of {len(too_little)} of {len(rows)} containers sum to less than top_p={top_p} (for example "
-            f"{sums[too_little[0]]:.3f} in {too_little[0]}), so all experts of these are selected. Choose a smaller "
-            "top_p, or metric='token', whose scores always sum to 1.",
+            f"the scores of {len(too_little)} of {len(rows)} experts modules sum to less than top_p={top_p} (for "
+            f"example {sums[too_little[0]]:.3f} in {too_little[0]}), so all their experts are selected. Choose a "
+            "smaller top_p, or metric='token', whose scores always sum to 1.",
             stacklevel=3,
         )
     renormalised = [path for path, mass in sums.items() if mass > 0.99]
     if metric == "gate" and renormalised and top_p <= DEFAULT_TOP_P["gate"]:
         mean = sum(counts[path] for path in renormalised) / len(renormalised)
         warnings.warn(
-            f"the gates of {len(renormalised)} of {len(rows)} containers sum to 1 or more, as those of routers that "
-            f"renormalise them: top_p={top_p}, which the paper chose for gates that sum to 0.26 to 0.53, keeps "
-            f"{mean:.1f} experts per layer on average. metric='token' with top_p=0.2 works for every router, "
-            "and metric='gate_share' takes top_p as a share of each layer's gates.",
+            f"the gates of {len(renormalised)} of {len(rows)} experts modules sum to 1 or more, because their "
+            f"router normalises them. The paper chose top_p={top_p} for gates that sum to 0.26 to 0.53; here it "
+            f"selects {mean:.1f} experts per layer on average. Use metric='token' with top_p=0.2, which works for "
+            "every router, or metric='gate_share', where top_p is a share of each layer's gates.",
             stacklevel=3,
         )

@@ -25,7 +25,7 @@ SeeExpertCall = Callable[[ExpertsContainer, int, int], None]
 
 def _refuse_expert_call(container: ExpertsContainer, expert_id: int, num_tokens: int) -> None:
     raise ValueError(
-        f"the router of {container.path} does not return its choices, so its tokens' experts are not known"
+        f"the router of {container.path} does not return its choices, so it is not known which experts a token uses"
     )
 
 
@@ -84,14 +84,14 @@ def run_batches(
     """
     containers = find_experts(model)
     if not containers:
-        raise ValueError(f"{type(model).__name__} has no experts container of a known kind")
+        raise ValueError(f"{type(model).__name__} has no experts module of a known kind")
     streams: dict[str, TokenStream] = {}
     num_tokens = 0
 
     def see_counted(container: ExpertsContainer, path: str, routing: Routing) -> None:
         length = routing.top_k_index.shape[0]
         if list(streams) != ["text"] or streams["text"].sample_of_token.shape[0] != length:
-            raise ValueError(f"{path} sees {length} tokens, which may not be those of input_ids")
+            raise ValueError(f"{path} receives {length} tokens, which may not be those of input_ids")
         see(container.path, routing, streams["text"].on(routing.top_k_index.device)[0] >= 0)
 
     with watching_routing(model, containers, see_counted):

@@ -94,7 +94,7 @@ def read_pickled_header(file: Path) -> Header:
     except Exception as error:  # pickle and zip errors of many types
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{file} holds something else than tensors by name")
+        raise ValueError(f"{file} does not hold a dict of tensors by name")
     return {
         key: TensorEntry(file, key, tensor.dtype, tuple(tensor.shape))
         for key, tensor in ((str(key), tensor) for key, tensor in tensors.items())
@@ -149,7 +149,7 @@ def read_json(file: Path) -> Any:
     """
     size = file.stat().st_size
     if size > MAX_JSON_BYTES:
-        raise ValueError(f"{file} has {size:,} bytes, more than the {MAX_JSON_BYTES:,} that are read")
+        raise ValueError(f"{file} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read")
     try:
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:

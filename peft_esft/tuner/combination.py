@@ -78,9 +78,11 @@ def check_combination(
             "deltas exactly, as 'cat' and 'svd' do for LoRA"
         )
     if isinstance(adapters, str) or len(set(adapters)) < len(adapters):
-        raise ValueError(f"adapters is {adapters!r}; expected is a list of different names")
+        raise ValueError(f"adapters is {adapters!r}; expected a list of different names")
     if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights are given; give a weight for each")
+        raise ValueError(
+            f"{len(adapters)} adapters and {len(weights)} weights are given; give one weight for each adapter"
+        )
     check_factors(weights)
     if majority_sign_method not in get_args(MajoritySignMethod):
         raise ValueError(
@@ -90,19 +92,19 @@ def check_combination(
         raise ValueError("density has no effect on combination_type='linear'; leave it out")
     if combination_type != "linear" and (density is None or not 0 < density <= 1):
         raise ValueError(
-            f"combination_type={combination_type!r} prunes each delta to a share of its entries: density is "
-            f"{density}; it is above 0 and at most 1"
+            f"combination_type={combination_type!r} keeps a share of each delta's entries, but density is "
+            f"{density}; give a density above 0 and at most 1"
         )
 
 
 def check_factors(factors: Sequence[float]) -> None:
-    """Refuses what is no finite number.
+    """Refuses what is not a finite number.
 
     Raises:
         ValueError: naming the factors.
     """
     if not all(isinstance(factor, Real) and math.isfinite(factor) for factor in factors):
-        raise ValueError(f"deltas are multiplied with finite numbers, Python's or numpy's, not with {factors}")
+        raise ValueError(f"deltas can be multiplied only by finite numbers of Python or numpy, not by {factors}")
 
 
 def check_combinable(configs: Mapping[str, ESFTConfig]) -> None:
@@ -114,11 +116,15 @@ def check_combinable(configs: Mapping[str, ESFTConfig]) -> None:
     with_modules = {name: config.modules_to_save for name, config in configs.items() if config.modules_to_save}
     with_tokens = [name for name, config in configs.items() if config.trainable_token_indices is not None]
     if with_tokens:
-        raise ValueError(f"adapters with trainable_token_indices cannot be combined: {with_tokens}")
+        raise ValueError(
+            f"adapters with trainable_token_indices cannot be combined: {with_tokens}. Give each "
+            "sample its adapter with adapter_names"
+        )
     if with_modules:
         raise ValueError(
-            f"adapters with modules_to_save cannot be combined: {with_modules}. Train such modules by deltas, with "
-            "train_shared_experts or train_non_expert_modules, or give each sample its adapter with adapter_names"
+            f"adapters with modules_to_save cannot be combined: {with_modules}. Train these modules by deltas "
+            "(train_shared_experts or train_non_expert_modules), or give each sample its adapter with "
+            "adapter_names"
         )
 
 

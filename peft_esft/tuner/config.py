@@ -122,7 +122,7 @@ class ESFTConfig(PeftConfig):
         default=None, metadata={"help": "What the base's rows looked like when the adapter was made."}
     )
 
-    # PEFT reads this attribute of every config. Ours is no field: `target_experts` alone says what is adapted.
+    # PEFT reads this attribute of every config. Ours is not a field: `target_experts` alone says what is adapted.
     target_modules: ClassVar[None] = None
 
     def __post_init__(self) -> None:
@@ -238,9 +238,9 @@ class ESFTConfig(PeftConfig):
         foreign = self._foreign(header)
         if lora := [key for key in foreign if ".lora_" in key]:
             warnings.warn(
-                f"the model has LoRA weights beside ESFT's, {lora[0]} among them. They are in the adapter's file, "
-                "which can therefore not be loaded: PEFT saves and loads one method at a time. Save them from a "
-                "model that has no ESFT adapter",
+                f"the model has LoRA weights beside ESFT's, for example {lora[0]}. They are now in the adapter's "
+                "file, and PEFT will not load that file, because it saves and loads one method at a time. Save "
+                "the LoRA weights from a model that has no ESFT adapter",
                 stacklevel=3,
             )
         added = dict.fromkeys(key.removeprefix(KEY_PREFIX).rpartition(".")[0] for key in foreign if key not in lora)
@@ -342,8 +342,9 @@ class ESFTConfig(PeftConfig):
         """
         if not isinstance(scores, ExpertScores):
             raise ValueError(
-                f"scores are a {type(scores).__name__}, which does not say what was scored; give what score_experts "
-                "returns, or choose by yourself: ESFTConfig(target_experts=select_experts(scores))"
+                f"scores are a {type(scores).__name__}, which does not say what was scored. Give what "
+                "score_experts returns, or choose experts yourself: "
+                "ESFTConfig(target_experts=select_experts(scores))"
             )
         memory = None
         if isinstance(budget, str | Setup):
@@ -385,10 +386,14 @@ def _setup_of(budget: str | Setup, fields: dict[str, Any]) -> Setup:
     """
     more = ("train_shared_experts", "train_non_expert_modules", "modules_to_save", "trainable_token_indices")
     if others := [name for name in more if fields.get(name)]:
-        raise ValueError(f"a budget of memory counts experts alone, not {', '.join(others)}; give top_p instead")
+        raise ValueError(
+            f"a budget of memory counts experts only, not {', '.join(others)}; choose experts by top_p instead"
+        )
     rank = fields.get("rank")
     if isinstance(budget, str):
         return Setup.parse(budget, rank=rank)
     if budget.rank != rank:
-        raise ValueError(f"the budget is for rank {budget.rank}, and the config has rank={rank}; give both the same")
+        raise ValueError(
+            f"the budget is for rank {budget.rank}, but the config has rank={rank}; give the same rank to both"
+        )
     return budget

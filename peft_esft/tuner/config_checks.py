@@ -74,17 +74,24 @@ def check_values(config: Any) -> None:
             try:
                 re.compile(pattern)
             except (re.error, RecursionError) as error:
-                raise ValueError(f"the config's {name} has {pattern!r}, not a regular expression: {error}") from error
+                raise ValueError(
+                    f"the config's {name} has {pattern!r}, which is not a regular expression: {error}"
+                ) from error
     for name in ("selection", "base_fingerprint"):
         _check_record(name, getattr(config, name) or {})
     if config.layers_pattern and config.layers_to_transform is None:
-        raise ValueError("layers_pattern is given without layers_to_transform, so it would have no effect")
+        raise ValueError("layers_pattern has no effect without layers_to_transform; give both, or neither")
     if config.storage not in FORMS:
         raise ValueError(f"storage is {config.storage!r}; it is one of {', '.join(FORMS)}")
     if config.storage != "delta" and config.rank is not None:
-        raise ValueError(f"storage {config.storage!r} is for full-rank adapters; with a rank it is 'delta'")
+        raise ValueError(
+            f"storage {config.storage!r} is for adapters of full rank; an adapter with a rank is stored as 'delta'"
+        )
     if config.rank is None and (config.alpha is not None or config.use_rslora):
-        raise ValueError("alpha and use_rslora scale deltas of low rank; without rank they would have no effect")
+        raise ValueError(
+            "alpha and use_rslora scale deltas of low rank, and have no effect without rank; give a "
+            "rank, or leave them out"
+        )
 
 
 def _check_record(name: str, record: dict[str, Any]) -> None:
@@ -108,7 +115,7 @@ def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[in
         The same with string keys and lists of ints, in the same order.
 
     Raises:
-        ValueError: if it is no such mapping, or a container has no experts, a repeated or a negative id.
+        ValueError: if it is not such a mapping, or a container has no experts, a repeated or a negative id.
     """
     if not isinstance(target_experts, Mapping):
         raise ValueError(f"target_experts is a {type(target_experts).__name__}; expected a dict {{path: expert ids}}")
@@ -122,7 +129,9 @@ def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[in
             raise ValueError(f"target_experts[{key!r}] is {values!r}; expected a list of expert ids")
         ids = [_expert_id(key, value) for value in values]
         if not ids:
-            raise ValueError(f"target_experts[{key!r}] is empty; leave the container out to train none of its experts")
+            raise ValueError(
+                f"target_experts[{key!r}] is empty; leave the key out if no expert of it is to be trained"
+            )
         repeated = sorted(expert for expert, times in Counter(ids).items() if times > 1)
         if repeated:
             raise ValueError(f"target_experts[{key!r}] repeats the expert ids {repeated}")

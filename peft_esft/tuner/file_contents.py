@@ -27,7 +27,7 @@ def check_rank(rank: int | None, containers: Iterable[ExpertsContainer]) -> None
     """
     largest = max(max(shape) for container in containers for shape in container.weight_shapes.values())
     if rank is not None and rank > largest:
-        raise ValueError(f"rank is {rank:,}, but the largest dimension of the weights is {largest:,}")
+        raise ValueError(f"rank is {rank:,}; it is at most the largest dimension of the weights, {largest:,}")
 
 
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...] | None]]
@@ -95,7 +95,7 @@ def compare_entries(found: Mapping[str, Any], expected: Entries) -> None:
         entry = found[own[key]] if key in own else None
         if entry is not None and not _fits(entry, dtype, shape):
             wanted = "" if shape is None else f" {list(shape)}"
-            problems.append(f"{own[key]} is {entry.dtype} {list(entry.shape)}, expected is {dtype}{wanted}")
+            problems.append(f"{own[key]} is {entry.dtype} {list(entry.shape)}; expected {dtype}{wanted}")
     if problems:
         hint = f". {_LORA_HINT}" if any(".lora_" in key for key in own) else ""
         raise ValueError(f"the adapter's weights do not fit the model: {shortened(problems)}{hint}")
@@ -129,12 +129,13 @@ def check_foreign(foreign: Sequence[str]) -> None:
     if foreign:
         hint = f". {_LORA_HINT}" if any(".lora_" in key for key in foreign) else ""
         raise ValueError(
-            f"the adapter's file has tensors that its config does not call for: {shortened(foreign)}. They could "
-            f"change weights of the base. Only modules that the config names in modules_to_save may be there{hint}"
+            f"the adapter's file has tensors that its config does not allow: {shortened(foreign)}. They could "
+            "change weights of the base. A file may have other modules only if the config names them in "
+            f"modules_to_save{hint}"
         )
 
 
-_LORA_HINT = "LoRA weights are saved and loaded without ESFT's, from a model that has no ESFT adapter"
+_LORA_HINT = "the file has LoRA weights. Save and load them without ESFT's, from a model that has no ESFT adapter"
 
 
 def _fits(entry: Any, dtype: torch.dtype, shape: tuple[int, ...] | None) -> bool:
@@ -160,7 +161,7 @@ def check_experts(file: Path, experts: Mapping[str, list[int]]) -> None:
         known = json.loads(noted)
         type_validator(EXPERTS_METADATA, known, dict[str, list[int]])
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} has a malformed note {EXPERTS_METADATA} in its header: {error}") from error
+        raise ValueError(f"the note {EXPERTS_METADATA} in the header of {file} is malformed: {error}") from error
     check_same_experts(known, experts, f"the weights in {file}", "its config")
 
 
@@ -173,8 +174,8 @@ def check_same_experts(found: Mapping[str, Any], expected: Mapping[str, Any], wh
     for path in dict.fromkeys([*expected, *found]):
         if list(found.get(path, ())) != list(expected.get(path, ())):
             raise ValueError(
-                f"the adapter's weights do not fit: {what} are those of the experts {list(found.get(path, ()))} of "
-                f"{path}, and {whose} names {list(expected.get(path, ()))}"
+                f"the adapter's weights do not fit: {what} are for the experts {list(found.get(path, ()))} of "
+                f"{path}, but {whose} names {list(expected.get(path, ()))}"
             )
 
 
@@ -194,8 +195,8 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not is_spread(tensor) and not _is_finite(tensor):
             raise ValueError(
-                f"the adapter's weights are broken: {key} holds a NaN or an infinity. Training diverged, or the file "
-                "is damaged; load an earlier checkpoint"
+                f"the adapter's weights are broken: {key} holds a NaN or an infinity. Training diverged, or the "
+                "file is damaged. Load an earlier checkpoint"
             )
 
 

@@ -103,7 +103,7 @@ def check_num_experts(
             if containers[path].num_experts != num_experts:
                 raise ValueError(
                     f"the experts of {path} were chosen among {num_experts}, but this model has "
-                    f"{containers[path].num_experts}: the selection was made for another model"
+                    f"{containers[path].num_experts} there. Choose experts again from scores of this model"
                 )
 
 
@@ -147,11 +147,11 @@ def compare_bases(
         return
     made_for, name = names
     message = (
-        f"the adapter was made over a base with other weights, in {len(different)} of {len(recorded['rows'])} layers, "
-        f"{different[0]} among them: it was made for {made_for!r}, this is {name!r}"
+        f"the adapter was trained over a base with other weights, which differ in {len(different)} of "
+        f"{len(recorded['rows'])} layers, for example {different[0]}. Its base was {made_for!r}, this one is {name!r}"
     )
     if is_hub_name(made_for) and is_hub_name(name) and made_for != name:
-        raise ValueError(f"{message}. To use it here all the same, set base_fingerprint to None in its config")
+        raise ValueError(f"{message}. To use it here anyway, set base_fingerprint to None in its config")
     warnings.warn(message, stacklevel=3)
 
 

@@ -15,7 +15,7 @@ from .restoring import restoring
 
 
 def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> None:
-    """Puts the adapter in `path` in the place of a resident one, also if it has other experts or layers.
+    """Puts the adapter in `path` in place of a resident one, also if it has other experts or layers.
 
     Deltas that are kept in half precision are so afterwards too. Where shapes are equal the new weights are copied
     into the old parameters, so whatever refers to them (an optimizer, for example) sees the new values. Whether the
@@ -38,13 +38,13 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, ESFTModel):
-        raise ValueError(f"{type(model).__name__} has no ESFT adapters; it is to be a PeftModel that has one")
+        raise ValueError(f"{type(model).__name__} has no ESFT adapter; give a PeftModel that has one")
     if adapter_name not in model.peft_config:
         raise ValueError(f"there is no adapter {adapter_name!r} to replace; there are {sorted(model.peft_config)}")
     _check_experts_only(model.peft_config[adapter_name])
     layers = tuner._layers()
     if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before it is replaced")
+        raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before you replace it")
     incoming = next(name for n in count() if (name := f"{adapter_name}_incoming_{n}") not in model.peft_config)
     deltas = [delta for layer in layers for delta in layer.tensors_of(adapter_name).values()]
     is_wide = all(delta.dtype.itemsize >= 4 for delta in deltas if isinstance(delta, torch.nn.Parameter))
@@ -57,8 +57,8 @@ def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "def
         storage = cast(ESFTConfig, config).storage
         if is_trained and storage != "delta":
             raise ValueError(
-                f"adapter {adapter_name!r} is in training, and the one in {path} is stored as {storage!r}, which "
-                "cannot be trained; load it under a name of its own"
+                f"adapter {adapter_name!r} is being trained, but the one in {path} is stored as {storage!r}, "
+                "which is for inference only; load that one under its own name"
             )
         for layer in tuner._layers():  # the incoming adapter may have brought new ones
             layer.replace_adapter(adapter_name, incoming, is_trained)
@@ -70,6 +70,6 @@ def _check_experts_only(config: Any) -> None:
     others = [name for name in ("modules_to_save", "trainable_token_indices") if getattr(config, name)]
     if others:
         raise ValueError(
-            f"an adapter with {others[0]}={getattr(config, others[0])} can neither be replaced nor replace another; "
-            "load_adapter the new one under a name of its own and delete_adapter the old one"
+            f"an adapter with {others[0]}={getattr(config, others[0])} cannot be hot swapped. Load the new "
+            "adapter under its own name with load_adapter, and remove the old one with delete_adapter"
         )

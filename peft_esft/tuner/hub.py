@@ -51,8 +51,8 @@ def push_to_hub(
     base = config.base_model_name_or_path or model.get_base_model().__dict__.get("name_or_path")
     if not is_hub_name(base):
         raise ValueError(
-            f"the base is called {base!r}, which is no name of a model on the Hub, so nobody could load the adapter. "
-            f"Set model.peft_config[{name!r}].base_model_name_or_path to its name there"
+            f"the base is called {base!r}, which is not the name of a model on the Hub, so nobody could load the "
+            f"adapter. Set model.peft_config[{name!r}].base_model_name_or_path to its name there"
         )
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
@@ -72,7 +72,7 @@ def push_to_hub(
 def _adapter_of(model: PeftModel, adapter_name: str | None) -> tuple[str, ESFTConfig]:
     names = list(model.peft_config)
     if adapter_name is None and len(names) > 1:
-        raise ValueError(f"the model has the adapters {names}: name the one to upload")
+        raise ValueError(f"the model has the adapters {names}; say which one to upload with adapter_name")
     name = names[0] if adapter_name is None else adapter_name
     if name not in names:
         raise ValueError(f"there is no adapter {name!r}; there are {names}")

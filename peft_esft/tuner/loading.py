@@ -75,8 +75,8 @@ def check_loader(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, ESFTLayer) and is_offloaded(module.get_base_layer()):
             raise NotImplementedError(
-                f"{module.path} is offloaded to the CPU or the disk, and transformers' load_adapter does not load "
-                "adapters of such modules. Use PEFT: get_peft_model(base, PeftConfig.from_pretrained(folder)), then "
+                f"{module.path} is offloaded to the CPU or the disk, and transformers' load_adapter cannot load "
+                "an adapter there. Use PEFT: get_peft_model(base, PeftConfig.from_pretrained(folder)), then "
                 "set_peft_model_state_dict(model, load_peft_weights(folder))"
             )
 
@@ -138,17 +138,18 @@ def check_file(model: nn.Module, config: ESFTConfig, adapter_name: str, header: 
 
 def _check_loader_moves(source: Source, prefixes: Prefixes, keys: Sequence[str]) -> None:
     """Refuses what a loader cannot move: transformers' moves nothing, PEFT's hands the tuner the experts alone."""
-    problem = "the adapter was trained over another class of the base's checkpoint"
+    problem = "the adapter was trained with another class of the base's checkpoint"
     if source.by_transformers:
         raise NotImplementedError(
-            f"{problem}, under whose names transformers' load_adapter would not find its weights. Use PEFT's "
-            "PeftModel.from_pretrained, or load the base with the class that the adapter was trained over"
+            f"{problem}, so transformers' load_adapter would not find the adapter's weights. Load it with PEFT's "
+            "PeftModel.from_pretrained, or load the base with the class that the adapter was trained with"
         )
     others = [key for key in keys if DELTA_KEY not in key]
     if others and not source.key_mapping:
         mapping = {f"^{re.escape(before)}": now for before, now in prefixes.items()}
         raise NotImplementedError(
-            f"{problem}, where {others[0]} has this name. PEFT loads it with the argument key_mapping={mapping}"
+            f"{problem}, which has another name for {others[0]}. Load it with PEFT and the argument "
+            f"key_mapping={mapping}"
         )
 
 
@@ -177,8 +178,7 @@ def check_incoming(model: nn.Module, config: ESFTConfig, adapter_name: str, stat
         _check_source(model, adapter_name)
     except ValueError as error:
         raise ValueError(
-            f"{error}. Load another adapter under a name of its own, or put it in the place of {adapter_name!r} with "
-            "hotswap_adapter"
+            f"{error}. Load the other adapter under its own name, or replace {adapter_name!r} with hotswap_adapter"
         ) from error
     check_finite(weights)
 
@@ -198,7 +198,9 @@ def _check_source(model: nn.Module, adapter_name: str) -> None:
     check_same_experts(named, experts, "the weights", f"adapter {adapter_name!r}")
     scalings = {adapter.scaling for adapter in adapters.values()} - {config.scaling}
     if scalings and config.storage == "delta":
-        raise ValueError(f"the weights are scaled by {config.scaling}, those of {adapter_name!r} by {scalings.pop()}")
+        raise ValueError(
+            f"the weights are scaled by {config.scaling}, but those of {adapter_name!r} by {scalings.pop()}"
+        )
 
 
 def _read_config(source: str, download: dict[str, Any], **kwargs: Any) -> ESFTConfig:

@@ -107,7 +107,7 @@ class ESFTModel(AdapterOperations):
         current_key = plain_key(current_key)
         expert_ids = peft_config.adapted_paths.get(current_key)
         if expert_ids is None:
-            raise ValueError(f"the state dict has weights for {current_key}, which target_experts does not name")
+            raise ValueError(f"the state dict has weights for {current_key}, which is not in target_experts")
         if isinstance(target, ESFTLayer):
             target.update_layer(adapter_name, expert_ids, peft_config)
             return

@@ -101,8 +101,8 @@ def _body(fields: Fields, experts: Mapping[str, list[int]], header: Header, size
     ]
     parts = [
         f"# ESFT adapter for {base}",
-        "Expert-Specialized Fine-Tuning ([arXiv 2407.01906](https://arxiv.org/abs/2407.01906)): only "
-        f"{trained} were trained, everything else is the base's.",
+        f"Expert-Specialized Fine-Tuning ([arXiv 2407.01906](https://arxiv.org/abs/2407.01906)): only {trained} "
+        "were trained. All other weights are those of the base.",
         _table(("", ""), [(fact, str(value)) for fact, value in facts.items() if value is not None]),
         "## Use",
         _usage(fields["task_type"], name),
@@ -118,7 +118,7 @@ def revision_of(fields: Fields) -> str | None:
 
 def trained_besides(fields: Fields) -> list[str]:
     """What is trained beside the experts, in words."""
-    kinds = {"train_shared_experts": "shared experts", "train_non_expert_modules": "all modules that are no experts"}
+    kinds = {"train_shared_experts": "shared experts", "train_non_expert_modules": "all modules that are not experts"}
     tokens = ["embeddings of some tokens"] * (fields["trainable_token_indices"] is not None)
     return [*(kind for name, kind in kinds.items() if fields[name]), *(fields["modules_to_save"] or []), *tokens]
 
@@ -157,9 +157,9 @@ def _usage(task_type: str | None, name: str) -> str:
     else:
         lines += ["from peft import PeftModel", f'model = PeftModel.from_pretrained(base, "{name}")']
     note = (
-        "Without the import PEFT stops with `KeyError: 'ESFT'`. Programs that you do not write (`lm_eval`, `trl`) "
-        "know the type if they are started by `peft-esft run -- PROGRAM ARGS`. Engines that do not know it read an "
-        "ordinary checkpoint, which `peft-esft merge BASE ADAPTER OUT` writes."
+        "Without the import, PEFT stops with `KeyError: 'ESFT'`. Start programs of others (`lm_eval`, `trl`) "
+        "with `peft-esft run -- PROGRAM ARGS`, which adds the import. Other engines read an ordinary checkpoint, "
+        "which `peft-esft merge BASE ADAPTER OUT` writes."
     )
     return "\n".join(["```python", *lines, "```", "", note])
 

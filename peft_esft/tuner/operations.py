@@ -66,7 +66,9 @@ class AdapterOperations(BaseTuner):
             raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
         layers = [layer for layer in self._layers() if layer.adapters_here(adapters)]
         if any(isinstance(layer, ExpertParallelExperts) for layer in layers):
-            raise NotImplementedError("adapters under expert parallelism cannot be combined; do so in one process")
+            raise NotImplementedError(
+                "adapters cannot be combined under expert parallelism; combine them in a single process"
+            )
         experts = {place.path for c in find_experts(self.model).values() for place in c.places[:1]}
         target_experts = {
             layer.path: layer.union_of_experts(layer.adapters_here(adapters))
@@ -95,7 +97,9 @@ class AdapterOperations(BaseTuner):
         """
         layers = self._layers_of(adapter_name)
         if any(layer.merged for layer in layers):
-            raise ValueError("an adapter is merged, so the base's rows are not known; call unmerge_adapter first")
+            raise ValueError(
+                "an adapter is merged, so the base's own rows are not available; call unmerge_adapter first"
+            )
         with restoring(self, modules=_own_modules(layers)):
             self.freeze_layers(adapter_name)
 
@@ -119,7 +123,7 @@ class AdapterOperations(BaseTuner):
             scale (`float`): The factor. It is not saved.
 
         Raises:
-            ValueError: if there is no such adapter, it is merged, or the factor is no finite number.
+            ValueError: if there is no such adapter, it is merged, or the factor is not a finite number.
         """
         check_factors([scale])
         layers = self._layers_of(adapter_name)
@@ -137,7 +141,7 @@ class AdapterOperations(BaseTuner):
         if not layers:
             raise ValueError(f"there is no adapter {adapter_name!r}; there are {sorted(self.peft_config)}")
         if any(adapter_name in layer.merged_adapters for layer in layers):
-            raise ValueError(f"adapter {adapter_name!r} is merged; unmerge it before it is changed")
+            raise ValueError(f"adapter {adapter_name!r} is merged; call unmerge_adapter before you change it")
         return layers
 
     def _check_known(self, adapter_names: list[str], purpose: str = "") -> None:

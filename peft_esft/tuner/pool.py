@@ -122,7 +122,7 @@ class AdapterPool:
         size = self._check_config(_read_config(str(path), kwargs))
         folder = Path(path, kwargs.get("subfolder") or "")
         if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-            raise ValueError(f"{folder} has the config of an adapter and no {SAFETENSORS_WEIGHTS_NAME}")
+            raise ValueError(f"{folder} has the config of an adapter, but no {SAFETENSORS_WEIGHTS_NAME}")
         with self._condition:
             if adapter_name in self._sources or adapter_name in self.model.peft_config:
                 raise ValueError(f"there already is an adapter {adapter_name!r}; choose another name")
@@ -232,7 +232,8 @@ class AdapterPool:
         needed = sum(self._sizes[name] for name in names)
         if needed > self.device_bytes:
             raise ValueError(
-                f"{names} take {needed:,} bytes together, more than the {self.device_bytes:,} of device_bytes"
+                f"{names} take {needed:,} bytes together, but device_bytes is {self.device_bytes:,}; increase it, "
+                "or use fewer adapters at once"
             )
 
     def _check_config(self, config: ESFTConfig) -> int:
@@ -268,7 +269,9 @@ class AdapterPool:
     def _insert(self, name: str, own: _HostCopy) -> None:
         with adapters_lock:
             if name in self.model.peft_config:
-                raise ValueError(f"an adapter {name!r} was loaded beside the pool's; delete it or rename either")
+                raise ValueError(
+                    f"the model has an adapter {name!r} that is not the pool's; delete it, or rename one of the two"
+                )
             try:
                 self._attach(name, own)
                 self._tuner.freeze_layers(name)

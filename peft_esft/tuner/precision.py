@@ -30,9 +30,9 @@ def restore_before_training(model: nn.Module, layers: Sequence[ESFTLayer]) -> No
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         if any(_narrowed(layers)):
             raise ValueError(
-                "the trainer has cast the deltas to a narrower dtype, as TRL does if the base is loaded in 4 or 8 "
-                "bits, and they are shared out between processes already. Call "
-                "trainer.model.base_model.restore_delta_dtype() after the trainer is made, before trainer.train()"
+                "the trainer has cast the deltas to a narrower dtype, as TRL does if the base is loaded in 4 or "
+                "8 bits, and they are sharded already. Call trainer.model.base_model.restore_delta_dtype() on "
+                "each process after the trainer is made and before trainer.train()"
             )
         return
     restore_delta_dtype(layers)
@@ -55,8 +55,8 @@ def restore_delta_dtype(layers: Sequence[ESFTLayer]) -> None:
     if rounded:
         warnings.warn(
             "the trainer has rounded the deltas to a narrower dtype, as TRL does if the base is loaded in 4 or 8 "
-            "bits; they go on in full precision. To keep trained deltas exact, load the adapter after the trainer is "
-            "made",
+            "bits. Training goes on in full precision. To keep trained deltas exact, load the adapter after the "
+            "trainer is made",
             stacklevel=3,
         )
 

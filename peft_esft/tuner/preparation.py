@@ -70,7 +70,7 @@ def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     if peft_config.storage != "delta" and not peft_config.inference_mode:
         raise ValueError(
             f"an adapter stored as {peft_config.storage!r} is for inference only and cannot be trained; train the "
-            "one that it was made from"
+            "adapter that it was made from"
         )
     resolved = resolve_config(peft_config, model)
     for container in resolved.containers.values():
@@ -94,9 +94,10 @@ def _warn_of_balancing(model: nn.Module) -> None:
     coefficient = getattr(text_config, "router_aux_loss_coef", 0)
     if getattr(text_config, "output_router_logits", False) and coefficient:
         warnings.warn(
-            f"output_router_logits is on, so {coefficient:g} times the router's balancing loss is added to the loss. "
-            "The routers are frozen, and that loss pulls the task away from its experts. Turn it off: "
-            "model.config.output_router_logits = False, or with TRL SFTConfig(router_aux_loss_coef=0.0)",
+            f"output_router_logits is on, so the model adds {coefficient:g} times the router's balancing loss to "
+            "the loss. The routers are frozen, and the balancing loss moves the task to other experts than the "
+            "trained ones. Turn it off: model.config.output_router_logits = False, or with TRL "
+            "SFTConfig(router_aux_loss_coef=0.0)",
             stacklevel=2,
         )
 
@@ -110,13 +111,13 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     experts = find_experts(model)
     if not experts:
         raise ValueError(
-            f"{no_experts(model)}. ESFT needs a mixture-of-experts model whose experts are fused parameters or a list "
-            "of modules beside a router."
+            f"{no_experts(model)}. ESFT needs a mixture-of-experts model. Its experts must be fused parameters, "
+            "or a list of modules beside a router."
         )
     whole = full_modules(model, peft_config.train_shared_experts, peft_config.train_non_expert_modules)
     if not peft_config.target_experts and not whole:
         raise ValueError(
-            "target_experts is empty, so nothing would be trained. Choose experts with "
+            "target_experts is empty, so no expert would be trained. Choose experts with "
             "ESFTConfig.from_scores(score_experts(model, batches)), or name them: {layer index: expert ids}"
         )
     target_experts = resolve_target_experts(peft_config.target_experts or {}, experts)
@@ -142,13 +143,14 @@ def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     is_name = isinstance(adapter_name, str) and adapter_name and not set(".\n\0/\\") & set(adapter_name)
     if not is_name or adapter_name == BASE or any(hasattr(kind(), adapter_name) for kind in _CONTAINERS_BY_NAME):
         raise ValueError(
-            f"{adapter_name!r} cannot be an adapter's name: a name is a text without dots, slashes and line "
-            f"breaks, not {BASE!r}, and not one that torch uses itself, such as 'train' or 'keys'. 'law-v1_0' is one"
+            f"{adapter_name!r} cannot be an adapter's name. A name must not have dots, slashes or line breaks, "
+            f"and must not be {BASE!r} or a name that torch uses itself, such as 'train' or 'keys'. 'law-v1_0' "
+            "works"
         )
     if adapter_name.startswith(PREFIX) or adapter_name in _reserved_names(model):
         raise ValueError(
-            f"{adapter_name!r} cannot be an adapter's name: a module or weight of the model is called the same, and "
-            f"PEFT could not tell their weights apart when it saves. '{adapter_name}_adapter' works"
+            f"{adapter_name!r} cannot be an adapter's name: a module or weight of the model has the same name, "
+            f"and PEFT could not tell their weights apart when it saves them. '{adapter_name}_adapter' works"
         )
 
 

@@ -35,20 +35,20 @@ def resolve_container(key: str | int, containers: dict[str, ExpertsContainer]) -
         if len(paths) == 1:
             return paths[0]
         if paths:
-            raise ValueError(f"layer {key} has several experts containers, name one of them by its path: {paths}")
+            raise ValueError(f"layer {key} has several experts modules; name one of them by its path: {paths}")
         indices = sorted({c.layer_index for c in containers.values() if c.layer_index is not None})
-        raise ValueError(f"layer {key} has no experts container; the layers that have one are {indices}")
+        raise ValueError(f"layer {key} has no experts module; the layers that have one are {indices}")
     matches = matching_paths(str(key), containers)
     if len(matches) == 1:
         return matches[0]
     if matches:
         raise ValueError(
-            f"{key!r} is no path of this model, and if it is one of another class of the same checkpoint it may mean "
-            f"each of {matches}. Use the class that the adapter was trained or the scores were taken with"
+            f"{key!r} is not a path of this model. In another class of the same checkpoint, it may mean each of "
+            f"{matches}. Load the class that the adapter was trained with, or that was scored"
         )
     raise ValueError(
-        f"{key!r} is not the path of an experts container of this model. Its containers are {shortened(containers)}. "
-        "`find_experts(model)` lists them"
+        f"{key!r} is not the path of an experts module of this model. Its experts modules are "
+        f"{shortened(containers)}. `find_experts(model)` lists them"
     )
 
 
@@ -69,7 +69,7 @@ def resolve_target_experts(
         outside = [expert for expert in ids if expert >= num_experts]
         if outside:
             raise ValueError(
-                f"{path} has {num_experts} experts (0 to {num_experts - 1}); there are none of id {outside}"
+                f"{path} has {num_experts} experts, with ids 0 to {num_experts - 1}; it has no expert {outside}"
             )
         resolved[path] = ids
     return resolved
@@ -95,8 +95,8 @@ def full_modules(
         whole |= others
         if left_out:
             warnings.warn(
-                "train_non_expert_modules leaves these parameters frozen, since they belong to modules that hold "
-                f"experts too: {left_out}",
+                "train_non_expert_modules cannot train these parameters, because they belong to modules that "
+                f"also hold experts; they stay frozen: {left_out}",
                 stacklevel=2,
             )
     return whole
@@ -163,7 +163,7 @@ def not_excluded(options: ModuleOptions, selection: Mapping[str, list[int]]) -> 
     if not chosen:
         raise ValueError(
             f"exclude_modules={options.exclude_modules}, modules_to_save={options.modules_to_save} and "
-            f"layers_to_transform={options.layers_to_transform} leave none of the {len(selection)} "
-            "modules that are selected"
+            f"layers_to_transform={options.layers_to_transform} exclude all {len(selection)} selected modules; "
+            "change one of them"
         )
     return chosen

@@ -29,8 +29,8 @@ def check_trainable(container: ExpertsContainer) -> None:
         raise NotImplementedError(f"{container.path} ({type(container.module).__name__}): {container.refusal}")
     if container.kind != "fused" and is_offloaded(container.module):
         raise NotImplementedError(
-            f"{container.path} ({type(container.module).__name__}) is offloaded, which only fused experts can be; "
-            "keep it on a device (device_map)"
+            f"{container.path} ({type(container.module).__name__}) is offloaded. Only fused experts can be "
+            "trained while they are offloaded; keep this module on a device (device_map)"
         )
     for weight in container.weights:
         if isinstance(weight, StoredWeight):
@@ -38,22 +38,22 @@ def check_trainable(container: ExpertsContainer) -> None:
         for parameter in weight.parameters(container.module):
             if isinstance(parameter, DTensor):
                 raise NotImplementedError(
-                    f"{container.path}.{weight.name} is a distributed tensor. Attach the adapter before FSDP shards "
-                    "the model. Of tensor parallelism only plans that leave experts whole are supported: expert "
-                    "parallelism, DistributedConfig(ep_size=...)."
+                    f"{container.path}.{weight.name} is a distributed tensor. With FSDP, attach the adapter "
+                    "before the model is sharded. With tensor parallelism, use a plan that keeps each expert "
+                    "whole, such as expert parallelism: DistributedConfig(ep_size=...)."
                 )
             if is_traceable_wrapper_subclass(parameter.data):
                 raise NotImplementedError(
-                    f"{container.path}.{weight.name} is a {type(parameter.data).__name__}, a tensor of another "
-                    "package (torchao's quantised ones are), whose rows cannot be read. Load the model without "
+                    f"{container.path}.{weight.name} is a {type(parameter.data).__name__} of another package, "
+                    "such as torchao's quantised tensors, and its rows cannot be read. Load the model without "
                     "quantising its experts, and call peft_esft.quantize_experts(model)"
                 )
             if parameter.dtype not in READABLE_DTYPES:
                 raise NotImplementedError(
                     f"{container.path}.{weight.name} has dtype {parameter.dtype}, a quantised form that cannot be "
-                    f"read. Load the model in one of {[str(dtype) for dtype in READABLE_DTYPES]} (dtype=...; or "
-                    "dequantize=True in its quantization config). peft_esft.quantize_experts(model) then keeps them "
-                    "in 4 or 8 bits"
+                    f"read. Load the model with dtype=... as one of {[str(dtype) for dtype in READABLE_DTYPES]}, "
+                    "or with dequantize=True in its quantization config. Then peft_esft.quantize_experts(model) "
+                    "keeps its experts in 4 or 8 bits"
                 )
 
 
@@ -66,9 +66,10 @@ def warn_of_unquantised_experts(model: Any, containers: Iterable[ExpertsContaine
     method = quantizer.quantization_config.quant_method
     size = sum(container.num_experts * container.nbytes_per_expert for container in left) / 1e9
     warnings.warn(
-        f"the model was quantised ({getattr(method, 'value', method)}), but the experts of {len(left)} layers were "
-        f"not: they take {size:.3g} GB. peft_esft.quantize_experts(model, bits=4), before the adapter is attached, "
-        "brings them to 0.28 of that; ESFTQuantizationConfig does so while a model is loaded",
+        f"the model was quantised ({getattr(method, 'value', method)}), but the experts of {len(left)} layers "
+        f"were not: they take {size:.3g} GB. To reduce them to 0.28 of that, call "
+        "peft_esft.quantize_experts(model, bits=4) before you attach the adapter, or load the model with "
+        "ESFTQuantizationConfig",
         stacklevel=2,
     )
 
@@ -78,8 +79,8 @@ def warn_of_slow_layouts(containers: Iterable[ExpertsContainer]) -> None:
     slow = sorted({type(container.module).__name__ for container in containers if container.kind == "stacked"})
     if slow:
         warnings.warn(
-            f"{', '.join(slow)}: training writes the whole weights of all experts anew in each call, and their whole "
-            "gradient. The result is exact, but time and memory are those of full fine-tuning.",
+            f"{', '.join(slow)}: each training step computes the weights of all experts again, and a gradient for "
+            "all of them. The result is exact, but takes the time and memory of full fine-tuning.",
             stacklevel=2,
         )
 
@@ -91,7 +92,8 @@ def warn_of_replaced_kernels(containers: Iterable[ExpertsContainer]) -> None:
     names = {getattr(config, "_experts_implementation", None) for config in configs}
     for name in sorted(names.difference(_WITHOUT_OWN_KERNELS), key=str):
         warnings.warn(
-            f"the experts implementation {name!r} is not used while an adapter is active: the split forward computes "
-            "the same function with torch's kernels. Merged, or without an adapter, the model uses its own",
+            f"the experts implementation {name!r} is not used while an adapter is active. The split forward "
+            "computes the same function with torch's kernels. The model uses its own implementation when the "
+            "adapter is merged or disabled",
             stacklevel=2,
         )

@@ -26,8 +26,8 @@ def warn_of_shared_config(layers: Sequence[ESFTLayer], adapter_names: Sequence[s
     ]
     if trained:
         warnings.warn(
-            f"adapter {new!r} has the config of {trained[0]!r}, but not its weights: its deltas are new. "
-            "As the reference of a DPOTrainer it would be the base; see the page on training for a copy",
+            f"adapter {new!r} has the config of {trained[0]!r} but not its weights: its deltas are new. As the "
+            "reference of a DPOTrainer it would be the base. The page on training shows how to copy the weights",
             stacklevel=3,
         )
 
@@ -44,7 +44,7 @@ def warn_of_unreached_experts(layers: Sequence[ESFTLayer], adapter_name: str) ->
     if 0 < count < sum(len(layer.expert_ids.get(adapter_name, [])) for layer in layers):
         warnings.warn(
             f"adapter {adapter_name!r}: {count} selected experts received no token in training and are unchanged: "
-            f"{untrained}. Score on the data that you train on, or train longer.",
+            f"{untrained}. Score the data that you train on, or train longer.",
             stacklevel=3,
         )
 

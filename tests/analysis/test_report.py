@@ -213,7 +213,7 @@ def test_how_far_rows_moved_is_said_only_beside_their_base(stored, tmp_path):
         change()
         assert read_adapter(folder / "rows").change is None
         text = report(folder / "rows", tmp_path / "r.html").read_text()
-        assert "across; how far they moved is not known: the file has the weights themselves" in text
+        assert "across; how far they moved is not known: the file stores the trained weights themselves" in text
         assert "moved furthest" not in text and str(folder) not in text
         assert {row["change"] for row in numbers(tmp_path / "r_files" / "selection_rows.csv")} == {""}
 
@@ -285,7 +285,7 @@ def test_what_cannot_be_reported_is_refused(tiny_scores, tmp_path, capsys):
     for subject, message in (
         ([], "nothing to report"),
         (torch.nn.Linear(1, 1), "no ESFT adapter"),
-        (3, "report takes scores and adapters; int is neither"),
+        (3, "report takes scores and adapters, not int"),
         ({"a": tiny_scores, "b": golden.scores_of_counts({"x": [1, 2]})}, "different models"),
     ):
         with pytest.raises(ValueError, match=message):

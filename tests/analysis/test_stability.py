@@ -20,7 +20,7 @@ def test_halves_of_a_real_task_mostly_agree(task):
     (point,) = report.points
     assert len(point.shared) == 26
     assert 0.7 < point.agreement < 1
-    assert "weakest container" in str(report)
+    assert "least agreement" in str(report)
 
 
 def test_halves_are_what_scoring_them_alone_gives():

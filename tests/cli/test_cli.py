@@ -73,8 +73,8 @@ def test_select_fills_memory(scored, capsys, tmp_path):
     capsys.readouterr()
     for flags, message in (
         (["--budget", "0.5", "--tokens", "64"], "--tokens is only for a budget of memory"),
-        (["--budget", "1MB", "--tokens", "64"], "does not hold"),
-        (["--budget", "lots"], "'lots' is not a memory of GPUs"),
+        (["--budget", "1MB", "--tokens", "64"], "does not fit a budget of"),
+        (["--budget", "lots"], "'lots' is not an amount of GPU memory"),
     ):
         assert main(["select", scored, *flags]) == 1
         assert message in capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_what_a_chat_template_refuses_is_said_with_the_line(capsys, tmp_path):
     for more in ([], ["--batch-size", "1"]):
         assert main([*score, *more]) == 1
         error = capsys.readouterr().err
-        assert "line 3 of" in error and "the chat template does not take its messages: System role not" in error
+        assert "line 3 of" in error and "the chat template cannot format its messages: System role not" in error
 
 
 def test_data_files_are_known_by_their_ending_in_any_case_and_may_have_a_mark(tmp_path):

@@ -68,7 +68,7 @@ def test_sizes_are_those_of_the_model(family):
     assert num_trained(sizes, Setup(share=0.5, rank=3), "ESFT") == sum(
         p.numel() for p in low.parameters() if p.requires_grad
     )
-    with pytest.raises(ValueError, match="no experts container"):
+    with pytest.raises(ValueError, match="no experts module"):
         ModelSizes.of(torch.nn.Linear(2, 2))
 
 

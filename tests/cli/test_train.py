@@ -344,7 +344,7 @@ def test_a_budget_of_memory_is_filled(chat, tmp_path, capsys):
         trained.append(plan["trained_parameters"])
     assert trained[0] < trained[1]
     assert main([*first, "--budget", "1MB"]) == 1
-    assert "does not hold" in capsys.readouterr().err
+    assert "does not fit a budget of" in capsys.readouterr().err
     assert main([*first, "--budget", "much"]) == 1
     assert "--budget is 'much'" in capsys.readouterr().err
 

@@ -251,7 +251,7 @@ def test_other_distributed_weights_are_refused_by_name(tmp_path):
     for found in engines.run(engines.refused, tmp_path):
         assert "distributed tensor" in found["tp_size"]
         assert "ep_size=" in found["tp_size"]
-        assert "before FSDP shards" in found["fsdp_size"]
+        assert "With FSDP, attach the adapter before the model is sharded" in found["fsdp_size"]
         assert "whole experts" in found["experts also sharded"]
 
 

@@ -255,7 +255,7 @@ def test_what_cannot_be_made_smaller_is_refused(adapter, tmp_path):
     save_file({k: v / 0 for k, v in tensors.items()}, tmp_path / "broken" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="holds a NaN or an infinity"):
         compact(tmp_path / "broken", tmp_path / "x", form="int4")
-    with pytest.raises(ValueError, match="'a/b' is not a folder: pass base="):
+    with pytest.raises(ValueError, match="'a/b' is not a folder; give base="):
         compact(tmp_path / "broken", tmp_path / "x")
     path = next(iter(config["target_experts"]))
     kept = {key: value for key, value in tensors.items() if path not in key}
@@ -265,5 +265,5 @@ def test_what_cannot_be_made_smaller_is_refused(adapter, tmp_path):
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="storage is 'int2'"):
         ESFTConfig(target_experts={0: [1]}, storage="int2")
-    with pytest.raises(ValueError, match="full-rank"):
+    with pytest.raises(ValueError, match="adapters of full rank"):
         ESFTConfig(target_experts={0: [1]}, storage="int8", rank=2)

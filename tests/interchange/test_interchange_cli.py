@@ -195,7 +195,7 @@ def test_diff_of_bases_selections_and_whole_modules(tmp_path, capsys):
     assert record["containers"][shared]["both"] == [0] and record["containers"][shared]["weights"]["distance"] == 2
     assert record["modules_to_save"]["different"] == ["base_model.model.lm_head.weight"]
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert "made over bases of other weights, in 1 layers" in capsys.readouterr().out
+    assert "trained over bases with other weights in 1 layers" in capsys.readouterr().out
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "c")]) == 0
     assert "base_model.model.lm_head.weight: different" in capsys.readouterr().out
 

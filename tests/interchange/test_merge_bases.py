@@ -87,7 +87,7 @@ def test_what_is_not_there(folder, hub, tmp_path):
         merge_checkpoint("someone/base", folder / "adapter", tmp_path / "out", revision="v3")
     with pytest.raises(NotADirectoryError, match="neither a folder nor the name of a repository"):
         merge_checkpoint(tmp_path / "base", folder / "adapter", tmp_path / "out")
-    with pytest.raises(ValueError, match="is a folder, which has no revisions"):
+    with pytest.raises(ValueError, match="is a folder and has no revisions"):
         merge_checkpoint(folder / "base", folder / "adapter", tmp_path / "out", revision="v2")
     with pytest.raises(FileNotFoundError, match=r"has no weights: none of model\.fp16\.safetensors"):
         merge_checkpoint(folder / "base", folder / "adapter", tmp_path / "out", variant="fp16")
@@ -201,7 +201,7 @@ def test_an_untied_head(settings, shard_size, tmp_path):
 
 
 def test_nothing_to_untie(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"untie is for a head that .* these are .*: \{\}"):
+    with pytest.raises(ValueError, match=r"untie needs a base whose head .* these are .*: \{\}"):
         merge_checkpoint(folder / "base", folder / "adapter", tmp_path / "merged", untie=True)
     assert main(["merge", str(folder / "base"), str(folder / "adapter"), str(tmp_path / "merged"), "--untie"]) == 1
     assert not (tmp_path / "merged").exists()

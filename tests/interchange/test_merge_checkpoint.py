@@ -223,13 +223,13 @@ def break_experts(adapter):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (break_shapes, "expected is torch.float32"),
+        (break_shapes, "; expected torch.float32"),
         (break_values, "holds a NaN or an infinity"),
         (break_names, r"gate_up_proj is missing.*up_gate_proj is not selected, or not in this model"),
         (leave_out_a_layer, r"layers\.1\.mlp\.experts\.esft_\w+ is missing"),
-        (name_others, "are those of the experts .* and its config names"),
-        (break_layers, "is not the path of an experts container"),
-        (break_experts, r"has 8 experts.*there are none of id \[8\]"),
+        (name_others, "are for the experts .*, but its config names"),
+        (break_layers, "is not the path of an experts module"),
+        (break_experts, r"has 8 experts.*it has no expert \[8\]"),
     ],
 )
 def test_what_does_not_fit_is_refused_and_leaves_nothing(change, message, tmp_path):
@@ -264,13 +264,13 @@ def test_another_base_of_the_same_shape_is_noticed(tmp_path):
     other.save_pretrained(tmp_path / "other")
     for number, use in enumerate((merge, export_official, publish_rows)):
         use(tmp_path / "adapter", tmp_path / "base", tmp_path / f"fits-{number}")
-        with pytest.warns(UserWarning, match=r"over a base with other weights, in 1 of 1 layers"):
+        with pytest.warns(UserWarning, match=r"over a base with other weights, which differ in 1 of 1 layers"):
             use(tmp_path / "adapter", tmp_path / "other", tmp_path / f"other-{number}")
     other.name_or_path = "someone/other"
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "someone/base"
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="it was made for 'someone/base', this is 'someone/other'"):
+    with pytest.raises(ValueError, match="Its base was 'someone/base', this one is 'someone/other'"):
         export_official(tmp_path / "adapter", other, tmp_path / "refused")
 
 

@@ -91,7 +91,7 @@ def test_files_go_there_and_back(model_type, tmp_path):
     merged = tensors_of(tmp_path / "merged")
     assert merged.keys() == after.keys() and all(torch.equal(merged[key], after[key]) for key in after)
     if model_type in SEVERAL:
-        with pytest.raises(ValueError, match="names containers by the index of their layer"):
+        with pytest.raises(ValueError, match="names experts modules by the index of their layer"):
             export_official(tmp_path / "adapter", tmp_path / "base", tmp_path / "back")
         return
     export_official(tmp_path / "adapter", tmp_path / "base", tmp_path / "back")

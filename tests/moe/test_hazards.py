@@ -65,7 +65,7 @@ def test_experts_that_the_data_never_reaches_are_left_out_of_the_selection():
     scores = score_experts(model, [zoo.inputs_for(model)], progress=False)
     silent = [path for path, c in scores.containers.items() if not any(c.selected_pairs)]
     assert silent and all("vision" in path for path in silent)
-    with pytest.warns(UserWarning, match="no token of the scored data reached 2 of 4 containers"):
+    with pytest.warns(UserWarning, match="no token of the scored data reached 2 of 4 experts modules"):
         selection = select_experts(scores)
     assert not set(selection) & set(silent)
     get_peft_model(model, ESFTConfig(target_experts=selection))
@@ -76,7 +76,7 @@ def test_vision_experts_may_differ_in_number_from_layer_to_layer():
     numbers = {path: c.num_experts for path, c in find_experts(model).items() if "vision" in path}
     assert sorted(numbers.values()) == [4, 8]
     path = min(numbers, key=numbers.get)
-    with pytest.raises(ValueError, match=r"has 4 experts \(0 to 3\); there are none of id \[5\]"):
+    with pytest.raises(ValueError, match=r"has 4 experts, with ids 0 to 3; it has no expert \[5\]"):
         get_peft_model(model, ESFTConfig(target_experts={path: [5]}))
 
 
@@ -89,7 +89,7 @@ def test_experts_in_a_narrower_space_than_the_model_s():
 
 def test_several_groups_of_one_layer_are_named_by_path():
     model = zoo.build("jetmoe")
-    with pytest.raises(ValueError, match="layer 0 has several experts containers"):
+    with pytest.raises(ValueError, match="layer 0 has several experts modules"):
         get_peft_model(model, ESFTConfig(target_experts={0: [1]}))
     scores = score_experts(model, [{"input_ids": TOKENS}], progress=False)
     selection = select_experts(scores)
@@ -103,7 +103,9 @@ def test_slow_layouts_say_so_once():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         get_peft_model(model, config_for(model))
-    assert [str(w.message).partition(":")[0] for w in caught if "anew" in str(w.message)] == ["DbrxExperts"]
+    assert [str(w.message).partition(":")[0] for w in caught if "full fine-tuning" in str(w.message)] == [
+        "DbrxExperts"
+    ]
 
 
 def test_scoring_is_not_disturbed_by_training_noise():
@@ -151,7 +153,7 @@ def test_lora_beside_experts_is_warned_of_when_saved_and_refused_when_loaded(tmp
     model = get_peft_model(base, config_for(base))
     with pytest.warns(UserWarning, match="LoRA weights beside ESFT's"):
         model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"does not call for: .*lora_A.*saved and loaded without ESFT's"):
+    with pytest.raises(ValueError, match=r"does not allow: .*lora_A.*Save and load them without ESFT's"):
         PeftModel.from_pretrained(tiny_model("olmoe"), tmp_path)
 
 

@@ -120,7 +120,7 @@ def test_routers_that_return_logits_only_give_counts_but_no_gates():
     (path,) = scores.containers
     assert scores.containers[path].selected_pairs == expected.containers[path].selected_pairs
     torch.testing.assert_close(scores.token()[path], expected.token()[path])
-    with pytest.raises(ValueError, match=r"gate values of model.layers.1.mlp.experts could"):
+    with pytest.raises(ValueError, match=r"gate values of model.layers.1.mlp.experts are not known"):
         scores.gate()
     with pytest.raises(ValueError, match="Use batches of one sample"):
         score_experts(listed, [{"input_ids": TOKENS}], progress=False)
@@ -375,7 +375,7 @@ def test_parameters_of_the_models_own_module_stay_frozen():
     others, left_out = find_other_modules(base)
     assert left_out == ["scale"]
     assert "lm_head" in others and "model.layers.0.self_attn.q_proj" in others and "" not in others
-    with pytest.warns(UserWarning, match=r"leaves these parameters frozen.*\['scale'\]"):
+    with pytest.warns(UserWarning, match=r"cannot train these parameters.*stay frozen: \['scale'\]"):
         model = get_peft_model(base, config_for(base, train_non_expert_modules=True))
     model(input_ids=random_tokens(), labels=random_tokens()).loss.backward()
     assert model.base_model.model.scale.grad is None

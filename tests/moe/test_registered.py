@@ -95,23 +95,23 @@ def test_the_error_without_a_description_says_how_to_give_one():
     message = r"If model\.layers\.0\.mlp\.experts \(OwnExperts\) holds .*register_experts\(type\(module\), has_gate"
     with pytest.raises(ValueError, match=message):
         get_peft_model(own_model(), ESFTConfig(target_experts={0: [1]}))
-    with pytest.raises(ValueError, match=f"nothing can be scored: .*{message}"):
+    with pytest.raises(ValueError, match=f"the model cannot be scored: .*{message}"):
         score_experts(own_model(), [{"input_ids": TOKENS}])
-    with pytest.raises(ValueError, match=r"^Linear has no experts container of a known kind\. ESFT needs"):
+    with pytest.raises(ValueError, match=r"^Linear has no experts module of a known kind\. ESFT needs"):
         get_peft_model(nn.Linear(2, 2), ESFTConfig(target_experts={0: [1]}))
 
 
 @pytest.mark.parametrize(
     ("flags", "lacking"),
     [
-        ({"has_gate": False}, "lacks up_proj:"),
-        ({"has_bias": True}, "lacks gate_up_proj_bias, down_proj_bias:"),
-        ({"has_post_expert_norm": True}, "lacks post_expert_norm:"),
+        ({"has_gate": False}, r"lacks up_proj\."),
+        ({"has_bias": True}, r"lacks gate_up_proj_bias, down_proj_bias\."),
+        ({"has_post_expert_norm": True}, r"lacks post_expert_norm\."),
     ],
 )
 def test_what_a_description_does_not_fit_is_refused(flags, lacking):
     register_experts(OwnExperts, **flags)
-    with pytest.raises(ValueError, match=f"OwnExperts was registered with .*, and {lacking}"):
+    with pytest.raises(ValueError, match=f"OwnExperts was registered with .*, but {lacking}"):
         find_experts(own_model())
 
 

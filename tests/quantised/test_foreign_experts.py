@@ -87,7 +87,7 @@ def test_blocks_of_two_experts_are_refused() -> None:
     whole = tiny_model("deepseek_v3", torch.bfloat16)
     whole.config.num_experts = 8
     whole.model.layers[1].mlp.experts = FP8Experts(whole.config, block_size=None)
-    with pytest.raises(NotImplementedError, match="one scale for a whole matrix"):
+    with pytest.raises(NotImplementedError, match="one scale per matrix"):
         adopt_quantized_experts(whole)
 
 

@@ -43,7 +43,7 @@ def test_other_layouts_are_refused_by_name(model_type: str) -> None:
 
 def test_experts_are_not_quantised_twice_nor_under_an_adapter() -> None:
     model = tiny_model("olmoe", torch.bfloat16)
-    with pytest.raises(ValueError, match=re.escape("8 experts (0 to 7); there are none of id [9]")):
+    with pytest.raises(ValueError, match=re.escape("8 experts, with ids 0 to 7; it has no expert [9]")):
         quantize_experts(model, keep={0: [9]})
     with pytest.raises(ValueError, match="float64"):
         quantize_experts(tiny_model("olmoe", torch.float64))
@@ -131,8 +131,8 @@ def test_damaged_checkpoints_are_refused(
         ("bits", 5, "bits is 4 or 8"),
         ("bits", 8, "dtype torch.uint8 in the checkpoint, and not torch.int8"),
         ("keep", {"0": [3]}, "kept_rows"),
-        ("keep", {"7": [3]}, "layer 7 has no experts container"),
-        ("keep", {"0": [99]}, "there are none of id"),
+        ("keep", {"7": [3]}, "layer 7 has no experts module"),
+        ("keep", {"0": [99]}, "it has no expert"),
         ("keep", {"0": [3, 3]}, "kept_rows"),
         ("keep", [3], "keep"),
         ("keep", {"0": 3}, "keep"),

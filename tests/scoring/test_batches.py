@@ -83,7 +83,7 @@ def test_rows_without_answers_are_refused_where_only_answers_count(tokenizer):
     for row, message in (
         ("text", "a text has no answer"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "no token of its messages is marked as an answer"),
-        ({"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}, "are str and list; both are texts"),
+        ({"prompt": "x", "completion": [{"role": "assistant", "content": "x"}]}, "are str and list; give two texts"),
         ({"prompt": "x"}, "it has prompt; needed"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -121,10 +121,10 @@ def test_bad_rows_are_refused(tokenizer):
     with pytest.raises(ValueError, match="it is a int; needed"):
         list(text_batches([3], tokenizer))
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match=r"the chat template does not take its messages: .*chat_template"):
+    with pytest.raises(ValueError, match=r"the chat template cannot format its messages: .*chat_template"):
         list(text_batches([{"messages": [{"role": "user", "content": "Who?"}]}], tokenizer))
     tokenizer.chat_template = "{{ messages[1].content + 1 }}"
-    with pytest.raises(ValueError, match="the chat template does not take its messages: "):
+    with pytest.raises(ValueError, match="the chat template cannot format its messages: "):
         list(text_batches([{"messages": [{"role": "user", "content": "Who?"}]}], tokenizer))
     with pytest.raises(ValueError, match=r"message 1 has \['from', 'value'\]; expected a dict of role and content"):
         list(text_batches([{"messages": [{"from": "human", "value": "Who?"}]}], tokenizer))

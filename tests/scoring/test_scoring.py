@@ -248,9 +248,9 @@ def test_bad_input_is_refused(tmp_path):
         score_experts(model, [{"pixels": batch["input_ids"]}], progress=False)
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 3\)"):
         score_experts(model, [{**batch, "attention_mask": torch.ones(2, 3)}], progress=False)
-    with pytest.raises(ValueError, match="Linear has no experts container"):
+    with pytest.raises(ValueError, match="Linear has no experts module"):
         score_experts(torch.nn.Linear(2, 2), [batch], progress=False)
-    with pytest.raises(ValueError, match="averaged by sample and by token"):
+    with pytest.raises(ValueError, match="averaged differently: 'sample' and 'token'"):
         scores + score_experts(model, [batch], averaging="token", progress=False)
     with pytest.raises(ValueError, match="different models"):
         scores + score_experts(tiny_model("deepseek_v2"), [batch], progress=False)
@@ -282,8 +282,8 @@ def test_scores_have_the_sizes_of_the_model_and_are_read_without(tmp_path):
         (lambda record: record.update(containers=[]), "containers is malformed"),
         (lambda record: record.update(containers={}), "containers is malformed"),
         (lambda record: record["containers"].update({PATH: 3}), "containers is malformed"),
-        (lambda record: record["containers"][PATH].update(extra=1), rf"{PATH} holds the fields \['extra'"),
-        (lambda record: record["containers"][PATH].pop("top_k"), f"{PATH} holds the fields"),
+        (lambda record: record["containers"][PATH].update(extra=1), rf"{PATH} has the fields \['extra'"),
+        (lambda record: record["containers"][PATH].pop("top_k"), f"{PATH} has the fields"),
         (lambda record: record["containers"][PATH].update(top_k=True), f"{PATH}: top_k is malformed: True"),
         (lambda record: record["containers"][PATH].update(selected_pairs=[1.5] * 8), "selected_pairs is malformed"),
         (lambda record: record["containers"][PATH].update(token_share_sum="abc"), "token_share_sum is malformed"),
@@ -293,20 +293,23 @@ def test_scores_have_the_sizes_of_the_model_and_are_read_without(tmp_path):
         ),
         (
             lambda record: record["containers"][PATH].update(gate_weight_sum=[0.5] * 7),
-            "8 experts, but rows of another",
+            "8 experts, but lists of another",
         ),
-        (lambda record: record["halves"].append(3), "halves holds the fields int"),
+        (lambda record: record["halves"].append(3), "halves has the fields int"),
         (lambda record: record["halves"][0].update(num_tokens=[1]), "halves: num_tokens is malformed"),
-        (lambda record: record["halves"][0]["selected_pairs"].update({PATH: [[1], [2]]}), "rows of another length"),
-        (lambda record: record["halves"][0]["selected_pairs"].pop(PATH), "rows of another length"),
-        (lambda record: record["halves"][0]["selected_pairs"].update(zz=[[1] * 8, [2] * 8]), r"halves names \['zz'\]"),
+        (lambda record: record["halves"][0]["selected_pairs"].update({PATH: [[1], [2]]}), "lists of another length"),
+        (lambda record: record["halves"][0]["selected_pairs"].pop(PATH), "lists of another length"),
+        (
+            lambda record: record["halves"][0]["selected_pairs"].update(zz=[[1] * 8, [2] * 8]),
+            r"halves has \['zz'\], but containers does not",
+        ),
         (lambda record: record.update(num_tokens="3"), "num_tokens is malformed"),
         (lambda record: record.update(averaging="mean"), "averaging is malformed: mean"),
         (lambda record: record.update(model=3), "model is malformed"),
         (lambda record: record.update(answers_only=1), "answers_only is malformed"),
-        (lambda record: record.pop("halves"), "holds the fields"),
+        (lambda record: record.pop("halves"), "has the fields"),
         (lambda record: record.update(sizes=[]), "sizes is malformed"),
-        (lambda record: record["sizes"].pop("units"), "sizes holds the fields"),
+        (lambda record: record["sizes"].pop("units"), "sizes has the fields"),
         (lambda record: record["sizes"].update(total=0), "sizes is malformed"),
         (lambda record: record["sizes"].update(unit_experts=[3]), "sizes is malformed"),
         (lambda record: record["sizes"].update(units=[-1, -1]), "sizes is malformed"),
@@ -487,7 +490,7 @@ def test_routing_weights_that_are_no_numbers_are_refused_by_name():
     model = tiny_model("olmoe")
     model.model.embed_tokens.weight.data[7] = math.nan
     batch = {"input_ids": torch.tensor([[3, 4, 5, 6], [3, 7, 5, 6]])}
-    with pytest.raises(ValueError, match=r"in 2 of 2 containers.* model.layers.0.mlp.experts, are NaN.*bf16 or fp32"):
+    with pytest.raises(ValueError, match=r"2 of 2 experts modules are NaN.* model.layers.0.mlp.experts.*bf16 or fp32"):
         score_experts(model, [batch], progress=False)
     # What does not count may be anything.
     accumulator = RoutingAccumulator(3)

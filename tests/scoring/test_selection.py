@@ -70,7 +70,7 @@ def test_recorded_scores_are_read_by_the_metric_and_sized_by_their_experts():
     assert select_experts(scores, top_p=0.75, metric="gate_share") == {"small": [1, 0], "large": [2]}
     # Half of 36 parameters: one large expert and all small ones; a second large one would be too much.
     assert select_experts(scores, budget=0.5) == {"small": [0, 1, 2], "large": [0]}
-    with pytest.raises(ValueError, match="is less than 2 experts"):
+    with pytest.raises(ValueError, match="min_experts requires 2 experts"):
         select_experts(scores, budget=0.3)
 
 
@@ -108,12 +108,14 @@ def test_equal_scores_are_resolved_by_id():
 
 
 def test_containers_that_no_token_reached_are_left_out():
-    with pytest.warns(UserWarning, match="reached 1 of 2 containers, for example image"):
+    with pytest.warns(UserWarning, match="reached 1 of 2 experts modules, for example image"):
         assert select_experts({"image": [0.0, 0.0], "text": [0.5, 0.5]}, top_p=0.2) == {"text": [0]}
 
 
 def test_scores_below_top_p_select_all_and_warn():
-    with pytest.warns(UserWarning, match=r"1 of 2 containers sum to less than top_p=0.5 \(for example 0.300 in a\)"):
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 experts modules sum to less than top_p=0.5 \(for example 0.300 in a\)"
+    ):
         selection = select_experts({"a": [0.1, 0.2], "b": [0.5, 0.5]}, top_p=0.5)
     assert selection == {"a": [1, 0], "b": [0]}
 
@@ -135,7 +137,7 @@ def test_a_budget_is_kept_and_spent_on_the_highest_scores(rows, percent, least):
     scores = {f"layer {number}": [value / sum(row) for value in row] for number, row in enumerate(rows)}
     total = sum(map(len, rows))
     if sum(min(least, len(row)) for row in rows) > percent / 100 * total * (1 + 1e-9):
-        with pytest.raises(ValueError, match="is less than"):
+        with pytest.raises(ValueError, match="is too small"):
             select_experts(scores, budget=percent / 100, min_experts=least)
         return
     selection = select_experts(scores, budget=percent / 100, min_experts=least)
@@ -184,7 +186,7 @@ def test_what_is_chosen_for_memory_fits_and_the_next_larger_choice_does_not(rows
         except ValueError as refused:
             error = str(refused)
             fewest = sum(min(least, count) for count in most.values()) * 1_000 / scores.sizes.experts
-            assert "does not hold the model" in error and "What would fit" in error
+            assert "does not fit a budget of" in error and "These settings would fit" in error
             assert not estimate(scores.sizes, replace(setup, share=fewest)).fits
             chosen.append({path: [] for path in most})
             continue
@@ -218,7 +220,9 @@ def test_memory_as_text_is_that_of_one_or_several_gpus():
     assert select_experts(scores, budget="2x12GB") == select_experts(scores, budget="80GB")  # each has half of it
     copies = Setup(gpus=2, memory=12e9, engine="DDP")
     assert select_experts(scores, budget=copies) == {"layer 0": [0], "layer 1": [0]}
-    message = r"budget of 5GB does not hold the model .* take 5.6 GB, 1.6 of them for the base in bf16.* nf4 base"
+    message = (
+        r"the model does not fit a budget of 5GB, .* takes 5.6 GB, of which the base in bf16 takes 1.6 GB.* nf4 base"
+    )
     with pytest.raises(ValueError, match=message):
         select_experts(scores, budget="5GB")
 
@@ -234,7 +238,7 @@ def test_a_budget_of_memory_is_one_way_of_choosing():
     scores = scored_model([[0.5, 0.5]])
     with pytest.raises(ValueError, match="different ways of choosing"):
         select_experts(scores, budget="24GB", top_p=0.2)
-    with pytest.raises(ValueError, match="'24' is not a memory of GPUs"):
+    with pytest.raises(ValueError, match="'24' is not an amount of GPU memory"):
         select_experts(scores, budget="24")
 
 
@@ -244,9 +248,9 @@ def test_a_config_fills_memory_with_deltas_of_its_rank():
     assert [sum(map(len, own.target_experts.values())) for own in (full, low)] == [4, 8]
     assert full.selection["budget"] == "12GB" and full.selection["top_p"] == pytest.approx(0.7)
     assert low.rank == 1 and low.selection["top_p"] == 1
-    with pytest.raises(ValueError, match="for rank None, and the config has rank=2"):
+    with pytest.raises(ValueError, match="for rank None, but the config has rank=2"):
         ESFTConfig.from_scores(scores, budget=Setup(memory=12e9), rank=2)
-    with pytest.raises(ValueError, match="counts experts alone, not train_shared_experts, train_non_expert_modules"):
+    with pytest.raises(ValueError, match="counts experts only, not train_shared_experts, train_non_expert_modules"):
         ESFTConfig.specialise(scores, budget="12GB")
 
 
@@ -262,7 +266,7 @@ def test_random_experts_are_as_many_and_reproducible():
 
 def test_renormalised_gates_are_pointed_out_with_the_numbers():
     scores = {"a": [0.05, 0.15, 0.8], "b": [0.4, 0.3, 0.3]}
-    with pytest.warns(UserWarning, match=r"gates of 2 of 2 containers sum to 1 or more.*keeps 1\.0 experts"):
+    with pytest.warns(UserWarning, match=r"gates of 2 of 2 experts modules sum to 1 or more.*selects 1\.0 experts"):
         select_experts(scores, metric="gate")
 
 
@@ -272,17 +276,17 @@ def test_renormalised_gates_are_pointed_out_with_the_numbers():
         ({"a": [0.5, 0.5]}, {"top_p": 0.2, "top_k": 3}, "'top_p': 0.2, 'top_k': 3} are different ways of choosing"),
         ({"a": [0.5, 0.5]}, {"budget": 0.2, "top_k": 3}, "'top_k': 3, 'budget': 0.2} are different ways of choosing"),
         ({"a": [0.5, 0.5]}, {"budget": 2}, "budget is 2"),
-        ({"a": [0.5, 0.5]}, {"budget": 0.4}, "is less than 1 experts"),
+        ({"a": [0.5, 0.5]}, {"budget": 0.4}, "min_experts requires 1 experts"),
         ({"a": [0.5, 0.5]}, {"top_k": 0}, "top_k is 0"),
         ({"a": [0.5, 0.5]}, {"min_experts": 0}, "min_experts is 0"),
         ({"a": [0.5, 0.5]}, {"max_experts": 0}, "max_experts is 0"),
         ({"a": [0.5, 0.5]}, {"min_experts": 3, "max_experts": 2}, "max_experts is 2, less than min_experts, 3"),
         ({"a": [0.5, 0.5]}, {"top_p": 0.0}, "top_p is 0.0"),
         ({"a": [0.5, 0.5]}, {"top_p": 1.5}, "top_p is 1.5"),
-        ({"a": [0.5, 0.5]}, {"top_p": "0.2"}, "top_p is '0.2'; it is a share"),
+        ({"a": [0.5, 0.5]}, {"top_p": "0.2"}, "top_p is '0.2'; expected a share"),
         ({"a": [0.5, 0.5]}, {"top_p": True}, "top_p is True"),
         ({"a": [0.5, 0.5]}, {"budget": [0.5]}, r"budget is \[0.5\]"),
-        ({"a": [0.5, 0.5]}, {"top_k": 2.5}, "top_k is 2.5; it is an integer"),
+        ({"a": [0.5, 0.5]}, {"top_k": 2.5}, "top_k is 2.5; expected an integer"),
         ({"a": [0.5, 0.5]}, {"max_experts": "2"}, "max_experts is '2'"),
         (
             {"a": [0.5, 0.5]},
@@ -301,5 +305,5 @@ def test_bad_input_is_refused(scores, settings, message):
 
 
 def test_scores_of_another_kind_are_named():
-    with pytest.raises(ValueError, match=r"scores are a list; they are ExpertScores or a dict \{path: scores \[E\]\}"):
+    with pytest.raises(ValueError, match=r"scores are a list; expected ExpertScores or a dict \{path: scores \[E\]\}"):
         select_experts([[0.5, 0.5]])

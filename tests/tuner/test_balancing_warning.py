@@ -15,7 +15,7 @@ from oracle import config_for
 def test_the_balancing_loss_is_warned_of_once(family, tmp_path):
     base = tiny_model(family)
     base.config.output_router_logits, base.config.router_aux_loss_coef = True, 0.9
-    with pytest.warns(UserWarning, match=r"0\.9 times the router's balancing loss is added") as said:
+    with pytest.warns(UserWarning, match=r"adds 0\.9 times the router's balancing loss") as said:
         model = get_peft_model(base, config_for(base))
     assert sum("balancing loss" in str(warning.message) for warning in said) == 1
     model.save_pretrained(tmp_path)

@@ -137,15 +137,15 @@ def test_scaling_works_merged_and_unmerged_and_is_undone_by_1():
         ((["a", "c"], [1, 1], "d"), r"no adapters \['c'\]; there are \['a', 'b'\]"),
         ((["a", "b"], [1], "d"), "2 adapters and 1 weights"),
         (([], [], "d"), "0 adapters and 0 weights"),
-        ((["a", "a"], [1, 0.5], "d"), r"\['a', 'a'\]; expected is a list of different names"),
-        (("ab", [1, 1], "d"), "'ab'; expected is a list"),
-        ((["a"], [float("nan")], "d"), r"finite numbers, .* not with \[nan\]"),
-        ((["a"], ["2"], "d"), r"finite numbers, .* not with \['2'\]"),
+        ((["a", "a"], [1, 0.5], "d"), r"\['a', 'a'\]; expected a list of different names"),
+        (("ab", [1, 1], "d"), "'ab'; expected a list"),
+        ((["a"], [float("nan")], "d"), r"finite numbers .* not by \[nan\]"),
+        ((["a"], ["2"], "d"), r"finite numbers .* not by \['2'\]"),
         ((["a"], [1], "law-v1.0"), "'law-v1.0' cannot be an adapter's name"),
         ((["a"], [1], "b"), "already is an adapter 'b'"),
         ((["a"], [1], "d", "cat"), "combination_type is 'cat'; it is one of .*'linear' adds deltas exactly"),
-        ((["a"], [1], "d", "ties"), "density is None; it is above 0"),
-        ((["a"], [1], "d", "ties", 0.0), "density is 0.0; it is above 0"),
+        ((["a"], [1], "d", "ties"), "density is None; give a density above 0"),
+        ((["a"], [1], "d", "ties", 0.0), "density is 0.0; give a density above 0"),
         ((["a"], [1], "d", "linear", 0.5), "density has no effect"),
         ((["a"], [1], "d", "ties", 0.5, "loudest"), "majority_sign_method is 'loudest'"),
     ],
@@ -163,7 +163,7 @@ def test_bad_combinations_are_refused_and_nothing_is_changed(arguments, message)
 def test_a_scale_is_a_finite_number(scale):
     model = two_adapters()
     expected = logits(model)
-    with pytest.raises(ValueError, match="multiplied with finite numbers"):
+    with pytest.raises(ValueError, match="multiplied only by finite numbers"):
         model.base_model.set_scale("a", scale)
     assert torch.equal(logits(model), expected)
 
@@ -192,11 +192,11 @@ def test_conflicts_name_the_shared_experts_and_how_alike_their_changes_are():
     assert [(shared.expert, round(shared.cosine, 6)) for shared in report.shared] == [(5, 1.0), (6, -1.0)]
     assert {shared.path for shared in report.shared} == {"model.layers.1.mlp.experts"}
     assert (report.num_trained, report.num_layers, report.shared_per_layer) == ((6, 3), 2, 1.0)
-    assert str(report).startswith("a trains 6 experts and b 3; they share 2, 1.00 a layer\n")
+    assert str(report).startswith("a trains 6 experts and b 3; they share 2, 1.00 per layer\n")
     with pytest.raises(ValueError, match=r"no ESFT adapter named 'c'; it has \['a', 'b'\]"):
         adapter_conflicts(model, "a", "c")
     model.merge_adapter()
-    with pytest.raises(ValueError, match="unmerge them"):
+    with pytest.raises(ValueError, match="call unmerge_adapter"):
         adapter_conflicts(model, "a", "b")
 
 

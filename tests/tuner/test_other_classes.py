@@ -245,7 +245,7 @@ def test_smaller_files_and_the_original_code_s(folder, tmp_path):
 def test_modules_to_save_are_moved_by_the_users_of_peft(folder):
     model = whole(folder)
     with pytest.raises(
-        NotImplementedError, match=r"embed_tokens.weight has this name.*argument key_mapping="
+        NotImplementedError, match=r"has another name for .*embed_tokens.weight.*argument key_mapping="
     ) as error:
         PeftModel.from_pretrained(model, folder / "embeddings")
     assert not any(isinstance(module, ESFTLayer) for module in model.modules())
@@ -259,7 +259,7 @@ def test_modules_to_save_are_moved_by_the_users_of_peft(folder):
 
 def test_transformers_loader_is_refused(folder):
     model = whole(folder)
-    with pytest.raises(NotImplementedError, match=r"another class of the base's checkpoint.*Use PEFT's"):
+    with pytest.raises(NotImplementedError, match=r"another class of the base's checkpoint.*with PEFT's"):
         model.load_adapter(str(folder / "experts"))
     text = text_class(folder)
     text.load_adapter(str(folder / "experts"))

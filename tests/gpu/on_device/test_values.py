@@ -65,7 +65,7 @@ def test_a_step_of_all_families(family, size):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*training writes the whole weights:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*each training step computes the weights of all:UserWarning")
 @pytest.mark.parametrize("model_type", [*model_types(), *VARIANTS])
 def test_all_architectures_run_and_train(model_type):
     def outputs(device):

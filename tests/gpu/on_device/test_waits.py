@@ -103,7 +103,7 @@ def test_switching_and_merging_do_not_wait():
 
 
 @pytest.mark.parametrize("model_type", ["llama4", "dbrx", "jetmoe", "doge"])
-@pytest.mark.filterwarnings("ignore:.*training writes the whole weights:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*each training step computes the weights of all:UserWarning")
 def test_experts_behind_a_forward_of_their_own_copy_nothing_from_the_host(model_type):
     host = build(model_type)
     inputs = inputs_for(host)
