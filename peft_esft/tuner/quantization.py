@@ -371,8 +371,8 @@ class ESFTQuantizer(HfQuantizer):
                 )
         if kept and self.is_original:
             raise ValueError(
-                f"keep names experts of {next(iter(kept))}, but the checkpoint has them only in MXFP4, so keeping them "
-                "in full precision gains nothing. Leave keep out"
+                f"keep names experts of {next(iter(kept))}, but the checkpoint has them only in MXFP4, so it gains "
+                "nothing to keep them in full precision. Leave keep out"
             )
         if self.linears is not None and self.is_original:
             raise NotImplementedError(
