@@ -27,7 +27,7 @@ from ..scoring.memory_size import bytes_of
 from ..scoring.model_sizes import ModelSizes
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
-from ..tuner.quantization import ESFTQuantizationConfig
+from .loading import quantization_of
 from .stopping import StopOnSignal
 from .train_options import PAPER_LEARNING_RATE, TrainOptions
 from .training_memory import memory_of_training, training_setup
@@ -262,8 +262,8 @@ def load_model(own: TrainOptions, settings: SFTConfig) -> PreTrainedModel:
         kwargs["device_map"] = {"": settings.device}
     kwargs |= settings.model_init_kwargs or {}
     settings.model_init_kwargs = None
-    if own.bits is not None:
-        kwargs["quantization_config"] = ESFTQuantizationConfig(bits=own.bits)
+    config = {"revision": own.model_revision, "trust_remote_code": settings.trust_remote_code}
+    kwargs |= quantization_of(str(own.model_name_or_path), own.bits, **config)
     return AutoModelForCausalLM.from_pretrained(str(own.model_name_or_path), **kwargs)
 
 

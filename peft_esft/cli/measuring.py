@@ -21,7 +21,6 @@ from ..analysis.evaluation import Evaluation, evaluate
 from ..analysis.evaluation_page import BASE, write_evaluation_page
 from ..analysis.forgetting import ForgettingPoint, forgetting
 from ..scoring.batches import RowError, text_batches
-from ..tuner.quantization import ESFTQuantizationConfig
 from .loading import load_base, load_tokenizer, names_of
 from .training_rows import Format, read_measured_rows
 
@@ -94,8 +93,7 @@ class Measuring:
             tokenizer.pad_token = tokenizer.eos_token
         if task is not None:
             decide_answers(task, tokenizer)
-        bits = {} if options.bits is None else {"quantization_config": ESFTQuantizationConfig(bits=options.bits)}
-        base = load_base(options.model, options.dtype, options.device_map, **bits)
+        base = load_base(options.model, options.dtype, options.device_map, options.bits)
         return cls(options, names, tokenizer, base, task, general)
 
     def run(self) -> dict[str, Any]:

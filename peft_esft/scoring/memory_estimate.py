@@ -29,7 +29,6 @@ PER_EXPERT_WEIGHT = {"nf4": 0.5 + 4 / 64, "mxfp4": 0.5 + 1 / 32}
 EIGHT_BIT_MOMENTS = 2 * (1 + 4 / 256)
 """Bytes of bitsandbytes' two moments of a weight, with a fp32 scale for each block of 256."""
 QUANTISED = ("int8", "nf4", "mxfp4")
-_CONTAINER_OF = {"mxfp4": "Mxfp4GptOssExperts"}
 _GPUS = re.compile(r"(?:(\d+)\s*x\s*)?(.+)", re.IGNORECASE)
 
 
@@ -121,7 +120,6 @@ class Estimate:
             is computed there are no gradients yet; their room is counted as free.
         copies: what the optimizer's step adds.
         sent: bytes sent to other GPUs in a step; with offload, bytes read from the host.
-        obstacle: why the package cannot train on such a base; None if it can.
     """
 
     method: Method
@@ -134,7 +132,6 @@ class Estimate:
     activations: float
     copies: float
     sent: float
-    obstacle: str | None = None
 
     @property
     def total(self) -> float:
@@ -143,8 +140,8 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """True if the GPU holds them, and the package can train so."""
-        return self.obstacle is None and self.total <= RESERVE * self.setup.memory
+        """True if the GPU holds them."""
+        return self.total <= RESERVE * self.setup.memory
 
 
 def num_trained(sizes: ModelSizes, setup: Setup, method: Method) -> float:
@@ -209,7 +206,6 @@ def estimate(sizes: ModelSizes, setup: Setup, method: Method = "ESFT", engine: E
         activations=_activations(sizes, setup, method, gradients),
         copies=width * trained / parts if setup.optim == "adamw_torch" else 0,
         sent=sent,
-        obstacle=_obstacle(setup.base),
     )
 
 
@@ -242,14 +238,6 @@ def _weights_of_a_layer(sizes: ModelSizes, setup: Setup, method: Method) -> floa
         return setup.share * experts * (1 if setup.rank is None else 2)
     # PEFT adds the product to the whole weight, of which the larger one is two thirds of the experts.
     return 2 * 2 / 3 * experts if method == "LoRA" else 0
-
-
-def _obstacle(base: BaseFormat) -> str | None:
-    """The package's own refusal of experts that stay as the checkpoint has them."""
-    from ..moe.architectures import ADOPTABLE, KNOWN_CONTAINERS  # here: choosing experts loads no model's code
-
-    refusal = KNOWN_CONTAINERS[_CONTAINER_OF[base]].refusal if base in _CONTAINER_OF else None
-    return None if refusal is None or refusal.startswith(ADOPTABLE) else refusal
 
 
 def plan(sizes: ModelSizes, setup: Setup, optims: Sequence[Optimizer] = ()) -> list[Estimate]:

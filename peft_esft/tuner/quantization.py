@@ -121,7 +121,7 @@ def quantize_experts(
     """
     config = ESFTQuantizationConfig(bits, keep, quant_type)
     if config.format.name not in ENCODERS:
-        raise ValueError(f"experts are not brought to {config.format.name}, but only loaded in it; 'nf4' is better")
+        raise ValueError(f"experts cannot be quantised to {config.format.name}, only loaded in it; use 'nf4'")
     containers = find_experts(model)
     check_quantizable(model, containers)
     kept = _kept_experts(config, containers)
@@ -371,8 +371,8 @@ class ESFTQuantizer(HfQuantizer):
                 )
         if kept and self.is_original:
             raise ValueError(
-                f"keep names experts of {next(iter(kept))}, of which the checkpoint has nothing better than MXFP4. "
-                "Leave keep out: they lose nothing more"
+                f"keep names experts of {next(iter(kept))}, but the checkpoint has them only in MXFP4, so it gains "
+                "nothing to keep them in full precision. Leave keep out"
             )
         if self.linears is not None and self.is_original:
             raise NotImplementedError(
