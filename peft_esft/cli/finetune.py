@@ -27,6 +27,7 @@ from ..scoring.memory_size import bytes_of
 from ..scoring.model_sizes import ModelSizes
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
+from .kinds import TRAIN_REPORT
 from .loading import quantization_of
 from .stopping import StopOnSignal
 from .train_options import PAPER_LEARNING_RATE, TrainOptions
@@ -34,7 +35,7 @@ from .training_memory import memory_of_training, training_setup
 from .training_rows import TrainingRows, read_rows
 
 
-SCORES, REPORT = "scores.json", "train_report.json"
+SCORES = "scores.json"
 CHOICE = ("metric", "top_p", "budget", "num_tokens")
 SCORING = "scoring"
 """The name of an adapter that trains nothing: TRL prepares data and batches for a model with an adapter only."""
@@ -179,7 +180,7 @@ class Finetuning:
         report = {**plan, **fitted, "routing": layers, "log": trainer.state.log_history}
         if is_first:
             trainer.processing_class.save_pretrained(out)
-            (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+            (out / TRAIN_REPORT).write_text(json.dumps(report, indent=1) + "\n")
         trainer.accelerator.wait_for_everyone()
         return report
 

@@ -21,11 +21,9 @@ from ..analysis.evaluation import Evaluation, evaluate
 from ..analysis.evaluation_page import BASE, write_evaluation_page
 from ..analysis.forgetting import ForgettingPoint, forgetting
 from ..scoring.batches import RowError, text_batches
+from .kinds import TRAIN_REPORT
 from .loading import load_base, load_tokenizer, names_of
 from .training_rows import Format, read_measured_rows
-
-
-TRAIN_REPORT = "train_report.json"
 
 
 @dataclass
