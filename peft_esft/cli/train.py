@@ -22,6 +22,10 @@ OWN = {
     "--score-tokens": ("N", "tokens to score (default: 131072)"),
     "--rank": ("R", "rank of the trained changes (default: full rank)"),
     "--bits": ("N", "store the frozen experts in so many bits"),
+    "--model-revision": ("NAME", "revision of a model on the Hub"),
+    "--attn-implementation": ("NAME", "attention implementation, as transformers names them"),
+    "--dataset-config": ("NAME", "configuration of a dataset on the Hub"),
+    "--dataset-train-split": ("NAME", "the split to train on (default: train)"),
     "--config": ("FILE", "a recipe: these options, and TRL's, as YAML"),
 }
 TRL = {

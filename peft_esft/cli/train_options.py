@@ -23,7 +23,10 @@ WAYS = ("esft", "lora", "full")
 
 @dataclass
 class TrainOptions:
-    """What `peft-esft train` takes beside `SFTConfig`; names that TRL's scripts have too mean the same there."""
+    """What `peft-esft train` takes beside `SFTConfig`; names that TRL's scripts have too mean the same there.
+
+    `train.OWN` has their texts for `--help`, which loads neither TRL nor torch.
+    """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "MODEL"})
     model_revision: str | None = field(default=None, metadata={"help": "revision of a model on the Hub"})

@@ -20,7 +20,7 @@ from ..scoring.scores import ExpertScores, Metric
 from ..scoring.selection import DEFAULT_TOP_P, select_experts, top_p_for_memory
 from .adapter_file import KEY_PREFIX, Header, find_header, find_hub_header, finish_file, read_header
 from .config_checks import check_target_experts, check_types, check_values
-from .file_contents import check_experts, check_foreign, foreign_keys
+from .file_checks import check_experts, check_foreign, foreign_keys
 from .model_card import write_card
 from .other_classes import Prefixes, moved
 from .targets import ModuleOptions, adapted_selection

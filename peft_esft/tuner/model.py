@@ -26,7 +26,7 @@ from .layers.listed import ListedExperts
 from .layers.merging import check_finite
 from .layers.substituted import SubstitutedExperts
 from .layers.tied import TiedLayer, update_tied_keys
-from .loading import check_file, check_incoming, check_loader, header_of, moved_weights
+from .load_checks import check_file, check_incoming, check_loader, header_of, moved_weights
 from .messages import shortened
 from .mixed_batch import (
     calling_with,

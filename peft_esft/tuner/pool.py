@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..scoring.memory_size import bytes_of
 from .config import ESFTConfig
-from .file_contents import check_finite_header, compare_entries
+from .file_checks import check_finite_header, compare_entries
 from .fingerprint import compare_base
-from .loading import expected_entries
+from .load_checks import expected_entries
 from .mixed_batch import BASE
 from .model import ESFTModel, adapters_lock
 from .other_classes import moved_keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 import torch
@@ -20,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from peft_esft import ESFTConfig, ExpertScores
 from peft_esft.checkpoints import last_complete_checkpoint
 from peft_esft.cli import training_rows
-from peft_esft.cli.main import main
-from peft_esft.cli.train_options import parse
+from peft_esft.cli.main import build_parser, main
+from peft_esft.cli.train_options import CompareOptions, TrainOptions, parse
 from peft_esft.cli.training_rows import read_rows
 
 from repository import ROOT
@@ -146,6 +148,18 @@ def test_a_dry_run_says_all_and_writes_nothing(chat, tmp_path, capsys):
         assert line in text
     assert "learning rate 1e-05; the paper's" in text
     assert not (tmp_path / "law").exists()
+
+
+@pytest.mark.parametrize(("command", "kind"), [("train", TrainOptions), ("compare", CompareOptions)])
+def test_every_option_of_a_command_is_in_its_help(command, kind):
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    shown = {option for action in commands.choices[command]._actions for option in action.option_strings}
+    named = {f"--{field.name.replace('_', '-')}" for field in fields(kind)} - {
+        "--model-name-or-path",
+        "--dataset-name",
+    }
+    elsewhere = set() if command == "train" else {"--top-p", "--budget", "--resume", "--dry-run"}
+    assert named - shown == elsewhere
 
 
 def test_defaults_and_other_options_of_trl(tmp_path):

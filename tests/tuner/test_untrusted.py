@@ -21,7 +21,7 @@ from peft_esft.cli.main import main
 from peft_esft.interchange.adapter import AdapterFolder
 from peft_esft.interchange.tensor_files import TensorFolder
 from peft_esft.tuner.adapter_file import read_header
-from peft_esft.tuner.file_contents import check_finite_header
+from peft_esft.tuner.file_checks import check_finite_header
 
 from families import tiny_model
 from oracle import config_for
