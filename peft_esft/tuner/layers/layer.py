@@ -301,7 +301,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def hold(self) -> None:
         """Computes the effective rows of the active adapters, for calls within `held.holding`."""
-        if self._active is not None and self._active.held is None:
+        if self._active is not None and not self.is_stored_as_rows(self._active.names):
             with plain_modes(), self.onloaded(self._active.names):
                 rows = {name: self.effective_rows(name, self._active.names) for name in self.weights}
             self._active = replace(self._active, held=rows)
