@@ -278,7 +278,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if a merged row is not finite.
             NotImplementedError: if the base's weights are computed from other tensors.
-            RuntimeError: if they are offloaded.
+            RuntimeError: if they are offloaded, or an adapter has no data.
         """
         new_names = check_adapters_to_merge(self, adapter_names)
         if new_names:
