@@ -278,7 +278,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if a merged row is not finite.
             NotImplementedError: if the base's weights are computed from other tensors.
-            RuntimeError: if they are offloaded.
+            RuntimeError: if they are offloaded, or an adapter has no data.
         """
         new_names = check_adapters_to_merge(self, adapter_names)
         if new_names:
@@ -301,7 +301,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def hold(self) -> None:
         """Computes the effective rows of the active adapters, for calls within `held.holding`."""
-        if self._active is not None and self._active.held is None:
+        if self._active is not None and not self.is_stored_as_rows(self._active.names):
             with plain_modes(), self.onloaded(self._active.names):
                 rows = {name: self.effective_rows(name, self._active.names) for name in self.weights}
             self._active = replace(self._active, held=rows)

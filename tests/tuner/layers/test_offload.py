@@ -168,3 +168,20 @@ def test_offloaded_adapters_are_saved_with_their_values(offload, settings, tmp_p
     for name in (".", "rows"):
         before, after = (load_file(tmp_path / when / name / WEIGHTS) for when in ("before", "after"))
         assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("names", [["default"], ["other", "default"]], ids=str)
+def test_an_adapter_without_data_is_not_merged(names, rank):
+    """PEFT's `low_cpu_mem_usage` makes one, whose weights are to be loaded."""
+    base = tiny_model("olmoe")
+    config = config_for(base, init_weights=False, rank=rank)
+    model = get_peft_model(base, config, adapter_name="other")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.add_adapter("default", config_for(base), low_cpu_mem_usage=True)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(RuntimeError, match=r"adapter 'default' has no data in model\.layers\.0.*load_adapter"):
+            merge(adapter_names=names)
+    model.delete_adapter("default")
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in after.items())
