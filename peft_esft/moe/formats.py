@@ -170,6 +170,30 @@ class MXFP4:
         return matrices
 
 
+@dataclass(frozen=True)
+class Gguf:
+    """Blocks of a GGUF file, as transformers' `GgufExperts` keeps them: `[E, out, bytes of a row]`.
+
+    Attributes:
+        ggml_type: ggml's number of the type, which says what a block has.
+    """
+
+    ggml_type: int
+
+    @property
+    def name(self) -> str:
+        from transformers.integrations.gguf.dequant import GGML_NAME
+
+        return f"gguf {GGML_NAME[self.ggml_type]}"
+
+    def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        from transformers.integrations.gguf.dequant import dequantize
+
+        # One after the other: an intermediate result has up to 8 bytes for each weight.
+        own = [dequantize(blocks, self.ggml_type, dtype) for blocks in tensors["codes"][experts]]
+        return torch.stack(own).view(-1, *shape)
+
+
 ENCODERS: dict[str, Encoder] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": Int8()}
 """The forms that `quantize_experts` can bring experts to."""
 
