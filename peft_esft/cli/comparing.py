@@ -88,11 +88,15 @@ class Comparison:
 
         Raises:
             KeyboardInterrupt: if a signal ended a training; the next start goes on with it.
+            ValueError: if full fine-tuning is the only way and does not fit.
         """
+        self._save()  # marks the folder as this command's, for a start that is interrupted before the first result
         for way in self.ways():
             if way.name not in self.results:
                 print(f"== {way.name}", flush=True)
                 self._train(way)
+        if BASE not in self.results:
+            raise ValueError(f"full fine-tuning, the only one of --ways, is left out: {self.left_out}")
         try:
             self._write_page()
         except ImportError as error:
@@ -117,6 +121,7 @@ class Comparison:
             "trained_parameters": tuning.num_trained,
             "steps": tuning.steps,
             "seconds": fitted["seconds"],
+            "resumed": fitted["resumed_from"] is not None,
             "memory_estimate_bytes": _estimate(tuning, way),
             "peak_bytes": peak,
             "saved_bytes": _saved_bytes(folder) if way.kind != "full" else tuning.trainer.model.get_memory_footprint(),
@@ -165,6 +170,9 @@ class Comparison:
 
     def _keep(self, name: str, result: dict[str, Any]) -> None:
         self.results[name] = result
+        self._save()
+
+    def _save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         partial_file = self.out / f"{RESULTS}.part"
         record = {"options": _options(self.own, self.settings), "results": self.results}
@@ -208,6 +216,8 @@ class Comparison:
         ]
         if any(own.get("peak_bytes") is None for name, own in self.results.items() if name != BASE):
             lines.append("~: estimated for one GPU, as `peft-esft plan` does")
+        if any(own.get("resumed") for own in self.results.values()):
+            lines.append(">: training was interrupted; the time is that since its last start")
         if self.left_out:
             lines.append(f"full fine-tuning is left out: {self.left_out}")
         return "\n".join([*lines, f"written to {self.out}"])
@@ -265,6 +275,8 @@ def _earlier_results(out: Path, options: dict[str, Any]) -> dict[str, dict[str, 
         raise ValueError(f"--out is {out}, which holds something else; name a new folder") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{out / RESULTS} is damaged ({error}); name a new folder") from error
+    if not results:
+        return {}  # nothing was trained
     changed = [key for key in options.keys() | earlier.keys() if options.get(key) != earlier.get(key)]
     if changed:
         key = min(changed)
@@ -324,10 +336,11 @@ def _saved_bytes(folder: Path) -> int:
 def _cost_cells(own: dict[str, Any]) -> list[str]:
     estimated = own["peak_bytes"] is None
     memory = own["memory_estimate_bytes"] if estimated else own["peak_bytes"]
+    time = f"{own['seconds']:,.0f} s" if own["seconds"] >= 1 else f"{own['seconds']:.1f} s"
     return [
         f"{own['trained_parameters']:,}",
         f"{own['learning_rate']:g}",
         f"{'~' if estimated else ''}{memory / 1e9:.2f} GB",
-        f"{own['seconds']:,.0f} s" if own["seconds"] >= 1 else f"{own['seconds']:.1f} s",
+        f"{'>' if own.get('resumed') else ''}{time}",
         f"{own['saved_bytes'] / 1e6:,.1f} MB",
     ]

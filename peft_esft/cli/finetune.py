@@ -27,14 +27,15 @@ from ..scoring.memory_size import bytes_of
 from ..scoring.model_sizes import ModelSizes
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
+from .kinds import TRAIN_REPORT
 from .loading import quantization_of
 from .stopping import StopOnSignal
 from .train_options import PAPER_LEARNING_RATE, TrainOptions
 from .training_memory import memory_of_training, training_setup
-from .training_rows import TrainingRows, read_rows
+from .training_rows import TrainingRows, check_chat_template, read_rows
 
 
-SCORES, REPORT = "scores.json", "train_report.json"
+SCORES = "scores.json"
 CHOICE = ("metric", "top_p", "budget", "num_tokens")
 SCORING = "scoring"
 """The name of an adapter that trains nothing: TRL prepares data and batches for a model with an adapter only."""
@@ -179,7 +180,7 @@ class Finetuning:
         report = {**plan, **fitted, "routing": layers, "log": trainer.state.log_history}
         if is_first:
             trainer.processing_class.save_pretrained(out)
-            (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
+            (out / TRAIN_REPORT).write_text(json.dumps(report, indent=1) + "\n")
         trainer.accelerator.wait_for_everyone()
         return report
 
@@ -277,12 +278,7 @@ def _scores_of_file(own: TrainOptions, settings: SFTConfig) -> ExpertScores | No
 
 def _decide_loss(rows: TrainingRows, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig) -> list[str]:
     """Takes the loss on answers where the data has answers and the chat template marks them."""
-    is_chat = isinstance(rows.train[0][rows.train.column_names[0]], list)
-    if is_chat and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the rows are conversations, and the tokenizer of {tokenizer.name_or_path} has no chat template: it is a "
-            "base model. Take the -Instruct or -Chat one, --chat-template-path FILE, or rows of prompt and completion"
-        )
+    check_chat_template(rows.train, tokenizer, "--chat-template-path FILE")
     if settings.assistant_only_loss is not None:
         return []
     settings.assistant_only_loss = False

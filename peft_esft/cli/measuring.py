@@ -21,11 +21,9 @@ from ..analysis.evaluation import Evaluation, evaluate
 from ..analysis.evaluation_page import BASE, write_evaluation_page
 from ..analysis.forgetting import ForgettingPoint, forgetting
 from ..scoring.batches import RowError, text_batches
+from .kinds import TRAIN_REPORT
 from .loading import load_base, load_tokenizer, names_of
-from .training_rows import Format, read_measured_rows
-
-
-TRAIN_REPORT = "train_report.json"
+from .training_rows import Format, check_chat_template, read_measured_rows
 
 
 @dataclass
@@ -313,12 +311,7 @@ def _seed_of_training(folder: Path, data: str) -> int | None:
 
 def decide_answers(task: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
     """Takes the loss on answers where rows have some and the chat template marks them, as `train` does."""
-    is_chat = isinstance(task.rows[0][task.rows.column_names[0]], list)
-    if is_chat and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the rows are conversations, and the tokenizer of {tokenizer.name_or_path} has no chat template: it is a "
-            "base model. Take the -Instruct or -Chat one, or rows of prompt and completion"
-        )
+    check_chat_template(task.rows, tokenizer)
     task.answers_only = task.format == "prompt and completion"
     if task.format == "messages":
         template = _training_template(tokenizer)

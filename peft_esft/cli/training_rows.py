@@ -140,6 +140,24 @@ def read_measured_rows(
     return rows, form, f"its split {name!r}"
 
 
+def check_chat_template(rows: Any, tokenizer: Any, *ways: str) -> None:
+    """Checks that conversations can be made into text.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        tokenizer: of the model.
+        *ways: what else the command takes instead, for the message.
+
+    Raises:
+        ValueError: if the rows are conversations and the tokenizer has no chat template.
+    """
+    if _is_conversation(rows[0][rows.column_names[0]]) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the rows are conversations, and the tokenizer of {tokenizer.name_or_path} has no chat template: it is a "
+            f"base model. Take {', '.join(['the -Instruct or -Chat one', *ways])}, or rows of prompt and completion"
+        )
+
+
 def _of_split(splits: Mapping[str, Any], name: str, data: str) -> Any:
     """The rows of a split, or those that a column `split` says so of."""
     only = next(iter(splits.values())) if len(splits) == 1 else None

@@ -381,19 +381,22 @@ class ESFTModel(AdapterOperations):
         # Called when an adapter is saved: the place where a user can still act on what training did not do.
         warn_of_unreached_experts(list(layers.values()), adapter_name)
         # The layers say what is the adapter's. Names of adapters tell too little: a module may be called the same.
-        keys = [
-            f"{path}.{name}.{adapter_name}"
-            for path, layer in layers.items()
-            for name in layer.tensors_of(adapter_name)
-        ]
-        known = {plain_key(key): key for key in state_dict}
-        missing = [key for key in map(plain_key, keys) if key not in known]
+        known = {plain_key(key): tensor for key, tensor in state_dict.items()}
+        own: dict[str, Tensor] = {}
+        missing: list[str] = []
+        for path, layer in layers.items():
+            with layer.onloaded([adapter_name]):
+                for name, tensor in layer.tensors_of(adapter_name).items():
+                    key = plain_key(f"{path}.{name}.{adapter_name}")
+                    found = known.get(key)
+                    # Where accelerate keeps an adapter on the CPU or the disk, the state dict has no data of it.
+                    own[key] = tensor.detach().cpu().clone() if found is None or found.is_meta else found
+                    missing += [key] if found is None else []
         if missing:
             raise ValueError(f"the state dict has no weights of adapter {adapter_name!r} for {shortened(missing)}")
         weights = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         weights = {key: tensor for key, tensor in weights.items() if DELTA_KEY not in key}
-        weights |= {key: state_dict[known[key]] for key in map(plain_key, keys)}
-        return rows_to_file(model, adapter_name, weights)
+        return rows_to_file(model, adapter_name, weights | own)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from peft import PeftConfig
 
 from peft_esft import ESFTConfig
+from peft_esft.checkpoints import last_complete_checkpoint
 from peft_esft.cli import comparing
 from peft_esft.cli.finetune import Finetuning
 from peft_esft.cli.main import main
@@ -120,6 +126,45 @@ def test_an_interruption_keeps_what_is_done(data, tmp_path, capsys, monkeypatch)
     assert compare(data, tmp_path / "law", *options, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     assert set(record["ways"]) == {"base", "esft-0.1", "lora"} and record["left_out"] == ""
+
+
+@pytest.mark.slow
+def test_a_killed_training_goes_on_from_its_checkpoint(data, tmp_path, capsys):
+    out = tmp_path / "law"
+    options = ["--ways", "lora", "--max-steps", "40", "--save-steps", "2"]
+    command = [sys.executable, "-m", "peft_esft", "compare", MODEL, data, "--out", str(out), *QUICK, *RATES, *options]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=env, **quiet) as process:
+        while process.poll() is None and last_complete_checkpoint(out / "lora") is None:
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and set(results(out)) == {"base"}
+    assert compare(data, out, *options) == 0
+    assert results(out)["lora"]["resumed"]
+    assert ">: training was interrupted; the time is that since its last start" in capsys.readouterr().out
+
+
+def test_a_start_that_was_interrupted_before_the_first_result(data, tmp_path, capsys, monkeypatch):
+    prepare, options = Finetuning.prepare, ["--ways", "lora"]
+
+    def interrupted(own, settings, wrap=None):
+        prepare(own, settings, wrap)  # makes the folder
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Finetuning, "prepare", interrupted)
+    assert compare(data, tmp_path / "law", *options) == 130
+    assert results(tmp_path / "law") == {} and (tmp_path / "law" / "lora").is_dir()
+    monkeypatch.setattr(Finetuning, "prepare", prepare)
+    # With other options, too: nothing was trained that could be mixed.
+    assert compare(data, tmp_path / "law", *options, "--lora-rank", "4") == 0
+    assert set(results(tmp_path / "law")) == {"base", "lora"}
+
+
+def test_full_alone_that_does_not_fit_is_an_error(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(comparing, "_memory", lambda: 1e6)
+    assert compare(data, tmp_path / "law", "--ways", "full") == 1
+    assert "full fine-tuning, the only one of --ways, is left out: it takes about 0." in capsys.readouterr().err
 
 
 def test_full_is_left_out_where_it_does_not_fit(data, tmp_path, capsys, monkeypatch):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload
 from accelerate.utils import OffloadedWeightsLoader
 from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
@@ -150,3 +152,19 @@ def test_transformers_loader_is_refused_where_it_would_load_nothing(tmp_path):
     with pytest.raises(NotImplementedError, match=r"experts is offloaded.*set_peft_model_state_dict"):
         base.load_adapter(str(tmp_path / "a"))
     assert not any(isinstance(module, ESFTLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}], ids=["delta", "rank"])
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_offloaded_adapters_are_saved_with_their_values(offload, settings, tmp_path):
+    model = get_peft_model(tiny_model("olmoe"), config_for(tiny_model("olmoe"), init_weights=False, **settings))
+    model.add_adapter("rows", config_for(model.get_base_model(), [0, 2], init_weights=False))
+    model.base_model.freeze_adapter("rows")
+    model.save_pretrained(tmp_path / "before")
+    where = {"offload_dir": str(tmp_path / "weights")} if offload is disk_offload else {}
+    offload(model, execution_device=torch.device("cpu"), **where)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "after")
+    for name in (".", "rows"):
+        before, after = (load_file(tmp_path / when / name / WEIGHTS) for when in ("before", "after"))
+        assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
