@@ -158,7 +158,7 @@ class MXFP4:
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         experts, width, out = shape
         if width % 32:
-            raise ValueError(f"MXFP4 has blocks of 32 weights, of which matrices {list(shape[1:])} are no multiple")
+            raise ValueError(f"MXFP4 has blocks of 32 weights, and the matrices have {width} inputs: not a multiple")
         blocks = (experts, out, width // 32)
         return {"codes": (torch.uint8, (*blocks, 16)), "scales": (torch.uint8, blocks)}
 
