@@ -250,8 +250,7 @@ def plan(sizes: ModelSizes, setup: Setup, optims: Sequence[Optimizer] = ()) -> l
         optims: optimizers of ESFT; the others have the first one. Empty means that of the setup.
     """
     optims = tuple(optims) or (setup.optim,)
-    stored: tuple[BaseFormat, ...] = ("mxfp4",) if sizes.stored_as == "mxfp4" else ()
-    bases = (setup.base, "int8", "nf4", *stored)
+    bases = (setup.base, *_few_bits(sizes))
     estimates = []
     for engine in _engines(sizes, setup):
         for rank, base, optim in product(dict.fromkeys((None, setup.rank)), dict.fromkeys(bases), optims):
@@ -300,7 +299,7 @@ def what_would_fit(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
     Returns:
         The estimates; none if nothing fits.
     """
-    bases = [base for base in ("int8", "nf4") if BASE_FORMATS.index(base) > BASE_FORMATS.index(setup.base)]
+    bases = [base for base in _few_bits(sizes) if BASE_FORMATS.index(base) > BASE_FORMATS.index(setup.base)]
     ways = product(
         _engines(sizes, setup),
         (setup.base, *bases),
@@ -318,6 +317,12 @@ def what_would_fit(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
             changes = len(changed) + (engine == "offload")
             found.setdefault(changes, []).append(estimate(sizes, own, "ESFT", engine))
     return found[min(found)] if found else []
+
+
+def _few_bits(sizes: ModelSizes) -> tuple[BaseFormat, ...]:
+    """The forms in few bits that a base can have; MXFP4 only where the checkpoint is in it."""
+    stored: tuple[BaseFormat, ...] = ("mxfp4",) if sizes.stored_as == "mxfp4" else ()
+    return ("int8", "nf4", *stored)
 
 
 def fits_on_gpus(sizes: ModelSizes, setup: Setup) -> bool:

@@ -184,6 +184,9 @@ def test_gpt_oss_is_planned_as_it_is_stored():
     (stored,) = [own for own in plan(sizes, Setup(memory=1e9)) if own.setup.base == "mxfp4"]
     assert stored.base == pytest.approx(300 * 0.53125 + 700 * 2)
     assert stored.fits
+    tight = Setup(tokens=1, memory=2950)
+    forms = [{way.setup.base for way in what_would_fit(own, tight)} for own in (sizes, SIZES)]
+    assert forms[0] == forms[1] | {"mxfp4"}
 
 
 def test_the_commands_names_are_those_of_the_estimates():
