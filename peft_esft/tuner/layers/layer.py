@@ -26,7 +26,7 @@ from .held import RowBank, is_holding, join_stored_rows
 from .merging import merge, unmerge
 from .modes import plain_modes
 from .offload import compute_device, is_offloaded, load_offloaded
-from .records import ActiveAdapters, ExpertIds, LayerAdapter, MergeRecord, StoredTensors
+from .records import ActiveAdapters, ExpertIds, LayerAdapter, MergeRecord, StoredScales, StoredTensors
 
 
 PREFIX = "esft_"
@@ -72,7 +72,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         for name in self.other_param_names:
-            setattr(self, name, StoredTensors({}, persistent=True))
+            stored = StoredScales if name.endswith("_scales") else StoredTensors
+            setattr(self, name, stored({}, persistent=True))
         # Tables that follow from the expert ids; as buffers they move with the layer.
         self.index_tables, self.slot_tables = BufferDict({}, persistent=False), BufferDict({}, persistent=False)
         self.adapters: dict[str, LayerAdapter] = {}
@@ -259,7 +260,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
                 with align_module_device(tensors):
                     loaded = {key: _copy_of(tensor) for key, tensor in tensors.items()}
                 is_stored = isinstance(tensors, StoredTensors)
-                setattr(self, name, StoredTensors(loaded, persistent=True) if is_stored else nn.ParameterDict(loaded))
+                setattr(self, name, type(tensors)(loaded, persistent=True) if is_stored else nn.ParameterDict(loaded))
 
     def _remove_tensors(self, adapter_name: str) -> None:
         self._end_offloading()
