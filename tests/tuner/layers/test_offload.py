@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from peft_esft import ESFTLayer, score_experts
+from peft_esft import AdapterPool, ESFTLayer, hotswap_adapter, score_experts
 from peft_esft.checkpoints import save_adapter
 
 from families import tiny_model
@@ -185,3 +187,48 @@ def test_an_adapter_without_data_is_not_merged(names, rank):
     model.delete_adapter("default")
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def add(model, folder):
+    model.load_adapter(folder / "other", "new")
+    model.set_adapter("new")
+
+
+def combine(model, folder):
+    model.base_model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "sum")
+    model.set_adapter("sum")
+    model.delete_adapter("default")
+
+
+def hotswap(model, folder):
+    hotswap_adapter(model, folder / "other")
+
+
+def use_pool(model, folder):
+    pool = AdapterPool(model, 10**7)
+    pool.add("pooled", folder / "other")
+    pool.get("pooled")
+    model.set_adapter("pooled")
+    pool.close()
+
+
+@pytest.mark.parametrize("operation", [add, combine, hotswap, use_pool])
+def test_adapters_change_after_accelerate_has_offloaded_them(operation, tmp_path):
+    """As with LoRA, the adapters that join stay loaded."""
+    torch.manual_seed(0)
+    base = tiny_model("olmoe")
+    config = config_for(base, init_weights=False)
+    get_peft_model(tiny_model("olmoe"), config).save_pretrained(tmp_path / "other")
+    model = get_peft_model(base, config).eval()
+    model.add_adapter("second", config_for(base, [2, 1, 3], init_weights=False))
+    offloaded = cpu_offload(copy.deepcopy(model))
+    outputs = []
+    with torch.no_grad():
+        for changed in (model, offloaded):
+            changed(input_ids=TOKENS)
+            operation(changed, tmp_path)
+            outputs.append([changed.eval()(input_ids=TOKENS).logits])
+            changed.set_adapter("second")
+            outputs[-1].append(changed(input_ids=TOKENS).logits)
+    assert all(torch.equal(live, away) for live, away in zip(*outputs, strict=True))
+    assert not torch.equal(*outputs[0])
