@@ -231,9 +231,12 @@ class ESFTModel(AdapterOperations):
         """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`.
 
         Raises:
-            ValueError: if there is no adapter of one of the names.
+            ValueError: if there is no adapter of one of the names, or several of them have the same whole module.
         """
         self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        for module in self._modules_with_adapters():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.check_set_adapter(adapter_name)
         merged = [layer for layer in self._layers() if layer.merged]
         if merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)

@@ -232,3 +232,23 @@ def test_adapters_change_after_accelerate_has_offloaded_them(operation, tmp_path
             outputs[-1].append(changed(input_ids=TOKENS).logits)
     assert all(torch.equal(live, away) for live, away in zip(*outputs, strict=True))
     assert not torch.equal(*outputs[0])
+
+
+@pytest.mark.parametrize("names", [None, ["default", "__base__"]], ids=["active", "mixed"])
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [(listed_model, {}), (lambda: tiny_model("qwen2_moe"), {"train_shared_experts": True})],
+    ids=["listed", "shared"],
+)
+def test_modules_that_are_not_fused_are_refused_when_they_are_offloaded_later(build, settings, names):
+    base = build()
+    model = get_peft_model(base, config_for(base, init_weights=False, **settings)).eval()
+    expected = model(input_ids=TOKENS).logits.detach()
+    cpu_offload(model)
+    with pytest.raises(NotImplementedError, match=r"was offloaded after the adapter was attached.*merge the adapter"):
+        model(input_ids=TOKENS, adapter_names=names)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(input_ids=TOKENS).logits, build().eval()(input_ids=TOKENS).logits)
+    model.merge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, expected)
