@@ -31,48 +31,32 @@ class ESFTConfig(PeftConfig):
     """Configuration of Expert-Specialized Fine-Tuning (arXiv 2407.01906).
 
     Args:
-        target_experts (`dict[str, list[int]]`):
-            The experts to train, by the module path of their container (`"model.layers.3.mlp.experts"`; see
-            `find_experts`) or by the index of the decoder layer (`3` or `"3"`), which is resolved to the path when the
-            adapter is attached.
-        train_shared_experts (`bool`, *optional*, defaults to `False`):
-            Also train the experts that every token goes through, in all layers that have some.
-        train_non_expert_modules (`bool`, *optional*, defaults to `False`):
-            Also train everything that is neither an expert nor a shared expert; routers included, as the released code
-            of the paper does.
-        rank (`int`, *optional*):
-            The rank of the deltas; None means full rank. With a rank only matrices change, vectors such as biases do
-            not.
-        alpha (`float`, *optional*):
-            Deltas of low rank are scaled by `alpha / rank`; None means `alpha = rank`.
-        use_rslora (`bool`, *optional*, defaults to `False`):
-            Scale by `alpha / sqrt(rank)` instead (arXiv 2312.03732).
-        modules_to_save (`list[str]`, *optional*):
-            Further modules that are trained and saved whole, for example a classification head. Only these may be
-            in the adapter's file beside the experts' changes.
-        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
-            Tokens whose embeddings are trained and saved, as in `LoraConfig`: ids, or ids by the embedding's name.
-        ensure_weight_tying (`bool`, *optional*, defaults to `False`):
-            Keep tied embeddings tied where one of them is trained, as in `LoraConfig`.
-        exclude_modules (`list[str]` or `str`, *optional*):
-            Containers to leave out: names or path endings, or a regular expression.
-        layers_to_transform (`list[int]` or `int`, *optional*):
-            Restricts the adapter to these layers of those in `target_experts`.
-        layers_pattern (`list[str]` or `str`, *optional*):
-            The name of the module list whose index `layers_to_transform` counts, if it is not the first number of the
-            path.
-        init_weights (`bool`, *optional*, defaults to `True`):
-            True starts from zero deltas: the model is unchanged before training. False starts from small random
-            deltas, which is of use in tests only.
-        selection (`dict`, *optional*):
-            Where the choice of experts came from: metric, top_p, averaging, tokens seen. A record, but for
-            `num_experts`: a model that has another number of experts than the one scored is refused.
-        storage (`str`, *optional*, defaults to `"delta"`):
-            How the file stores the weights: "delta" for training; "rows", "int8", "int4" or "int1" for files that
-            `interchange.compact` made smaller, for inference only.
-        base_fingerprint (`dict`, *optional*):
-            What the base's rows looked like when the adapter was made, to notice another base. Set by attaching a new
-            adapter; None takes no notice.
+        target_experts: The experts to train. A key is the path of an experts module
+            (`"model.layers.3.mlp.experts"`, as `find_experts` lists it) or the index of a decoder layer (`3` or
+            `"3"`). A value is a list of expert ids. Indices become paths when the adapter is attached.
+        train_shared_experts: Also train the shared experts of all layers. Every token passes through these.
+        train_non_expert_modules: Also train everything that is neither an expert nor a shared expert, routers
+            included, as the paper's released code does.
+        rank: The rank of the deltas; None means full rank. With a rank, only matrices change, and vectors such as
+            biases do not.
+        alpha: Scales deltas of low rank by `alpha / rank`; None means `alpha = rank`.
+        use_rslora: Scale by `alpha / sqrt(rank)` instead (arXiv 2312.03732).
+        modules_to_save: Other modules to train and save whole, for example a classification head.
+        trainable_token_indices: Tokens whose embeddings are trained and saved, as in `LoraConfig`: ids, or ids by the
+            name of the embedding.
+        ensure_weight_tying: Keep tied embeddings tied if one of them is trained, as in `LoraConfig`.
+        exclude_modules: Experts modules to leave out: a list of names or endings of paths, or a regular expression.
+        layers_to_transform: Adapt only these layers of those in `target_experts`.
+        layers_pattern: The name of the list of layers that `layers_to_transform` counts in. None means that the first
+            number in a path is the index of the layer.
+        init_weights: True starts from zero deltas, so the model is unchanged before training. False starts from small
+            random deltas, for tests.
+        selection: How the experts were chosen: metric, top_p, averaging, number of tokens. It is a record only, except
+            for `num_experts`: loading fails on a model with another number of experts.
+        storage: How the file stores the weights. "delta" can be trained. "rows", "int8", "int4" and "int1" are the
+            smaller forms of `interchange.compact`, for inference only.
+        base_fingerprint: Hashes of some of the base's rows, to notice another base. Attaching a new adapter sets them.
+            None compares nothing.
     """
 
     target_experts: dict[str, list[int]] | None = field(

@@ -46,13 +46,13 @@ class AdapterOperations(BaseTuner):
         adapter's deltas are of full rank.
 
         Args:
-            adapters (`list[str]`): Names of the adapters to combine.
-            weights (`list[float]`): A weight for each adapter; a negative weight subtracts its change.
-            adapter_name (`str`): Name of the new adapter.
-            combination_type (`str`): `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` or `"magnitude_prune"`, see
+            adapters: Names of the adapters to combine.
+            weights: A weight for each adapter; a negative weight subtracts its change.
+            adapter_name: Name of the new adapter.
+            combination_type: `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` or `"magnitude_prune"`, see
                 `combination.combine_deltas`.
-            density (`float`, *optional*): Share of the entries that pruning keeps; for all types but `"linear"`.
-            majority_sign_method (`str`): `"total"` or `"frequency"`; for `"ties"` and `"dare_ties"`.
+            density: Share of the entries that pruning keeps; for all types but `"linear"`.
+            majority_sign_method: `"total"` or `"frequency"`; for `"ties"` and `"dare_ties"`.
 
         Raises:
             ValueError: if an adapter does not exist or has `modules_to_save`, or the settings do not fit, or the name
@@ -90,7 +90,7 @@ class AdapterOperations(BaseTuner):
         adapter cannot be trained any more; it is saved in the form `"rows"`.
 
         Args:
-            adapter_name (`str`): Name of the adapter.
+            adapter_name: Name of the adapter.
 
         Raises:
             ValueError: if there is no such adapter, or one is merged.
@@ -119,8 +119,8 @@ class AdapterOperations(BaseTuner):
         """Multiplies an adapter's deltas by `scale` from now on; 1 is how it was trained.
 
         Args:
-            adapter_name (`str`): Name of the adapter.
-            scale (`float`): The factor. It is not saved.
+            adapter_name: Name of the adapter.
+            scale: The factor. It is not saved.
 
         Raises:
             ValueError: if there is no such adapter, it is merged, or the factor is not a finite number.

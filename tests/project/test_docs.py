@@ -80,8 +80,9 @@ def test_quickstart(clone, capsys, recwarn):
     namespace = _run("quickstart.md", {})
     assert namespace["after"] < 0.5 * namespace["before"]
     assert (clone / "sections_adapter" / "adapter_model.safetensors").stat().st_size < 2.3e6
-    shown, trained, answered = _blocks(ROOT / "docs" / "quickstart.md", "text")
+    first_row, listed, shown, counted, trained, answered = _blocks(ROOT / "docs" / "quickstart.md", "text")
     printed = capsys.readouterr().out
+    assert printed.startswith(first_row + listed + counted)
     losses = [re.findall(r"\d\.\d\d", text.split("loss on held-out answers:")[1]) for text in (printed, trained)]
     assert [float(loss) for loss in losses[0][:2]] == pytest.approx([float(loss) for loss in losses[1]], rel=0.1)
     assert printed.endswith(answered)
