@@ -16,8 +16,7 @@ HERE = ROOT / "tests" / "gpu"
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler builds the device")
-@pytest.mark.slow
-@pytest.mark.parametrize("marker", ["not slow", "slow"])
+@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_what_runs_on_the_simulated_device(marker):
     paths = [HERE, HERE / "on_device", ROOT / "tests" / "support", ROOT]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
