@@ -33,8 +33,8 @@ class ExpertsLayout:
         has_bias: each projection has a bias.
         is_transposed: weights are `[E, in, out]` instead of `[E, out, in]`.
         has_post_expert_norm: `post_expert_norm`, shared by all experts, follows the down projection.
-        identity_experts: the attribute with the number of experts without weights, which have the ids from
-            `num_experts` on and return their input; None if there are no such experts.
+        identity_experts: the attribute with the number of experts without weights. These have ids from `num_experts`
+            on and return their input. None if there are no such experts.
     """
 
     has_gate: bool = True
@@ -64,20 +64,19 @@ def register_experts(
     is_transposed: bool = False,
     has_post_expert_norm: bool = False,
 ) -> None:
-    """Describes a class of fused experts of your own, so that they are found, scored and trained.
+    """Describes a class of fused experts of your own, so that its experts are found, scored and trained.
 
-    Classes decorated with `transformers.integrations.use_experts_implementation` say this by themselves. The others
-    have to work like these: `forward(hidden_states, top_k_index, top_k_weights)` takes `[tokens, hidden]` and two
-    `[tokens, top_k]`, and returns `[tokens, hidden]`, for each token the sum of its experts' outputs times their
-    weights. An expert is `down_proj(gate(gate_up_proj(x)))`, where the gate is the module's `_apply_gate` if it has
-    one, else `act_fn(first half) * second half`; or `down_proj(act_fn(up_proj(x)))`. Register in every process that
-    loads or trains an adapter, before it does.
+    Classes decorated with `transformers.integrations.use_experts_implementation` need no description. A class that
+    you register has to work like them. Its `forward(hidden_states, top_k_index, top_k_weights)` takes
+    `[tokens, hidden]` and two tensors `[tokens, top_k]`. It returns `[tokens, hidden]`: for each token, the sum of its
+    experts' outputs times their weights. An expert is `down_proj(gate(gate_up_proj(x)))`, or
+    `down_proj(act_fn(up_proj(x)))` without a gate. The gate is the module's `_apply_gate` if it has one, else
+    `act_fn(first half) * second half`. Register the class in every process, before an adapter is loaded or trained.
 
     Args:
         experts_class: the module's class. Classes that inherit from it are described too.
         has_gate: the weights are `gate_up_proj` `[E, 2 * intermediate, hidden]` and `down_proj`
-            `[E, hidden, intermediate]`; without a gate `up_proj` `[E, intermediate, hidden]` takes the place of the
-            first.
+            `[E, hidden, intermediate]`. Without a gate, `up_proj` `[E, intermediate, hidden]` replaces the first.
         has_bias: each weight has a bias, for example `down_proj_bias` `[E, hidden]`.
         is_transposed: the weights are `[E, in, out]` instead of `[E, out, in]`.
         has_post_expert_norm: the module `post_expert_norm` follows each expert.

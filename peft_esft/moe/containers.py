@@ -1,4 +1,4 @@
-"""Finds the containers of experts in a model, and describes the weights, the layout and the router of each.
+"""Finds the experts modules ("containers") of a model, and describes the weights, the layout and the router of each.
 
 A container is recognised by its parameters and its class, never by the name of its module. Facts about single
 architectures are data in `architectures.py`.
@@ -69,7 +69,7 @@ class ModuleLocation:
 
 @dataclass(frozen=True)
 class ExpertsContainer:
-    """A module that holds the routed experts of a layer.
+    """An experts module: it holds the routed experts of a layer.
 
     Attributes:
         places: locations of the module; there are several if other modules share all of its weights.
@@ -156,14 +156,14 @@ def layer_number(path: str) -> int | None:
 
 
 def find_experts(model: nn.Module) -> dict[str, ExpertsContainer]:
-    """Finds the experts containers of any model.
+    """Finds the experts modules of any model.
 
     Args:
         model: a transformers model, a `PeftModel` around one, or any module that contains one.
 
     Returns:
-        A description for each container, keyed by its module path, in the order of the model's modules. Empty if the
-        model holds no experts of a known kind. Containers that share all their weights are one, with several places.
+        A description of each experts module by its path, in the order of the model's modules. Empty if the model has
+        no experts of a known kind. Modules that share all their weights have one description with several places.
 
     Example:
         >>> find_experts(model)["model.layers.0.mlp.experts"].num_experts

@@ -84,7 +84,7 @@ def read_header(file: Path) -> Header:
 
 
 def read_pickled_header(file: Path) -> Header:
-    """The tensors of a pickled file, which is read for it.
+    """The tensors of a pickled file. Unlike a safetensors file, it has to be read for this.
 
     Raises:
         ValueError: if it holds anything but tensors by name.
@@ -102,7 +102,7 @@ def read_pickled_header(file: Path) -> Header:
 
 
 def load_pickled(file: Path) -> Any:
-    """What a pickled file holds, mapped into memory if its form allows it."""
+    """The content of a pickled file, mapped into memory if its form allows that."""
     return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file) or None)
 
 
@@ -180,7 +180,7 @@ def find_hub_header(name: str, subfolder: str | None, *, pickled: bool = False, 
 
 
 def is_hub_name(name: str | None) -> bool:
-    """True for a name that the Hub accepts as that of a model, which a path of this machine is not."""
+    """True for a name that the Hub accepts for a model. A path on this machine is not one."""
     try:
         validate_repo_id(name or "")
     except HFValidationError:
@@ -207,13 +207,13 @@ def _pickled_weights(where: object) -> ValueError:
 
 
 def write_file(tensors: Mapping[str, Tensor], file: Path, experts: Mapping[str, list[int]]) -> None:
-    """Writes an adapter's tensors and notes in the header which experts they belong to.
+    """Writes an adapter's tensors, and the experts that they belong to into the header.
 
     The same tensors give the same bytes.
 
     Args:
         tensors: by key.
-        file: is put in place once it is whole.
+        file: the file. It appears only once it is complete.
         experts: the experts that the adapter changes, by path, in the order of the rows.
     """
     temporary = file.with_name(f"{file.name}.tmp")
@@ -229,9 +229,9 @@ def write_file(tensors: Mapping[str, Tensor], file: Path, experts: Mapping[str, 
 
 
 def finish_file(file: Path, experts: Mapping[str, list[int]]) -> None:
-    """Notes the experts in a file that PEFT has written, and takes out copies of the base's weights.
+    """Adds the experts to the header of a file that PEFT has written, and removes copies of the base's weights.
 
-    Where a wrapper of PEFT's is around a resized embedding, PEFT saves what is inside the wrapper too.
+    If a wrapper of PEFT's is around a resized embedding, PEFT also saves the embedding inside the wrapper.
     """
     with safe_open(file, "pt") as opened:
         keys = [key for key in opened.keys() if DELTA_KEY in key or not _INSIDE_WRAPPER.search(key)]  # noqa: SIM118

@@ -28,8 +28,8 @@ def combine_deltas(
 ) -> Tensor:
     """Combines deltas as `peft.utils.merge_utils` does.
 
-    Each delta is pruned by itself, so what it lacks of the union does not count; the sign of an entry is elected among
-    those that have it.
+    Each delta is pruned on its own, without the experts that only other adapters have. The sign of an entry is elected
+    among the deltas that have this entry.
 
     Args:
         deltas: pairs of positions int64 `[n]` in the union and delta `[n, ...]`.
@@ -108,7 +108,7 @@ def check_factors(factors: Sequence[float]) -> None:
 
 
 def check_combinable(configs: Mapping[str, ESFTConfig]) -> None:
-    """Refuses adapters that have more than deltas: copies of whole modules are PEFT's, and have no common base.
+    """Refuses adapters that also have whole modules or tokens, which have no deltas to combine.
 
     Raises:
         ValueError: naming the adapters.
@@ -135,7 +135,7 @@ def combined_config(
     combination_type: CombinationType,
     density: float | None,
 ) -> ESFTConfig:
-    """The config of an adapter for inference that changes what others do; `weights` are by their names."""
+    """The config, for inference, of an adapter that changes what the given adapters change, weighted by name."""
     return ESFTConfig(
         target_experts=target_experts,
         train_shared_experts=any(config.train_shared_experts for config in configs),

@@ -77,10 +77,12 @@ class ESFTConfig(PeftConfig):
 
     target_experts: dict[str, list[int]] | None = field(
         default=None,
-        metadata={"help": "The experts to train: {module path of the container or decoder layer index: expert ids}."},
+        metadata={
+            "help": "The experts to train: {path of the experts module, or index of the decoder layer: expert ids}."
+        },
     )
     train_shared_experts: bool = field(
-        default=False, metadata={"help": "Also train the experts that every token goes through."}
+        default=False, metadata={"help": "Also train the experts that every token passes through."}
     )
     train_non_expert_modules: bool = field(
         default=False, metadata={"help": "Also train everything that is not an expert, routers included."}
@@ -100,10 +102,11 @@ class ESFTConfig(PeftConfig):
         default=False, metadata={"help": "Keep tied embeddings tied where one of them is trained."}
     )
     exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Containers to leave out: names, path endings or a regular expression."}
+        default=None,
+        metadata={"help": "Experts modules to leave out: names, endings of paths, or a regular expression."},
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Restricts the adapter to these layers of those in target_experts."}
+        default=None, metadata={"help": "Adapt only these layers of those in target_experts."}
     )
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list whose index layers_to_transform counts."}
@@ -112,7 +115,7 @@ class ESFTConfig(PeftConfig):
         default=True, metadata={"help": "True: zero deltas, the model starts unchanged. False: small random deltas."}
     )
     selection: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Where the choice came from: metric, top_p, averaging, tokens seen."}
+        default=None, metadata={"help": "How the experts were chosen: metric, top_p, averaging, number of tokens."}
     )
     storage: str = field(
         default="delta", metadata={"help": "How the file stores the weights; all but 'delta' are for inference only."}
@@ -146,17 +149,17 @@ class ESFTConfig(PeftConfig):
             self.target_experts = check_target_experts(self.target_experts)
 
     def pop_header(self) -> Header | None:
-        """The tensors of the weights that go with a config that was read, to be checked before anything is changed.
+        """The header of the weights that belong to this config, which is checked before the model is changed.
 
-        They are given once: to the adapter that is attached with this config. For a config from the Hub they are asked
-        for now, since reading a config downloads no weights.
+        It is returned once, for the adapter that is attached with this config. For a config from the Hub, the header
+        is downloaded now, because reading a config downloads no weights.
         """
         find, self._find_header = self._find_header, None
         return None if find is None else find()
 
     @property
     def scaling(self) -> float:
-        """What the product of a low-rank delta's factors is multiplied with; 1 for full-rank deltas."""
+        """The number that multiplies the product of a low-rank delta's factors; 1 for full-rank deltas."""
         if self.rank is None:
             return 1.0
         alpha = self.rank if self.alpha is None else self.alpha
@@ -169,11 +172,11 @@ class ESFTConfig(PeftConfig):
 
     @property
     def adapted_experts(self) -> dict[str, list[int]]:
-        """The experts that the adapter changes: those of `target_experts` that the other options leave."""
+        """The experts that the adapter changes: `target_experts` without those that other options exclude."""
         return adapted_selection(self.module_options, self.target_experts or {})
 
     def move(self, prefixes: Prefixes) -> None:
-        """Gives the modules the paths that they have in another class of the checkpoint, see `other_classes`."""
+        """Changes the paths of modules to those of another class of the checkpoint, see `other_classes`."""
         self.prefixes = prefixes
         if not prefixes:
             return
@@ -208,17 +211,17 @@ class ESFTConfig(PeftConfig):
         write_card(folder, config.to_dict(), config.adapted_experts)
 
     def check_file(self, header: Header) -> None:
-        """Refuses weights that are not this config's, as far as can be told without a model.
+        """Refuses weights that do not belong to this config, as far as this is known without a model.
 
         Args:
             header: of the file.
 
         Raises:
-            ValueError: if it has tensors that the config does not call for, or is noted to be of other experts.
+            ValueError: if it has tensors that the config does not allow, or its note names other experts.
         """
         check_foreign(self._foreign(header))
         if any(path.isdigit() for path in self.adapted_experts):
-            return  # a config made by hand: the number of a layer says no path
+            return  # a config made by hand: a layer's number is not a path
         for file in {entry.file for entry in header.values()}:
             check_experts(file, self.adapted_experts)
 
@@ -227,9 +230,9 @@ class ESFTConfig(PeftConfig):
         return foreign_keys(header, self.modules_to_save or (), has_tokens=has_tokens)
 
     def _described(self, folder: Path) -> ESFTConfig:
-        """The config that says all that is in the weights' file: PEFT saves resized embeddings without being asked.
+        """The config with all modules that are in the weights' file: PEFT also saves resized embeddings on its own.
 
-        They become modules of `modules_to_save`, which belong to the adapter alone.
+        They are added to `modules_to_save`.
         """
         header = find_header(folder, pickled=True) or {}
         if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
@@ -254,7 +257,7 @@ class ESFTConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> ESFTConfig:
-        """Reads a config, and the header of the weights beside it if it lies in a folder.
+        """Reads a config. From a folder, it also reads the header of the weights.
 
         Args:
             pretrained_model_name_or_path: folder or Hub name.
@@ -262,8 +265,8 @@ class ESFTConfig(PeftConfig):
             **kwargs: see `peft.PeftConfig.from_pretrained`. `use_safetensors=False` accepts pickled weights too.
 
         Raises:
-            ValueError: if a field is malformed, the weights' header is, or they are pickled and not asked for. For a
-                Hub name, what concerns the weights is raised when the adapter is attached.
+            ValueError: if a field or the weights' header is malformed, or weights are pickled and that was not
+                allowed. For a Hub name, errors about weights are raised when the adapter is attached.
         """
         pickled = kwargs.pop("use_safetensors", True) is False
         folder = Path(os.path.join(pretrained_model_name_or_path, subfolder or ""))
@@ -283,7 +286,9 @@ class ESFTConfig(PeftConfig):
 
     @classmethod
     def balance(cls, scores: ExpertScores, **kwargs: Any) -> ESFTConfig:
-        """The paper's choice between the task and all else (arXiv 2407.01906, section 6.3): relevant experts only.
+        """Trains the relevant experts only.
+
+        This is the paper's choice to keep general abilities (arXiv 2407.01906, section 6.3).
 
         Args:
             scores: from `score_experts`.
@@ -293,9 +298,9 @@ class ESFTConfig(PeftConfig):
 
     @classmethod
     def specialise(cls, scores: ExpertScores, **kwargs: Any) -> ESFTConfig:
-        """The paper's choice for the task alone (arXiv 2407.01906, section 6.3).
+        """Trains relevant experts, shared experts and all non-expert modules.
 
-        Relevant experts, shared experts, and all non-expert modules are trained.
+        This is the paper's choice for the best result on the task alone (arXiv 2407.01906, section 6.3).
 
         Args:
             scores: from `score_experts`.
@@ -317,25 +322,25 @@ class ESFTConfig(PeftConfig):
         task: str | None = None,
         **kwargs: Any,
     ) -> ESFTConfig:
-        """Builds a config that trains the experts which a task uses most.
+        """Makes a config that trains the experts that a task uses most.
 
         Args:
             scores: from `score_experts`.
-            metric: "token" for the token selection ratio, "gate" for the average gate score, "gate_share" for the
-                latter as a share of the layer's.
+            metric: "token" for the token selection ratio, "gate" for the average gate score, "gate_share" for the gate
+                score as a share of the layer's sum.
             top_p: the share that the chosen experts cover; None means 0.2, the paper's 0.1 for "gate".
-            top_k: see `select_experts`, as for the next three.
+            top_k: the same number of experts in every layer, instead of `top_p`, see `select_experts`.
             budget: share of the experts' parameters, or memory such as "24GB", for deltas of the config's `rank`.
-            min_experts: of each container.
-            max_experts: of each container.
-            task: what the adapter is for, in words; kept for the model card.
+            min_experts: the fewest experts of each layer.
+            max_experts: the most experts of each layer.
+            task: what the adapter is for, in words, for the model card.
             **kwargs: further fields of the config.
 
         Returns:
-            The config, its `selection` recording how the experts were chosen.
+            The config. Its `selection` records how the experts were chosen.
 
         Raises:
-            ValueError: if `scores` are something else, and as `select_experts` does.
+            ValueError: if `scores` are not from `score_experts`, and all errors of `select_experts`.
 
         Example:
             >>> config = ESFTConfig.from_scores(scores, task_type="CAUSAL_LM")
@@ -379,10 +384,10 @@ class ESFTConfig(PeftConfig):
 
 
 def _setup_of(budget: str | Setup, fields: dict[str, Any]) -> Setup:
-    """A budget of memory, for deltas of the config's rank.
+    """Returns a budget of memory for deltas of the config's rank.
 
     Raises:
-        ValueError: if the config trains more than experts, which the budget does not count, or has another rank.
+        ValueError: if the config has another rank, or trains other modules than experts, which are not counted.
     """
     more = ("train_shared_experts", "train_non_expert_modules", "modules_to_save", "trainable_token_indices")
     if others := [name for name in more if fields.get(name)]:

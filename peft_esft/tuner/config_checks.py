@@ -36,11 +36,11 @@ _CHECKED = (
     "storage",
     "base_fingerprint",
 )
-"""The fields whose types are checked: `target_experts` has a check of its own, the others are PEFT's business."""
+"""The fields whose types are checked. `target_experts` has its own check, and PEFT checks its own fields."""
 
 
 def check_types(config: Any) -> None:
-    """Refuses fields that have another type than they are declared with.
+    """Refuses fields whose type is not the declared one.
 
     Raises:
         ValueError: naming the field.
@@ -59,7 +59,7 @@ def check_types(config: Any) -> None:
 
 
 def check_values(config: Any) -> None:
-    """Refuses values that have the right type and no meaning.
+    """Refuses values of the right type that are not possible.
 
     Raises:
         ValueError: naming the field.
@@ -106,7 +106,7 @@ def _check_record(name: str, record: dict[str, Any]) -> None:
 
 
 def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[int]]:
-    """Brings a selection into the form in which it is stored.
+    """Converts a selection to the form in which it is stored.
 
     Args:
         target_experts: `{path or layer index: expert ids}`, ids as any sequence of integers.

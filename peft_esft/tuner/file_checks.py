@@ -1,4 +1,4 @@
-"""Compares the tensors in an adapter's file with those that its config calls for."""
+"""Compares the tensors in an adapter's file with those that its config requires."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .messages import shortened
 
 
 def check_rank(rank: int | None, containers: Iterable[ExpertsContainer]) -> None:
-    """Refuses ranks above every dimension of the weights: a config alone must not ask for any amount of memory.
+    """Refuses ranks above every dimension of the weights. A config from outside could ask for any amount of memory.
 
     Raises:
         ValueError: naming the largest dimension.
@@ -31,13 +31,13 @@ def check_rank(rank: int | None, containers: Iterable[ExpertsContainer]) -> None
 
 
 Entries = dict[str, tuple[torch.dtype, tuple[int, ...] | None]]
-"""Dtype and shape that tensors are to have, by key without the prefix; None for any shape."""
+"""The dtype and shape that each tensor must have, by key without the prefix. None allows any shape."""
 
 
 def delta_entries(
     path: str, weights: Iterable[ExpertWeight], module: nn.Module, num_experts: int, rank: int | None, storage: str
 ) -> Entries:
-    """The tensors that an adapter has for one module.
+    """Returns the tensors that an adapter has for one module.
 
     Args:
         path: of the module.
@@ -60,12 +60,12 @@ def delta_entries(
 
 
 def module_entries(model: nn.Module, modules_to_save: Iterable[str], keys: Iterable[str]) -> Entries:
-    """The tensors that an adapter has besides the experts' changes, for a model that it is not attached to.
+    """The tensors that an adapter has beside the experts' deltas, for a model without the adapter.
 
     Args:
         model: a model without adapters.
         modules_to_save: the config's.
-        keys: of the file. Those of trained tokens are taken as they are: how many there are is not compared.
+        keys: of the file. The number of trained tokens is not compared.
     """
     names = tuple(modules_to_save)
     entries: Entries = {}
@@ -78,14 +78,14 @@ def module_entries(model: nn.Module, modules_to_save: Iterable[str], keys: Itera
 
 
 def compare_entries(found: Mapping[str, Any], expected: Entries) -> None:
-    """Compares an adapter's tensors with those that its config calls for: none missing, none too many, none misshapen.
+    """Compares an adapter's tensors with the expected ones: none may be missing, unexpected, or of another shape.
 
     Args:
         found: the tensors, or their entries in a file, by key; with or without the prefix.
-        expected: what is called for.
+        expected: dtype and shape of the expected tensors, by key.
 
     Raises:
-        ValueError: naming the first few misfits.
+        ValueError: naming the first few tensors that do not fit.
     """
     # Files of a `PeftModel` have the prefix, those of a model without one do not.
     own = {key.removeprefix(KEY_PREFIX): key for key in found}
@@ -102,7 +102,7 @@ def compare_entries(found: Mapping[str, Any], expected: Entries) -> None:
 
 
 def foreign_keys(keys: Iterable[str], modules_to_save: Iterable[str], *, has_tokens: bool) -> list[str]:
-    """Keys of tensors that an adapter's config does not call for, whatever the model.
+    """The keys of tensors that an adapter's config does not allow on any model.
 
     Args:
         keys: of the tensors.
@@ -121,7 +121,7 @@ def foreign_keys(keys: Iterable[str], modules_to_save: Iterable[str], *, has_tok
 
 
 def check_foreign(foreign: Sequence[str]) -> None:
-    """Refuses tensors that an adapter's config does not call for, see `foreign_keys`.
+    """Refuses tensors that an adapter's config does not allow, see `foreign_keys`.
 
     Raises:
         ValueError: naming the first few.
@@ -139,7 +139,7 @@ _LORA_HINT = "the file has LoRA weights. Save and load them without ESFT's, from
 
 
 def _fits(entry: Any, dtype: torch.dtype, shape: tuple[int, ...] | None) -> bool:
-    """True if a stored tensor has the shape, and the dtype or at least one of its kind."""
+    """True if a stored tensor has the expected shape, and the expected dtype or one of the same kind."""
     return (shape is None or tuple(entry.shape) == shape) and (
         entry.dtype == dtype or (entry.dtype.is_floating_point and dtype.is_floating_point)
     )
@@ -187,7 +187,7 @@ def check_finite_header(header: Header) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Refuses weights that are not numbers; those of which a process has a part are left to others.
+    """Refuses weights that are not finite. Tensors that are spread over processes are not checked.
 
     Raises:
         ValueError: naming the first tensor that holds a NaN or an infinity.

@@ -1,4 +1,4 @@
-"""Hashes some of the base's rows that an adapter changes, to notice a base that has other weights."""
+"""Hashes some of the base's rows that an adapter changes, to notice a base with other weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXPERTS, VALUES = 4, 1024  # of each container and each weight of an expert
 def record_base(
     containers: Mapping[str, ExpertsContainer], selection: Mapping[str, list[int]], commit: str | None = None
 ) -> dict[str, Any] | None:
-    """What a config keeps of its base.
+    """Returns what a config records of its base.
 
     Args:
         containers: of the base model.
@@ -71,8 +71,7 @@ def _is_readable(parameter: Tensor) -> bool:
 def fingerprint(weights: Sequence[Sequence[Tensor] | Tensor]) -> str:
     """A hash of values spread over some rows `[...]` of each weight, rounded to bf16.
 
-    So a checkpoint has the same fingerprint whether it is loaded in fp32 or bf16. fp16 rounds otherwise, which the
-    prefix tells.
+    A checkpoint therefore has the same fingerprint in fp32 and bf16. fp16 rounds differently; the prefix says so.
     """
     digest = hashlib.sha256()
     for rows in weights:
@@ -87,15 +86,15 @@ def fingerprint(weights: Sequence[Sequence[Tensor] | Tensor]) -> str:
 def check_num_experts(
     records: Iterable[Mapping[str, Any] | None], paths: Iterable[str], containers: Mapping[str, ExpertsContainer]
 ) -> None:
-    """Refuses a base that has another number of experts than the one that an adapter was made for.
+    """Refuses a base with another number of experts than the adapter's base has.
 
     Args:
-        records: what a config says of that one: its `selection` and `base_fingerprint`.
+        records: what the config says of the adapter's base: `selection` and `base_fingerprint`.
         paths: the containers that are adapted.
-        containers: of the base at hand.
+        containers: of this base.
 
     Raises:
-        ValueError: naming the first container.
+        ValueError: naming the first experts module.
     """
     known = [record.get("num_experts", {}) for record in records if record]
     for path in paths:
@@ -110,9 +109,9 @@ def check_num_experts(
 def compare_base(
     config: ESFTConfig, model: nn.Module, containers: dict[str, ExpertsContainer], target_experts: dict[str, list[int]]
 ) -> None:
-    """Records the base's rows in the config of a new adapter; compares them with the record that a file came with.
+    """Records the base's rows in a new adapter's config. Compares a loaded adapter's record with the base's rows.
 
-    A config that is used for another new adapter gets the record of that one's base.
+    A config that is used again for another new adapter gets the record of that adapter's base.
 
     Raises:
         ValueError: if the rows differ and the config names another base.
@@ -132,11 +131,11 @@ def compare_bases(
     current: Mapping[str, Any],
     names: tuple[str | None, str | None],
 ) -> None:
-    """Warns of a base whose rows are not those that the adapter was made over.
+    """Warns if the base's rows differ from those that the adapter was trained over.
 
     Args:
         recorded: what the adapter's config keeps, see `record_base`.
-        current: the same of the base at hand.
+        current: the same of this base.
         names: of the adapter's base, and of the one at hand.
 
     Raises:

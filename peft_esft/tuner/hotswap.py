@@ -1,4 +1,4 @@
-"""Replaces an adapter's weights by those of another file, while the model stays as it is wrapped."""
+"""Replaces an adapter's weights by those of another file, without wrapping the model again."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .restoring import restoring
 def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> None:
     """Puts the adapter in `path` in place of a resident one, also if it has other experts or layers.
 
-    Deltas that are kept in half precision are so afterwards too. Where shapes are equal the new weights are copied
-    into the old parameters, so whatever refers to them (an optimizer, for example) sees the new values. Whether the
-    adapter is active, and whether it is trained, does not change; its scale is 1 again.
+    Deltas in half precision stay in half precision. Where shapes are equal, the new weights are copied into the old
+    parameters, so an optimizer that has these parameters sees the new values. An active adapter stays
+    active, and a trained one stays trained. Its scale is 1 again.
 
     Args:
         model: a `PeftModel` with the adapter.

@@ -20,7 +20,7 @@ from .config import ESFTConfig
 from .fingerprint import compare_base
 from .layers.expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, rows_to_file, shares_out_experts
 from .layers.fused import FusedExperts
-from .layers.held import holding, mixed_rows
+from .layers.held import holding, is_holding, mixed_rows
 from .layers.layer import PREFIX, ESFTLayer
 from .layers.listed import ListedExperts
 from .layers.merging import check_finite
@@ -210,7 +210,9 @@ class ESFTModel(AdapterOperations):
         with adapters_lock:
             self._num_holds += 1
         try:
-            self._compute_held_rows()
+            if not is_holding():
+                # Also those that another thread holds: weights may have changed since it began.
+                self._compute_held_rows()
             with holding():
                 yield
         finally:
@@ -229,9 +231,12 @@ class ESFTModel(AdapterOperations):
         """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`.
 
         Raises:
-            ValueError: if there is no adapter of one of the names.
+            ValueError: if there is no adapter of one of the names, or several of them have the same whole module.
         """
         self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        for module in self._modules_with_adapters():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.check_set_adapter(adapter_name)
         merged = [layer for layer in self._layers() if layer.merged]
         if merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)

@@ -1,4 +1,4 @@
-"""Combines, freezes and scales adapters of a model, which PEFT does not ask of a tuner."""
+"""Combines, freezes and scales adapters of a model: operations that PEFT does not require of a tuner."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class AdapterOperations(BaseTuner):
 
         Args:
             adapters (`list[str]`): Names of the adapters to combine.
-            weights (`list[float]`): A weight for each; negative ones take an adapter's change away.
+            weights (`list[float]`): A weight for each adapter; a negative weight subtracts its change.
             adapter_name (`str`): Name of the new adapter.
             combination_type (`str`): `"linear"`, `"ties"`, `"dare_linear"`, `"dare_ties"` or `"magnitude_prune"`, see
                 `combination.combine_deltas`.
@@ -84,7 +84,7 @@ class AdapterOperations(BaseTuner):
                 _combine(layer, adapter_name, by_name, combination_type, density, majority_sign_method)
 
     def freeze_adapter(self, adapter_name: str) -> None:
-        """Turns an adapter into one for inference, which holds its effective rows in place of deltas.
+        """Turns an adapter into one for inference, which holds its effective rows instead of deltas.
 
         In the base's dtype these take half or a third of the memory, and the outputs stay the same bit for bit. The
         adapter cannot be trained any more; it is saved in the form `"rows"`.
@@ -104,7 +104,7 @@ class AdapterOperations(BaseTuner):
             self.freeze_layers(adapter_name)
 
     def freeze_layers(self, adapter_name: str) -> None:
-        """`freeze_adapter` without a way back: each layer's deltas are freed at once."""
+        """`freeze_adapter` that cannot be undone: each layer's deltas are freed at once."""
         for layer in self._layers_of(adapter_name):
             layer.freeze_adapter(adapter_name)
         # The ranks are of no meaning to rows, and refused beside them when the config is read.
@@ -112,7 +112,7 @@ class AdapterOperations(BaseTuner):
         vars(self.peft_config[adapter_name]).update(fields)  # all at once
 
     def rows_nbytes(self, peft_config: ESFTConfig) -> int:
-        """Bytes of the effective rows of an adapter over this model, which need not have it."""
+        """Bytes of the effective rows that an adapter would have in this model."""
         return resolve_config(peft_config, self.model).nbytes
 
     def set_scale(self, adapter_name: str, scale: float) -> None:

@@ -16,11 +16,11 @@ from .adapter_file import DELTA_KEY, KEY_PREFIX
 
 T = TypeVar("T")
 Prefixes = dict[str, str]
-"""What paths begin with in the class that an adapter was trained over, and what they begin with in the one at hand."""
+"""The beginning of paths in the class that an adapter was trained with, and their beginning in this class."""
 
 
 def matching_paths(path: str, paths: Iterable[str]) -> list[str]:
-    """The paths that mean the same module as a path of another class: those with the longest common ending.
+    """Finds the paths that mean the same module as a path of another class: those with the longest common ending.
 
     Args:
         path: of a module in the other class.
