@@ -16,7 +16,6 @@ import json
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from peft_esft import AdapterPool, ESFTConfig, find_experts, quantize_experts
 from peft_esft.ops import grouped_mm
 
 from layer_step import build_ways, route, step_of
-from reporting import RESULTS, versions
+from reporting import RESULTS, host_waits, versions
 from ways import TrainingStep
 
 
@@ -81,16 +80,7 @@ class Bench:
 
     def waits(self, call: Callable[[], object]) -> int | None:
         """How often the host waits in a call, as CUDA itself says."""
-        if self.is_tiny:
-            return None
-        with warnings.catch_warnings(record=True) as found:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                call()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        return sum("called a synchronizing" in str(warning.message) for warning in found)
+        return None if self.is_tiny else host_waits(call)
 
     def peak(self, call: Callable[[], object]) -> float | None:
         """The most memory in GB that is allocated at once during a call."""

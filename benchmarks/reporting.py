@@ -9,6 +9,7 @@ import platform
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,6 +44,18 @@ class Times:
         pairs = zip(self.seconds[name], self.seconds[base], strict=True)
         median = statistics.median(own / other for own, other in pairs)
         return f"{min(self.seconds[name]) / min(self.seconds[base]):.2f} ({median:.2f})"
+
+
+def host_waits(call: Callable[[], object]) -> int:
+    """How often the host waits for a GPU in a call, as CUDA itself says."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in found)
 
 
 def add_clock_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from peft.utils.constants import CONFIG_NAME
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -113,7 +114,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
     `resume_from_checkpoint=True` takes the checkpoint with the highest number, even if the process was killed while it
     wrote that checkpoint. `Trainer` writes `trainer_state.json` last. A checkpoint is complete if that file and the
-    weights of its adapters are complete.
+    weights of its adapters or models are complete.
 
     Args:
         output_dir: the `output_dir` of the `TrainingArguments`.
@@ -134,8 +135,12 @@ def last_complete_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 def _is_complete(checkpoint: Path) -> bool:
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
+        # Headers say how long the files have to be.
         for config in checkpoint.rglob(CONFIG_NAME):
-            AdapterFolder(config.parent)  # reads the headers, which say how long the files have to be
-    except (OSError, ValueError):
+            if json.loads(config.read_text()).get("peft_type") == "ESFT":
+                AdapterFolder(config.parent)
+        for weights in checkpoint.rglob("*.safetensors"):  # also LoRA's, and those of whole models
+            safe_open(weights, "pt")
+    except (OSError, ValueError, AttributeError, SafetensorError):  # a config may be JSON, and not an object
         return False
     return True

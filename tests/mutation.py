@@ -19,7 +19,7 @@ _LAYERS = [
 TESTS = {  # by file of the package
     "selection": ["selection"],
     "split_forward": _ARITHMETIC,
-    "row_order": _ARITHMETIC,
+    "grouped_linear": _ARITHMETIC,
     "deltas": [*_ARITHMETIC, "combination", "layer"],
     "layer": _LAYERS,
     "effective_rows": _LAYERS,

@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .drawing import Plot, Style, import_matplotlib
 from .evaluation import Evaluation
-from .forgetting import ForgettingPoint
 from .page import Section, write_page
+from .plotting import Plot, Style, import_matplotlib
 
 
 BASE = "base"
@@ -19,7 +18,7 @@ def write_evaluation_page(
     out: Path,
     task: str,
     measured: Mapping[str, Evaluation],
-    general: Mapping[str, Mapping[str, ForgettingPoint]],
+    general: Mapping[str, Mapping[str, tuple[float, float]]],
     table: Sequence[Sequence[str]],
     *,
     has_answers: bool,
@@ -30,7 +29,7 @@ def write_evaluation_page(
         out: its file.
         task: name of the data.
         measured: the measurement of the task by name of the model; the first one is the base's.
-        general: by name of the adapter, the measurements on general text by name of the text.
+        general: by name of the adapter, the losses on general text before and after, by name of the text.
         table: the rows of the table, the first one with the names of the columns.
         has_answers: True draws the exact matches.
 
@@ -87,13 +86,13 @@ def _bars(name: str, title: str, caption: str, values: Mapping[str, float], form
 
 
 def _trade_plot(
-    task: str, text: str, measured: Mapping[str, Evaluation], points: Mapping[str, ForgettingPoint]
+    task: str, text: str, measured: Mapping[str, Evaluation], losses: Mapping[str, tuple[float, float]]
 ) -> Plot:
     """Draws the loss on the task against that on general text."""
-    before = next(iter(points.values())).loss_before
-    places = {name: (measured[name].loss, point.loss_after) for name, point in points.items()}
-    places = {BASE: (measured[BASE].loss, before), **places}
-    most = max(points, key=lambda name: points[name].loss_change)
+    before, _ = next(iter(losses.values()))
+    places = {BASE: (measured[BASE].loss, before)}
+    places |= {name: (measured[name].loss, after) for name, (_, after) in losses.items()}
+    most = max(losses, key=lambda name: losses[name][1])
 
     def draw(axes: Any, style: Style) -> None:
         axes.axhline(before, color=style.muted, linewidth=1.2, linestyle="--")
@@ -105,7 +104,7 @@ def _trade_plot(
 
     return Plot(
         f"forgetting_{''.join(c if c.isalnum() else '_' for c in text)}",
-        f"{most} changes the loss on {text} most: {points[most].loss_change:+.3f}",
+        f"{most} changes the loss on {text} most: {losses[most][1] - before:+.3f}",
         f"Loss on {task} (further left: learnt more) and on {text} (above the broken line: forgot).",
         ("model", "task_loss", "general_loss"),
         [(name, *values) for name, values in places.items()],

@@ -15,8 +15,11 @@ from ..scoring.scores import ExpertScores
 from ..scoring.selection import DEFAULT_TOP_P
 from .adapters import AdapterRecord, adapters_of_model, read_adapter
 from .dispersion import SHARES, dispersion
-from .drawing import import_matplotlib
-from .figures import (
+from .granularity import SIZES, granularity
+from .overlap import check_same_model, overlap
+from .page import Section, write_page
+from .plotting import import_matplotlib
+from .report_figures import (
     adapter_overlap_plot,
     dispersion_plot,
     granularity_plot,
@@ -27,9 +30,6 @@ from .figures import (
     shares_plot,
     stability_plot,
 )
-from .granularity import SIZES, granularity
-from .overlap import check_same_model, overlap
-from .page import Section, write_page
 from .stability import StabilityReport, stability_report
 
 
@@ -106,7 +106,7 @@ def _collect(subject: Any) -> tuple[dict[str, ExpertScores], dict[str, AdapterRe
         elif isinstance(item, str | Path):
             _add(tasks, name or _name_of_path(Path(item)), ExpertScores.load(item))
         else:
-            raise ValueError(f"report takes scores and adapters, not a {type(item).__name__}")
+            raise ValueError(f"report takes scores and adapters, not {type(item).__name__}")
     return tasks, adapters
 
 

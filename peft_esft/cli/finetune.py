@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from datasets import disable_progress_bars
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -27,17 +27,19 @@ from ..scoring.memory_size import bytes_of
 from ..scoring.model_sizes import ModelSizes
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
-from ..tuner.quantization import ESFTQuantizationConfig
+from .kinds import TRAIN_REPORT
+from .loading import quantization_of
 from .stopping import StopOnSignal
 from .train_options import PAPER_LEARNING_RATE, TrainOptions
 from .training_memory import memory_of_training, training_setup
-from .training_rows import TrainingRows, read_rows
+from .training_rows import TrainingRows, check_chat_template, read_rows
 
 
-SCORES, REPORT = "scores.json", "train_report.json"
+SCORES = "scores.json"
 CHOICE = ("metric", "top_p", "budget", "num_tokens")
 SCORING = "scoring"
 """The name of an adapter that trains nothing: TRL prepares data and batches for a model with an adapter only."""
+Wrap: TypeAlias = Callable[[PreTrainedModel], "PreTrainedModel | PeftModel"]
 
 
 class Trainer(SFTTrainer):
@@ -57,7 +59,7 @@ class Finetuning:
         rows: the data.
         sizes: of the base.
         trainer: has the model with the adapter that is to be trained.
-        scores: what the choice of experts is from.
+        scores: what the choice of experts is from; None where no experts are chosen.
         notes: what was decided for the user, a line each.
     """
 
@@ -66,12 +68,17 @@ class Finetuning:
     rows: TrainingRows
     sizes: ModelSizes
     trainer: Trainer
-    scores: ExpertScores
+    scores: ExpertScores | None
     notes: list[str]
 
     @classmethod
-    def prepare(cls, own: TrainOptions, settings: SFTConfig) -> Finetuning:
+    def prepare(cls, own: TrainOptions, settings: SFTConfig, wrap: Wrap | None = None) -> Finetuning:
         """Reads the data, loads the model, scores it and attaches the adapter.
+
+        Args:
+            own: the options of the command.
+            settings: TRL's options.
+            wrap: makes of the base what is to be trained, in place of scoring and an ESFT adapter.
 
         Raises:
             ValueError: if an option, the data or the model do not fit; most of it before the model is loaded.
@@ -93,7 +100,9 @@ class Finetuning:
         if not find_experts(model):
             raise ValueError(f"{own.model_name_or_path} is not a mixture of experts: {type(model).__name__} has none")
         sizes = ModelSizes.of(model)
-        trainer, scores = _trainer(own, settings, rows, tokenizer, model, scores)
+        if wrap is not None:
+            return cls(own, settings, rows, sizes, _trainer(settings, rows, tokenizer, wrap(model)), None, notes)
+        trainer, scores = _esft_trainer(own, settings, rows, tokenizer, model, scores)
         return cls(own, settings, rows, sizes, trainer, scores, notes)
 
     @property
@@ -120,7 +129,7 @@ class Finetuning:
         """What will be done: the numbers that `describe` writes out."""
         sizes = self.sizes
         chosen = [len(ids) for ids in self.config.adapted_experts.values()]
-        tokens = _tokens_in_a_batch(self.trainer)
+        tokens = tokens_in_a_batch(self.trainer)
         element = self.trainer.model.get_base_model().dtype.itemsize
         trained = self.num_trained
         return {
@@ -161,35 +170,43 @@ class Finetuning:
         """
         out, trainer, is_first = Path(self.settings.output_dir), self.trainer, self.settings.process_index == 0
         plan = self.plan()
-        if is_first:
+        if is_first and self.scores is not None:
             out.mkdir(parents=True, exist_ok=True)
             self.scores.save(out / SCORES)
-        stop = StopOnSignal()
-        trainer.add_callback(stop)
         routing = RoutingCallback.add_to(trainer)
-        with trainer.model.disable_adapter():
-            before = trainer.evaluate()["eval_loss"]
-        checkpoint = last_complete_checkpoint(out) if self.own.resume else None
+        fitted = self.fit()
+        save_adapter(trainer.model, out)
+        layers = {path: _routing(layer) for path, layer in routing.layers.items()}
+        report = {**plan, **fitted, "routing": layers, "log": trainer.state.log_history}
+        if is_first:
+            trainer.processing_class.save_pretrained(out)
+            (out / TRAIN_REPORT).write_text(json.dumps(report, indent=1) + "\n")
+        trainer.accelerator.wait_for_everyone()
+        return report
+
+    def fit(self) -> dict[str, Any]:
+        """Trains, and measures the loss on the held-out rows before and after.
+
+        Returns:
+            The losses, the checkpoint that training went on from, if any, and the seconds of training.
+
+        Raises:
+            KeyboardInterrupt: as `run` does.
+        """
+        trainer, stop = self.trainer, StopOnSignal()
+        trainer.add_callback(stop)
+        before = trainer.evaluate()["eval_loss"]  # nothing is trained yet: this is the base's
+        checkpoint = last_complete_checkpoint(self.settings.output_dir) if self.own.resume else None
         with stop.listening():
             trained = trainer.train(resume_from_checkpoint=checkpoint)
         if stop.stopped:
-            raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step} of {plan['steps']}")
-        after = trainer.evaluate()["eval_loss"]
-        save_adapter(trainer.model, out)
-        report = {
-            **plan,
-            "held_out_loss": {"before": before, "after": after},
+            raise KeyboardInterrupt(f"stopped after step {trainer.state.global_step} of {self.steps}")
+        return {
+            "held_out_loss": {"before": before, "after": trainer.evaluate()["eval_loss"]},
             "train_loss": trained.training_loss,
             "resumed_from": checkpoint,
             "seconds": trained.metrics["train_runtime"],
-            "routing": {path: _routing(layer) for path, layer in routing.layers.items()},
-            "log": trainer.state.log_history,
         }
-        if is_first:
-            trainer.processing_class.save_pretrained(out)
-            (out / REPORT).write_text(json.dumps(report, indent=1) + "\n")
-        trainer.accelerator.wait_for_everyone()
-        return report
 
 
 def _quieten(settings: SFTConfig) -> None:
@@ -246,8 +263,8 @@ def load_model(own: TrainOptions, settings: SFTConfig) -> PreTrainedModel:
         kwargs["device_map"] = {"": settings.device}
     kwargs |= settings.model_init_kwargs or {}
     settings.model_init_kwargs = None
-    if own.bits is not None:
-        kwargs["quantization_config"] = ESFTQuantizationConfig(bits=own.bits)
+    config = {"revision": own.model_revision, "trust_remote_code": settings.trust_remote_code}
+    kwargs |= quantization_of(str(own.model_name_or_path), own.bits, **config)
     return AutoModelForCausalLM.from_pretrained(str(own.model_name_or_path), **kwargs)
 
 
@@ -261,12 +278,7 @@ def _scores_of_file(own: TrainOptions, settings: SFTConfig) -> ExpertScores | No
 
 def _decide_loss(rows: TrainingRows, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig) -> list[str]:
     """Takes the loss on answers where the data has answers and the chat template marks them."""
-    is_chat = isinstance(rows.train[0][rows.train.column_names[0]], list)
-    if is_chat and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the rows are conversations, and the tokenizer of {tokenizer.name_or_path} has no chat template: it is a "
-            "base model. Take the -Instruct or -Chat one, --chat-template-path FILE, or rows of prompt and completion"
-        )
+    check_chat_template(rows.train, tokenizer, "--chat-template-path FILE")
     if settings.assistant_only_loss is not None:
         return []
     settings.assistant_only_loss = False
@@ -281,6 +293,17 @@ def _decide_loss(rows: TrainingRows, tokenizer: PreTrainedTokenizerBase, setting
 
 
 def _trainer(
+    settings: SFTConfig, rows: TrainingRows, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | PeftModel
+) -> Trainer:
+    trainer = Trainer(
+        model, settings, train_dataset=rows.train, eval_dataset=rows.held_out, processing_class=tokenizer
+    )
+    if not len(trainer.train_dataset) or not len(trainer.eval_dataset):
+        raise ValueError(f"no row has a token to learn within --max-length {settings.max_length}; give more")
+    return trainer
+
+
+def _esft_trainer(
     own: TrainOptions,
     settings: SFTConfig,
     rows: TrainingRows,
@@ -293,15 +316,7 @@ def _trainer(
     Scoring takes the trainer's own batches: cut, templated, packed and shared out as in training.
     """
     first = ESFTConfig(target_experts={next(iter(find_experts(model))): [0]}, task_type="CAUSAL_LM")
-    trainer = Trainer(
-        get_peft_model(model, first, adapter_name=SCORING),
-        settings,
-        train_dataset=rows.train,
-        eval_dataset=rows.held_out,
-        processing_class=tokenizer,
-    )
-    if not len(trainer.train_dataset) or not len(trainer.eval_dataset):
-        raise ValueError(f"no row has a token to learn within --max-length {settings.max_length}; give more")
+    trainer = _trainer(settings, rows, tokenizer, get_peft_model(model, first, adapter_name=SCORING))
     if scores is None:
         with trainer.model.disable_adapter():
             scores = score_experts(
@@ -314,7 +329,7 @@ def _trainer(
     if isinstance(budget, str):
         sizes = ModelSizes.of(model)
         scores = replace(scores, sizes=sizes)
-        tokens, element = _tokens_in_a_batch(trainer), model.dtype.itemsize
+        tokens, element = tokens_in_a_batch(trainer), model.dtype.itemsize
         memory = bytes_of("--budget", budget)
         budget = training_setup(own, settings, sizes, tokens, element, memory=memory)
     config = ESFTConfig.from_scores(
@@ -334,7 +349,8 @@ def _trainer(
     return trainer, scores
 
 
-def _tokens_in_a_batch(trainer: Trainer) -> int:
+def tokens_in_a_batch(trainer: Trainer) -> int:
+    """The number of tokens that one GPU sees in a forward pass, at most."""
     longest: int = trainer.args.max_length or max(map(len, trainer.train_dataset["input_ids"]))
     return trainer.args.per_device_train_batch_size * longest
 

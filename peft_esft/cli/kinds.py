@@ -24,6 +24,8 @@ NAMES: dict[Kind, str] = {
     "data": "a file of samples",
 }
 ADAPTER_CONFIG, MODEL_CONFIG, EXPERT_CFG = "adapter_config.json", "config.json", "expert_cfg.json"
+TRAIN_REPORT = "train_report.json"
+"""What `peft-esft train` writes beside the adapter."""
 MAX_BYTES = 50_000_000
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..tuner.quantization import ESFTQuantizationConfig
 
 
 def names_of(adapters: Sequence[str]) -> dict[str, str]:
@@ -36,7 +38,35 @@ def load_tokenizer(base: str, folders: Sequence[str]) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def load_base(name: str, dtype: str, device_map: str | None, **settings: Any) -> PreTrainedModel:
-    """The base in eval mode, on the GPU if there is one and nothing else is said."""
+def load_base(name: str, dtype: str, device_map: str | None, bits: int | None = None) -> PreTrainedModel:
+    """The base in eval mode, on the GPU if there is one and nothing else is said.
+
+    Args:
+        name: folder or Hub name.
+        dtype: to load it in.
+        device_map: passed to transformers.
+        bits: of its experts, see `quantization_of`.
+    """
     device = device_map or ("cuda" if torch.cuda.is_available() else None)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, **settings).eval()
+    quantization = quantization_of(name, bits)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, **quantization).eval()
+
+
+def quantization_of(name: str, bits: int | None, **settings: Any) -> dict[str, Any]:
+    """What `from_pretrained` is given so that the experts are in so many bits; nothing for None.
+
+    Experts that the checkpoint has in MXFP4 (gpt-oss) stay as they are.
+
+    Args:
+        name: folder or Hub name of the model.
+        bits: 4 or 8.
+        **settings: for reading the model's config, for example `revision`.
+    """
+    if bits is None:
+        return {}
+    config = AutoConfig.from_pretrained(name, **settings)
+    own = getattr(config, "quantization_config", None) or {}
+    if bits == 4 and own.get("quant_method") == "mxfp4":
+        del config.quantization_config  # transformers would take it instead of the one that is given
+        return {"config": config, "quantization_config": ESFTQuantizationConfig(quant_type="mxfp4")}
+    return {"quantization_config": ESFTQuantizationConfig(bits)}

@@ -14,11 +14,11 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from .. import __version__
-from . import chat, convert, evaluate, inspect, plan, report, run, score, select, train, verify
+from . import chat, compare, convert, evaluate, inspect, plan, report, run, score, select, train, verify
 from .kinds import check_kinds
 
 
-COMMANDS = (train, chat, evaluate, verify, score, select, inspect, report, plan, convert, run)
+COMMANDS = (train, chat, evaluate, compare, verify, score, select, inspect, report, plan, convert, run)
 BROKEN_PIPE, INTERRUPTED = 141, 130
 """Exit codes of a program that was ended by the signals SIGPIPE and SIGINT, as shells report them."""
 
@@ -36,7 +36,11 @@ class Parser(argparse.ArgumentParser):
     def unknown(self, arguments: Sequence[str]) -> NoReturn:
         """Refuses arguments that no option takes."""
         own = [name for action in self._actions for name in action.option_strings]
-        hints = "".join(_similar(argument.partition("=")[0], own) for argument in arguments)
+        options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+        hints = "".join(_similar(option, own) for option in options)
+        takes_several = any(not action.option_strings and action.nargs == "*" for action in self._actions)
+        if takes_several and not options:
+            hints += "; give all names and paths one after the other, and the options before or after them"
         super().error(f"unrecognized arguments: {' '.join(arguments)}{hints}")
 
 

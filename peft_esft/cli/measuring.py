@@ -21,12 +21,9 @@ from ..analysis.evaluation import Evaluation, evaluate
 from ..analysis.evaluation_page import BASE, write_evaluation_page
 from ..analysis.forgetting import ForgettingPoint, forgetting
 from ..scoring.batches import RowError, text_batches
-from ..tuner.quantization import ESFTQuantizationConfig
+from .kinds import TRAIN_REPORT
 from .loading import load_base, load_tokenizer, names_of
-from .training_rows import Format, read_measured_rows
-
-
-TRAIN_REPORT = "train_report.json"
+from .training_rows import Format, check_chat_template, read_measured_rows
 
 
 @dataclass
@@ -88,16 +85,13 @@ class Measuring:
         if BASE in names:
             raise ValueError(f"an adapter is called {BASE!r}, as the model itself is in the table; NAME=FOLDER")
         task = None if data is None else _task_rows(options, data, list(names.values()))
-        general = [_general_rows(options, text) for text in options.general]
-        if doubles := [rows.name for rows in general if [own.name for own in general].count(rows.name) > 1]:
-            raise ValueError(f"two general texts are called {doubles[0]!r}; rename one of the files")
+        general = general_rows(options.general, options.max_rows)
         tokenizer = load_tokenizer(options.model, list(names.values()))
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         if task is not None:
-            _decide_answers(task, tokenizer)
-        bits = {} if options.bits is None else {"quantization_config": ESFTQuantizationConfig(bits=options.bits)}
-        base = load_base(options.model, options.dtype, options.device_map, **bits)
+            decide_answers(task, tokenizer)
+        base = load_base(options.model, options.dtype, options.device_map, options.bits)
         return cls(options, names, tokenizer, base, task, general)
 
     def run(self) -> dict[str, Any]:
@@ -129,19 +123,7 @@ class Measuring:
             self.harness[name] = _ask_lm_eval(model, self.tokenizer, self.options)
 
     def _batches(self, rows: Rows, label: str) -> Iterator[dict[str, Any]]:
-        number = 0
-
-        def numbered() -> Iterator[dict[str, Any]]:
-            nonlocal number
-            for row in tqdm(rows.rows, label, unit=" rows", disable=not sys.stderr.isatty(), leave=False):
-                number += 1
-                yield row
-
-        settings = {name: getattr(self.options, name) for name in ("batch_size", "max_length")}
-        try:
-            yield from text_batches(numbered(), self.tokenizer, answers_only=rows.answers_only, **settings)
-        except RowError as error:
-            raise ValueError(f"row {number} of {rows.name}: {error}") from error
+        return batches_of(rows, self.tokenizer, label, self.options.batch_size, self.options.max_length)
 
     def _record(self) -> dict[str, Any]:
         record: dict[str, Any] = {"model": self.options.model}
@@ -213,28 +195,64 @@ class Measuring:
                 f"{len(self.task.rows):,} rows of {self.task.format} of {self.task.name} ({self.task.origin}); "
                 f"loss of {of}, {tokens:,} tokens"
             )
-        table = self.table()
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        for first, *rest in table:
-            cells = [
-                first.ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)),
-            ]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        return "\n".join([*lines, aligned(self.table())])
 
     def write_page(self, out: Path) -> None:
         """Writes the table and figures as a page."""
         if self.task is not None:
-            forgotten = {name: points for name, points in self.forgotten.items() if name != BASE}
+            losses = {
+                name: {text: (point.loss_before, point.loss_after) for text, point in points.items()}
+                for name, points in self.forgotten.items()
+                if name != BASE
+            }
             write_evaluation_page(
                 out,
                 self.task.name,
                 self.measured,
-                forgotten,
+                losses,
                 [[cell or "–" for cell in row] for row in self.table()],
                 has_answers=self.task.answers_only,
             )
+
+
+def batches_of(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, label: str, batch_size: int, max_length: int
+) -> Iterator[dict[str, Any]]:
+    """Makes batches of rows, as they are asked for.
+
+    Args:
+        rows: the rows.
+        tokenizer: makes tokens of them.
+        label: of the progress bar.
+        batch_size: rows in a batch.
+        max_length: rows are cut to so many tokens.
+
+    Raises:
+        ValueError: if a row is malformed, with its number.
+    """
+    number = 0
+
+    def numbered() -> Iterator[dict[str, Any]]:
+        nonlocal number
+        for row in tqdm(rows.rows, label, unit=" rows", disable=not sys.stderr.isatty(), leave=False):
+            number += 1
+            yield row
+
+    sizes = {"batch_size": batch_size, "max_length": max_length}
+    try:
+        yield from text_batches(numbered(), tokenizer, answers_only=rows.answers_only, **sizes)
+    except RowError as error:
+        raise ValueError(f"row {number} of {rows.name}: {error}") from error
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """A table as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = [
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))])
+        for first, *rest in table
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _general_record(point: ForgettingPoint) -> dict[str, float]:
@@ -250,15 +268,27 @@ def _general_record(point: ForgettingPoint) -> dict[str, float]:
 def _task_rows(options: argparse.Namespace, data: str, folders: Sequence[str]) -> Rows:
     seed = next((seed for folder in folders if (seed := _seed_of_training(Path(folder), data)) is not None), None)
     rows, form, origin = read_measured_rows(data, columns=options.columns, split=options.split, seed=seed)
-    return _cut(Rows(_name(data), rows, form, origin), options.max_rows)
+    return _cut(Rows(name_of(data), rows, form, origin), options.max_rows)
 
 
-def _general_rows(options: argparse.Namespace, data: str) -> Rows:
-    rows, form, origin = read_measured_rows(data)
-    return _cut(Rows(_name(data), rows, form, origin), options.max_rows)
+def general_rows(texts: Sequence[str], max_rows: int) -> list[Rows]:
+    """Reads general texts, the first rows of each.
+
+    Raises:
+        ValueError: if one cannot be read, or two have one name.
+    """
+    general = []
+    for text in texts:
+        rows, form, origin = read_measured_rows(text)
+        general.append(_cut(Rows(name_of(text), rows, form, origin), max_rows))
+    names = [rows.name for rows in general]
+    if doubles := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two general texts are called {doubles[0]!r}; rename one of the files")
+    return general
 
 
-def _name(data: str) -> str:
+def name_of(data: str) -> str:
+    """The name of a file without its endings, or the name of a dataset."""
     return Path(data).name.partition(".")[0] or data
 
 
@@ -279,14 +309,9 @@ def _seed_of_training(folder: Path, data: str) -> int | None:
         return None
 
 
-def _decide_answers(task: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
+def decide_answers(task: Rows, tokenizer: PreTrainedTokenizerBase) -> None:
     """Takes the loss on answers where rows have some and the chat template marks them, as `train` does."""
-    is_chat = isinstance(task.rows[0][task.rows.column_names[0]], list)
-    if is_chat and tokenizer.chat_template is None:
-        raise ValueError(
-            f"the rows are conversations, and the tokenizer of {tokenizer.name_or_path} has no chat template: it is a "
-            "base model. Take the -Instruct or -Chat one, or rows of prompt and completion"
-        )
+    check_chat_template(task.rows, tokenizer)
     task.answers_only = task.format == "prompt and completion"
     if task.format == "messages":
         template = _training_template(tokenizer)

@@ -113,19 +113,15 @@ def format_plan(
         "engine   method          rank  weights  optimizer            base   state  gathered  activations    total GB"
         "  fits  GB sent per step",
     ]
-    notes = {}
     for own in estimates:
-        if own.obstacle:
-            notes[own.setup.base] = own.obstacle
         values = (own.base, own.state, own.gathered, own.activations, own.total, own.sent)
         base, state, gathered, activations, total, sent = (value / 1e9 for value in values)
-        mark = "yes" if own.fits else "no*" if own.obstacle else "no"
+        mark = "yes" if own.fits else "no"
         lines.append(
             f"{own.engine:<8} {own.method:<14} {_rank(own) or '-':>5}  {own.setup.base:<7}  {own.setup.optim:<17}"
             f"{base:>8.1f}{state:>8.1f}{gathered:>10.1f}{activations:>13.1f}{total:>12.1f}  {mark:<4} {sent:>17.1f}"
         )
     lines += ["", "full: weights, gradients and both moments are in the precision of the column weights"]
-    lines += [f"* {base}: {text}" for base, text in notes.items()]
     if best is not None:
         lines.append(f"recommended for ESFT: {describe(best, sizes)}")
     if ways:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from ..scoring.batches import RowError
 
 
+STANDARD_INPUT = "-"
+JSON_LINES = (".jsonl", ".ndjson")
 CONVERT = "write an object with a text or a messages entry in each line of a .jsonl file"
 TABLES = (".json", ".yaml", ".yml", ".xml", ".csv", ".tsv", ".xls", ".xlsx", ".parquet", ".arrow", ".feather")
 PICKLES = (".pkl", ".pickle")
@@ -21,6 +24,7 @@ class SampleFile:
 
     Args:
         path: a `.jsonl` or `.ndjson` file has a JSON object in each line, any other one is text. The file is UTF-8.
+            "-" is the standard input, with a JSON object in each line.
 
     Raises:
         ValueError: if the ending is that of a format whose lines are not samples, or the file is empty or not UTF-8.
@@ -32,15 +36,17 @@ class SampleFile:
             remedy = "unpack it first" if ending in PACKED else CONVERT
             problem = f"{path} is a {ending} file, whose lines are not samples"
             raise ValueError(f"{problem}: {remedy}; or give a text file with one sample per line")
-        self._path, self._is_json = path, ending in (".jsonl", ".ndjson")
+        is_input = str(path) == STANDARD_INPUT
+        self._path, self._is_json = "the standard input" if is_input else path, is_input or ending in JSON_LINES
         self._number = 0  # of the line that was read last
         try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
+            text = sys.stdin.read() if is_input else path.read_text(encoding="utf-8-sig")
+            lines = text.split("\n")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+            raise ValueError(f"{self._path} is not UTF-8 text: {error}") from error
         self._lines = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
         if not self._lines:
-            raise ValueError(f"{path} is empty")
+            raise ValueError(f"{self._path} is empty")
 
     def __iter__(self) -> Iterator[str | dict[str, Any]]:
         for number, line in self._lines:

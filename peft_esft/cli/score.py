@@ -11,7 +11,7 @@ from typing import Any
 AVERAGING = ("sample", "token")
 """The values of `scoring.scores.Averaging`; named here too, so that `--help` need not load torch."""
 DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
-DATA_HELP = ".jsonl with text, messages, or prompt and completion in each line, or a text file, a sample a line"
+DATA_HELP = "JSON Lines with text, messages or prompt+completion, from a .jsonl file or a pipe (-); or a text file"
 
 
 def add_parser(commands: Any) -> None:

@@ -63,6 +63,9 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
         return [asdict(preview) for preview in previews], format_previews(previews)
     if out is not None:
         _check_config_folder(out)
+    most = max(container.num_experts for container in scores.containers.values())
+    if options.top_k is not None and options.top_k > most:
+        raise ValueError(f"--top-k is {options.top_k}, and no layer has more than {most} experts")
     names = ("metric", "top_p", "top_k", "min_experts", "max_experts")
     settings = {name: getattr(options, name) for name in names} | {"budget": _budget(options)}
     selection = select_experts(scores, **settings)

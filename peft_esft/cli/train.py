@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +22,10 @@ OWN = {
     "--score-tokens": ("N", "tokens to score (default: 131072)"),
     "--rank": ("R", "rank of the trained changes (default: full rank)"),
     "--bits": ("N", "store the frozen experts in so many bits"),
+    "--model-revision": ("NAME", "revision of a model on the Hub"),
+    "--attn-implementation": ("NAME", "attention implementation, as transformers names them"),
+    "--dataset-config": ("NAME", "configuration of a dataset on the Hub"),
+    "--dataset-train-split": ("NAME", "the split to train on (default: train)"),
     "--config": ("FILE", "a recipe: these options, and TRL's, as YAML"),
 }
 TRL = {
@@ -43,6 +47,7 @@ TRL_FLAGS = {
     "--assistant-only-loss": "loss on answers (default: if the chat template marks them)",
     "--no-gradient-checkpointing": "keep activations: faster, more memory",
 }
+SEVERAL = ("--columns", "--general", "--top-ps", "--ways")
 USAGE = "peft-esft train MODEL DATA --out FOLDER [options]"
 
 
@@ -60,12 +65,27 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="folder or Hub name of the model")
-    add("data", nargs="?", metavar="DATA", help="file, folder or dataset with messages, prompt+completion or text")
+    add(
+        "data",
+        nargs="?",
+        metavar="DATA",
+        help="file, folder, dataset or pipe (-) of messages, prompt+completion or text",
+    )
     add("--out", metavar="FOLDER", help="new folder for scores, adapter, card, tokenizer and report")
-    for name, (shown, text) in OWN.items():
-        add(name, metavar=shown, help=text, nargs="+" if name == "--columns" else None)
     add("--dry-run", action="store_true", help="say what would be trained, and stop")
     add("--resume", action="store_true", help="go on from the last checkpoint in FOLDER")
+    add_training_options(parser, OWN)
+
+
+def add_training_options(parser: argparse.ArgumentParser, own: Mapping[str, tuple[str, str]]) -> None:
+    """Adds options of training for `--help`; what is given goes to `train_options.parse` as it is.
+
+    Args:
+        parser: of the command.
+        own: the options that are not TRL's: what stands for the value, and the text. Lists are those named in SEVERAL.
+    """
+    for name, (shown, text) in own.items():
+        parser.add_argument(name, metavar=shown, help=text, nargs="+" if name in SEVERAL else None)
     group = parser.add_argument_group("options of TRL and transformers, under their names")
     for name, (shown, text) in TRL.items():
         group.add_argument(name, metavar=shown, help=text)
@@ -89,10 +109,15 @@ def _keep_arguments(parser: argparse.ArgumentParser) -> None:
     parser.parse_known_args = keep  # type: ignore[method-assign, assignment]
 
 
+def check_libraries(command: str) -> None:
+    """Raises ImportError if a library that training needs is not installed."""
+    if missing := [name for name in ("trl", "datasets", "accelerate") if find_spec(name) is None]:
+        raise ImportError(f"peft-esft {command} needs {', '.join(missing)}: pip install '.[train]' in a clone")
+
+
 def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Trains, or says what would be trained."""
-    if missing := [name for name in ("trl", "datasets", "accelerate") if find_spec(name) is None]:
-        raise ImportError(f"peft-esft train needs {', '.join(missing)}: pip install '.[train]' in a clone")
+    check_libraries("train")
     from .finetune import Finetuning, describe
     from .train_options import parse
 

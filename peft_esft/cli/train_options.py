@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from trl import SFTConfig, TrlParser
@@ -18,12 +18,15 @@ from .select import read_budget
 
 
 PAPER_LEARNING_RATE = 1e-5
-PROGRAM = "peft-esft train"
+WAYS = ("esft", "lora", "full")
 
 
 @dataclass
 class TrainOptions:
-    """What `peft-esft train` takes beside `SFTConfig`; names that TRL's scripts have too mean the same there."""
+    """What `peft-esft train` takes beside `SFTConfig`; names that TRL's scripts have too mean the same there.
+
+    `train.OWN` has their texts for `--help`, which loads neither TRL nor torch.
+    """
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "MODEL"})
     model_revision: str | None = field(default=None, metadata={"help": "revision of a model on the Hub"})
@@ -45,14 +48,40 @@ class TrainOptions:
     dry_run: bool = field(default=False, metadata={"help": "only say what would be done"})
 
 
+@dataclass
+class CompareOptions(TrainOptions):
+    """What `peft-esft compare` takes beside `SFTConfig`."""
+
+    top_ps: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.4], metadata={"help": "ESFT is trained at each"})
+    ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": "what is trained"})
+    lora_rank: int = field(default=8, metadata={"help": "rank of LoRA"})
+    lora_learning_rate: float = field(default=1e-4, metadata={"help": "learning rate of LoRA"})
+    full_learning_rate: float = field(default=3e-5, metadata={"help": "learning rate of full fine-tuning"})
+    general: list[str] = field(default_factory=list, metadata={"help": "other text"})
+    max_rows: int = field(default=1000, metadata={"help": "rows to measure on"})
+
+
+Options = TypeVar("Options", bound=TrainOptions)
+
+
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
-        print(f"{PROGRAM}: {message}", file=sys.stderr)
+        print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SFTConfig]:
-    """Parses the arguments after `peft-esft train`.
+    """Parses the arguments after `peft-esft train`, see `parse_as`."""
+    return parse_as(TrainOptions, arguments, "peft-esft train")
+
+
+def parse_as(kind: type[Options], arguments: Sequence[str], program: str) -> tuple[Options, SFTConfig]:
+    """Parses the arguments of a command that trains.
+
+    Args:
+        kind: the command's own options.
+        arguments: what follows the command's name.
+        program: the command's name, for messages.
 
     Returns:
         The command's own options and TRL's. A budget that is a share is a number. `assistant_only_loss` is None if
@@ -63,7 +92,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SFTConfig]:
             refuses a value.
         SystemExit: for wrong usage, with code 2.
     """
-    parser = _Parser((TrainOptions, SFTConfig), prog=PROGRAM, add_help=False, allow_abbrev=False)
+    parser = _Parser((kind, SFTConfig), prog=program, add_help=False, allow_abbrev=False)
     parser.add_argument("--out", dest="output_dir", default=argparse.SUPPRESS)
     parser.set_defaults(**defaults())
     own, settings, of_recipe, rest = parser.parse_args_and_config(

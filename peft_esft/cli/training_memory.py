@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from ..scoring.memory_estimate import OPTIMIZERS, BaseFormat, Engine, Setup, estimate, num_trained
+from ..scoring.memory_estimate import OPTIMIZERS, QUANTISED, BaseFormat, Engine, Setup, estimate, num_trained
 from ..scoring.model_sizes import ModelSizes
 from .train_options import TrainOptions
 
@@ -27,8 +27,8 @@ def training_setup(
         **more: other attributes of `Setup`.
     """
     base: BaseFormat = "fp32" if element == 4 else "bf16"
-    if sizes.stored_as in ("int8", "nf4") or own.bits is not None:
-        base = "int8" if sizes.stored_as == "int8" or own.bits == 8 else "nf4"
+    if sizes.stored_as in QUANTISED or own.bits is not None:
+        base = cast(BaseFormat, sizes.stored_as or {4: "nf4", 8: "int8"}[own.bits or 4])
     engines: tuple[Engine, Engine] = ("DDP", "FSDP2")
     name = OptimizerNames(settings.optim).value
     optim = {"adamw_bnb_8bit": "adamw_8bit"}.get(name, name)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from .sample_files import STANDARD_INPUT
 
 
 Format = Literal["messages", "prompt and completion", "text"]
@@ -63,7 +68,8 @@ def read_rows(
 
     Args:
         data: a file (`.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.txt`, also packed, `.gz` for example), a folder
-            of such files or one that `Dataset.save_to_disk` wrote, or the name of a dataset on the Hub.
+            of such files or one that `Dataset.save_to_disk` wrote, the name of a dataset on the Hub, or "-" for JSON
+            Lines from the standard input.
         held_out: the same, for the held-out rows.
         columns: what columns hold, each as "KIND=COLUMN"; the kinds are messages, prompt, completion and text.
         config: the configuration of a dataset on the Hub.
@@ -134,6 +140,24 @@ def read_measured_rows(
     return rows, form, f"its split {name!r}"
 
 
+def check_chat_template(rows: Any, tokenizer: Any, *ways: str) -> None:
+    """Checks that conversations can be made into text.
+
+    Args:
+        rows: a `datasets.Dataset`.
+        tokenizer: of the model.
+        *ways: what else the command takes instead, for the message.
+
+    Raises:
+        ValueError: if the rows are conversations and the tokenizer has no chat template.
+    """
+    if _is_conversation(rows[0][rows.column_names[0]]) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"the rows are conversations, and the tokenizer of {tokenizer.name_or_path} has no chat template: it is a "
+            f"base model. Take {', '.join(['the -Instruct or -Chat one', *ways])}, or rows of prompt and completion"
+        )
+
+
 def _of_split(splits: Mapping[str, Any], name: str, data: str) -> Any:
     """The rows of a split, or those that a column `split` says so of."""
     only = next(iter(splits.values())) if len(splits) == 1 else None
@@ -170,6 +194,8 @@ def _load(data: str, config: str | None) -> Mapping[str, Any]:
     """The splits of a dataset."""
     from datasets import DatasetDict, load_dataset, load_from_disk
 
+    if data == STANDARD_INPUT:
+        return {"train": _rows_of_standard_input()}
     path = Path(data)
     try:
         if path.is_file():
@@ -190,6 +216,25 @@ def _load(data: str, config: str | None) -> Mapping[str, Any]:
     except Exception as error:  # the Hub's, and those of a dataset's own files
         reason = _first_line(error)
         raise ValueError(f"{data!r} is not a file or folder, and cannot be read as a dataset: {reason}") from error
+
+
+@cache
+def _rows_of_standard_input() -> Any:
+    """The rows of the standard input, JSON Lines. It can be read once, and is kept for whatever reads it again."""
+    from datasets import Dataset
+
+    rows = []
+    for number, line in enumerate(sys.stdin, start=1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} of the standard input is not JSON: {error}") from error
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"line {number} of the standard input is not a JSON object; {NEEDED}")
+    if not rows:
+        raise ValueError("the standard input is empty; pipe rows into it, one JSON object in each line")
+    return Dataset.from_list(rows)
 
 
 def _builder_of(path: Path) -> str:

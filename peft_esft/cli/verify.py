@@ -35,13 +35,10 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Runs all checks; the record's `ok` is False if one fails."""
     from peft import PeftModel
 
-    from ..tuner.quantization import quantize_experts
     from .loading import load_base
 
-    base = load_base(options.model, options.dtype, options.device_map)
+    base = load_base(options.model, options.dtype, options.device_map, options.bits)
     dtypes = _other_dtypes(base)
-    if options.bits is not None:
-        quantize_experts(base, bits=options.bits)
     before = _hashes(base)
     model = PeftModel.from_pretrained(base, options.adapter).eval()
     checks = {
@@ -93,13 +90,20 @@ def _other_dtypes(base: Any) -> str:
     from ..moe.containers import find_experts
 
     others = {
-        f"{path} is in {parameter.dtype}"
+        f"{path} is in {tensor.dtype}"
         for path, container in find_experts(base).items()
         for weight in container.weights
-        for parameter in weight.parameters(container.module)
-        if parameter.dtype != base.dtype
+        for tensor in _tensors_of(weight, container.module)
+        if tensor.dtype != base.dtype
     }
     return _some(sorted(others))
+
+
+def _tensors_of(weight: Any, module: Any) -> list[Any]:
+    """A weight's parameters, or the one that stands for them in few bits, whose dtype is that of computing."""
+    from ..moe.weights import StoredWeight
+
+    return [weight.whole(module)] if isinstance(weight, StoredWeight) else list(weight.parameters(module))
 
 
 def _lost_tensors(model: Any, adapter: str) -> str:

@@ -16,7 +16,7 @@ from ..ops.deltas import add_deltas
 from ..ops.encodings import BITS, FROZEN_SUFFIXES, SUFFIXES, delta_from
 from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX, read_json, write_file
 from ..tuner.config import ESFTConfig
-from ..tuner.file_contents import Entries, check_finite_header, compare_entries, delta_entries, module_entries
+from ..tuner.file_checks import Entries, check_finite_header, compare_entries, delta_entries, module_entries
 from ..tuner.fingerprint import compare_bases
 from ..tuner.messages import shortened
 from ..tuner.other_classes import find_prefixes, moved_keys

@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from ..moe.architectures import READABLE_DTYPES
 from ..moe.containers import ExpertsContainer, find_experts, find_other_modules, find_shared_experts, no_experts
 from ..moe.weights import ExpertWeight, ListedWeight, StackedWeight
-from ..registration import QUANTIZATION
 from ..tuner.adapter_file import DELTA_KEY, KEY_PREFIX
 from ..tuner.config import ESFTConfig
 from ..tuner.fingerprint import EXPERTS, check_num_experts, fingerprint, fingerprint_container
 from ..tuner.targets import not_excluded, resolve_target_experts
 from .key_map import KeyMap, Source, mixed_weights
-from .repositories import local_folder
+from .repositories import is_quantised, local_folder
 from .tensor_files import TensorFolder
 
 
@@ -119,14 +118,13 @@ class Base:
         if not isinstance(model, nn.Module):
             self._given_name = str(model)
             self.folder, self.files = checkpoint_of(model, revision, variant)
-            self.model = empty_model(self.folder, head)
-            quantised = getattr(self.model.config, "quantization_config", None) or {}
-            if isinstance(quantised, dict) and quantised.get("quant_method") == QUANTIZATION:
+            if is_quantised(self.folder):
                 raise NotImplementedError(
                     f"the experts of {model} are quantised. Use the checkpoint that it was made from: adapters "
                     "that were trained over the quantised one fit it too. In memory, merge_and_unload() keeps the "
                     "merged experts in full precision, and save_pretrained writes them so"
                 )
+            self.model = empty_model(self.folder, head)
         self.experts = find_experts(self.model)
         if not self.experts:
             raise ValueError(no_experts(self.model))

@@ -15,8 +15,8 @@ from ..tuner.adapter_file import KEY_PREFIX, TOKENS_KEY
 from .adapter import AdapterFolder
 from .base import HEADS, Base, Head
 from .folders import new_folder
-from .merge_quantised import is_quantised, merge_quantised
-from .repositories import local_folder
+from .merge_quantised import merge_quantised
+from .repositories import is_quantised, local_folder
 from .tensor_files import TensorFolder
 
 

@@ -8,18 +8,8 @@ from pathlib import Path
 import transformers
 from peft import PeftModel
 
-from ..registration import QUANTIZATION
-from ..tuner.adapter_file import read_json
 from .adapter import AdapterFolder
 from .folders import new_folder
-
-
-def is_quantised(folder: Path) -> bool:
-    """True for a checkpoint that `save_pretrained` wrote of a model with quantised experts."""
-    file = folder / "config.json"
-    content = read_json(file) if file.is_file() else {}
-    quantisation = content.get("quantization_config") if isinstance(content, dict) else None
-    return isinstance(quantisation, dict) and quantisation.get("quant_method") == QUANTIZATION
 
 
 def merge_quantised(folder: Path, adapter_dir: str | Path, out_dir: str | Path, variant: str | None = None) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from ..tuner.adapter_file import is_hub_name
+from ..registration import QUANTIZATION
+from ..tuner.adapter_file import is_hub_name, read_json
 
 
 _NOT_READ = ["*/*", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"]
@@ -43,3 +44,11 @@ def local_folder(
         raise FileNotFoundError(
             f"{name} is not a folder, and no repository of that name{at} is in the cache or can be downloaded: {error}"
         ) from error
+
+
+def is_quantised(folder: Path) -> bool:
+    """True for a checkpoint that `save_pretrained` wrote of a model with quantised experts."""
+    file = folder / "config.json"
+    content = read_json(file) if file.is_file() else {}
+    quantisation = content.get("quantization_config") if isinstance(content, dict) else None
+    return isinstance(quantisation, dict) and quantisation.get("quant_method") == QUANTIZATION

@@ -114,10 +114,6 @@ class KnownContainer:
     refusal: str | None = None
 
 
-_QUANTISED = (
-    "its experts are quantised, and no gradient can pass through them. Load the model with {}, and call "
-    "peft_esft.quantize_experts(model), which keeps them in 4 or 8 bits"
-)
 ADOPTABLE = (
     "its experts are quantised by another package. Call peft_esft.adopt_quantized_experts(model) before you "
     "attach an adapter; it keeps their values"
@@ -152,7 +148,9 @@ KNOWN_CONTAINERS: dict[str, KnownContainer] = {
         "or with Mxfp4Config(dequantize=True)",
     ),
     "GgufExperts": KnownContainer(
-        STANDARD_CALL, _FUSED_WEIGHTS, refusal=_QUANTISED.format("GgufConfig(dequantize=True)")
+        STANDARD_CALL,
+        _FUSED_WEIGHTS,
+        refusal=f"{ADOPTABLE}; GgufConfig(dequantize=True) loads them in full precision",
     ),
 }
 """Containers that are neither standard fused experts nor a plain list of modules beside a router, by class."""

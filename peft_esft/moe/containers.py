@@ -56,7 +56,7 @@ class ModuleLocation:
         return watched
 
     def path_of(self, name: str) -> str:
-        """The path of something in the module. The wrapper of `torch.compile` is not part of it."""
+        """The path of something in the module. `torch.compile`'s wrapper is not a part of it."""
         if name == "_orig_mod":
             return self.path
         return f"{self.path}.{name}" if self.path else name
@@ -183,7 +183,19 @@ def no_experts(model: nn.Module) -> str:
                 "class first: peft_esft.register_experts(type(module), has_gate=..., has_bias=..., "
                 "is_transposed=..., has_post_expert_norm=...). Its documentation explains the arguments"
             )
+    if (method := quantisation_of(getattr(model, "config", None))) is not None:
+        return (
+            f"{message}. Its weights are quantised ({method}); if it has experts, they are in a form that is not "
+            "supported. Load the checkpoint in bfloat16, and call peft_esft.quantize_experts(model)"
+        )
     return message
+
+
+def quantisation_of(config: Any) -> str | None:
+    """What a model's config calls the form of its weights ("gptq", "mxfp4", ...); None if it names none."""
+    own = getattr(config, "quantization_config", None) or {}
+    method = own.get("quant_method") if isinstance(own, dict) else own.quant_method
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def find_shared_experts(model: nn.Module) -> dict[str, ExpertsContainer]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from .architectures import ExpertsLayout
-from .formats import BlockFP8, FourBit, bitsandbytes
+from .formats import BlockFP8, FourBit, Gguf, bitsandbytes
 from .stored_experts import install
 from .stored_rows import StoredRows
 
@@ -22,30 +22,37 @@ def is_parametrized(module: Any) -> bool:
 
 def is_foreign(module: Any) -> bool:
     """True for experts that `adopt` takes over."""
-    return type(module).__name__ == "FP8Experts" or is_parametrized(module)
+    return type(module).__name__ in ("FP8Experts", "GgufExperts") or is_parametrized(module)
 
 
-def adopt(name: str, module: Any, dtype: torch.dtype) -> None:
-    """Takes the codes and scales of an experts module over, without a copy and without changing a value.
+def read_foreign(name: str, module: Any, dtype: torch.dtype) -> tuple[ExpertsLayout, dict[str, StoredRows]]:
+    """Describes the codes and scales of an experts module as weights in few bits, without a copy or another value.
 
     Args:
         name: of the module, for errors.
         module: experts for which `is_foreign` is true.
         dtype: of the dequantised matrices; bitsandbytes' own records it.
 
+    Returns:
+        The layout of the experts, and each weight by name.
+
     Raises:
         NotImplementedError: if blocks have weights of two experts, or fp8 is not in blocks.
     """
-    stored = _of_bitsandbytes(name, module) if is_parametrized(module) else _of_fp8(name, module, dtype)
     if is_parametrized(module):
-        for weight in stored:
-            remove_parametrizations(module, weight, leave_parametrized=False)
         layout = ExpertsLayout(module.has_gate, module.has_bias, module.is_transposed, module.has_post_expert_norm)
-    else:
-        layout = ExpertsLayout(has_gate=module.has_gate)
-        for weight in stored:
-            del module._parameters[f"{weight}_scale_inv"]
+        return layout, _of_bitsandbytes(name, module)
+    if type(module).__name__ == "GgufExperts":
+        return ExpertsLayout(), _of_gguf(module, dtype)
+    return ExpertsLayout(has_gate=module.has_gate), _of_fp8(name, module, dtype)
+
+
+def adopt(module: Any, layout: ExpertsLayout, stored: dict[str, StoredRows]) -> None:
+    """Replaces the weights of an experts module by those that `read_foreign` made of them."""
+    for weight in stored if is_parametrized(module) else ():
+        remove_parametrizations(module, weight, leave_parametrized=False)
     for weight, rows in stored.items():
+        module._parameters.pop(f"{weight}_scale_inv", None)
         install(module, layout, weight, rows)
 
 
@@ -85,6 +92,20 @@ def _of_fp8(name: str, module: Any, dtype: torch.dtype) -> dict[str, StoredRows]
             {"codes": getattr(module, weight).data, "scales": getattr(module, f"{weight}_scale_inv").data},
         )
         for weight in names
+    }
+
+
+def _of_gguf(module: Any, dtype: torch.dtype) -> dict[str, StoredRows]:
+    hidden, intermediate = module.hidden_dim, module.intermediate_dim
+    own = {
+        "gate_up_proj": (module.gate_up_type, (2 * intermediate, hidden)),
+        "down_proj": (module.down_type, (hidden, intermediate)),
+    }
+    return {
+        weight: StoredRows(
+            Gguf(ggml_type), (module.num_experts, *shape), dtype, {"codes": getattr(module, weight).data}
+        )
+        for weight, (ggml_type, shape) in own.items()
     }
 
 

@@ -158,7 +158,7 @@ class MXFP4:
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         experts, width, out = shape
         if width % 32:
-            raise ValueError(f"MXFP4 has blocks of 32 weights, of which matrices {list(shape[1:])} are no multiple")
+            raise ValueError(f"MXFP4 has blocks of 32 weights, and the matrices have {width} inputs: not a multiple")
         blocks = (experts, out, width // 32)
         return {"codes": (torch.uint8, (*blocks, 16)), "scales": (torch.uint8, blocks)}
 
@@ -168,6 +168,30 @@ class MXFP4:
         codes, scales = tensors["codes"][experts], tensors["scales"][experts]
         matrices: Tensor = convert_moe_packed_tensors(codes, scales, dtype=dtype)
         return matrices
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """Blocks of a GGUF file, as transformers' `GgufExperts` keeps them: `[E, out, bytes of a row]`.
+
+    Attributes:
+        ggml_type: ggml's number of the type, which says what a block has.
+    """
+
+    ggml_type: int
+
+    @property
+    def name(self) -> str:
+        from transformers.integrations.gguf.dequant import GGML_NAME
+
+        return f"gguf {GGML_NAME[self.ggml_type]}"
+
+    def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        from transformers.integrations.gguf.dequant import dequantize
+
+        # One after the other: an intermediate result has up to 8 bytes for each weight.
+        own = [dequantize(blocks, self.ggml_type, dtype) for blocks in tensors["codes"][experts]]
+        return torch.stack(own).view(-1, *shape)
 
 
 ENCODERS: dict[str, Encoder] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": Int8()}

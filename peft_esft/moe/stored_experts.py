@@ -76,7 +76,7 @@ def expert_body(module: Any, layout: ExpertsLayout) -> ExpertBody:
 
 
 def install(module: Any, layout: ExpertsLayout, weight_name: str, stored: StoredRows) -> None:
-    """Replaces a module's parameter by a stored weight, and gives the module the class that reads it."""
+    """Puts a stored weight in place of a module's parameter, and gives the module the class that reads it."""
     if weight_name in module._parameters:
         del module._parameters[weight_name]
     module.add_module(STORED[weight_name], stored)

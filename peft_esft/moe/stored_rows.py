@@ -99,6 +99,11 @@ class StoredRows(nn.Module):
         if not self.kept_ids:
             del destination[f"{prefix}kept_rows"]  # empty
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
+        if not self.kept_ids:
+            state_dict = {f"{prefix}kept_rows": self.kept_rows.data, **state_dict}  # left out when it was saved
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredRows:
         """Moves all tensors; a change of dtype is one of the matrices' only. Scales would not survive it."""
         super()._apply(lambda tensor: fn(tensor) if tensor is self.kept_rows else _moved(fn, tensor), recurse)

@@ -2,5 +2,6 @@
 
 May import torch alone: no PEFT, no transformers, no other part of the package.
 
-Begin with `split_forward.py`, the forward pass of an experts layer; `row_order.py` has its products and gradients.
+Begin with `split_forward.py`, the forward pass of an experts layer. `grouped_linear.py` has its products, forward and
+backward.
 """

@@ -1,4 +1,4 @@
-"""Stands in for a frozen weight tensor that is kept in another form, and computes one expert's matrix at a time."""
+"""Stands in for a frozen weight tensor kept in another form, and computes a few experts' matrices at a time."""
 
 from __future__ import annotations
 

@@ -130,27 +130,22 @@ def _decoded_mm(inputs: Tensor, tokens: Tensor | None, store: FrozenStore, train
             if 2 * len(own) > own[-1] - own[0]:
                 own = range(own[0], own[-1] + 1)  # their codes need no copy, which is worth some decoding in vain
             stop, own_ends = ends[own[-1]], [ends[group] - start for group in own]
-            _part_mm(rows[start:stop], store.matrices(own), own_ends, result[start:stop])
+            result[start:stop] = _part_mm(rows[start:stop], store.matrices(own), own_ends)
             start = stop
-    _part_mm(
-        rows[start : ends[-1]], trained, [end - start for end in ends[store.shape[0] :]], result[start : ends[-1]]
-    )
-    result[ends[-1] :] = 0
+    stop = ends[-1]
+    if stop > start:
+        own_ends = [end - start for end in ends[store.shape[0] :]]
+        result[start:stop] = _part_mm(rows[start:stop], trained, own_ends)
+    result[stop:] = 0
     return result
 
 
-def _part_mm(rows: Tensor, matrices: Tensor, ends: list[int], result: Tensor) -> None:
-    """The products of rows in groups that follow one another, each with its matrix, written to `result`."""
-    if rows.shape[0] == 0:
-        return
-    if _has_kernel(rows, matrices):
-        offsets = torch.tensor(ends, dtype=torch.int32).to(rows.device, non_blocking=True)
-        result.copy_(torch.nn.functional.grouped_mm(rows, matrices, offs=offsets))
-        return
-    groups, sizes = _non_empty_groups(ends)
-    with torch.autocast(rows.device.type, enabled=False):
-        for group, own, target in zip(groups, rows.split(sizes), result.split(sizes), strict=True):
-            torch.mm(own, matrices[group], out=target)
+def _part_mm(rows: Tensor, matrices: Tensor, ends: list[int]) -> Tensor:
+    """The products of rows in groups that follow one another, each with its matrix."""
+    if not _has_kernel(rows, matrices):
+        return _loop_mm(rows, None, matrices, matrices[:0], ends)
+    offsets = torch.tensor(ends, dtype=torch.int32).to(rows.device, non_blocking=True)
+    return torch.nn.functional.grouped_mm(rows, matrices, offs=offsets)
 
 
 def _few_rows_mm(rows: Tensor, frozen: Tensor, trained: Tensor, ends: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .frozen_store import Frozen
-from .row_order import order_rows
+from .grouped_linear import order_rows
 
 
 @dataclass(frozen=True)

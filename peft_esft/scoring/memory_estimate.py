@@ -29,7 +29,6 @@ PER_EXPERT_WEIGHT = {"nf4": 0.5 + 4 / 64, "mxfp4": 0.5 + 1 / 32}
 EIGHT_BIT_MOMENTS = 2 * (1 + 4 / 256)
 """Bytes of bitsandbytes' two moments of a weight, with a fp32 scale for each block of 256."""
 QUANTISED = ("int8", "nf4", "mxfp4")
-_CONTAINER_OF = {"mxfp4": "Mxfp4GptOssExperts"}
 _GPUS = re.compile(r"(?:(\d+)\s*x\s*)?(.+)", re.IGNORECASE)
 
 
@@ -121,7 +120,6 @@ class Estimate:
             is computed there are no gradients yet; their room is counted as free.
         copies: what the optimizer's step adds.
         sent: bytes sent to other GPUs in a step; with offload, bytes read from the host.
-        obstacle: why the package cannot train on such a base; None if it can.
     """
 
     method: Method
@@ -134,7 +132,6 @@ class Estimate:
     activations: float
     copies: float
     sent: float
-    obstacle: str | None = None
 
     @property
     def total(self) -> float:
@@ -143,8 +140,8 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """True if the GPU holds them, and the package can train so."""
-        return self.obstacle is None and self.total <= RESERVE * self.setup.memory
+        """True if the GPU holds them."""
+        return self.total <= RESERVE * self.setup.memory
 
 
 def num_trained(sizes: ModelSizes, setup: Setup, method: Method) -> float:
@@ -209,7 +206,6 @@ def estimate(sizes: ModelSizes, setup: Setup, method: Method = "ESFT", engine: E
         activations=_activations(sizes, setup, method, gradients),
         copies=width * trained / parts if setup.optim == "adamw_torch" else 0,
         sent=sent,
-        obstacle=_obstacle(setup.base),
     )
 
 
@@ -244,14 +240,6 @@ def _weights_of_a_layer(sizes: ModelSizes, setup: Setup, method: Method) -> floa
     return 2 * 2 / 3 * experts if method == "LoRA" else 0
 
 
-def _obstacle(base: BaseFormat) -> str | None:
-    """The package's own refusal of experts that stay as the checkpoint has them."""
-    from ..moe.architectures import ADOPTABLE, KNOWN_CONTAINERS  # here: choosing experts loads no model's code
-
-    refusal = KNOWN_CONTAINERS[_CONTAINER_OF[base]].refusal if base in _CONTAINER_OF else None
-    return None if refusal is None or refusal.startswith(ADOPTABLE) else refusal
-
-
 def plan(sizes: ModelSizes, setup: Setup, optims: Sequence[Optimizer] = ()) -> list[Estimate]:
     """Estimates all methods on all engines that suit the number of GPUs.
 
@@ -262,8 +250,7 @@ def plan(sizes: ModelSizes, setup: Setup, optims: Sequence[Optimizer] = ()) -> l
         optims: optimizers of ESFT; the others have the first one. Empty means that of the setup.
     """
     optims = tuple(optims) or (setup.optim,)
-    stored: tuple[BaseFormat, ...] = ("mxfp4",) if sizes.stored_as == "mxfp4" else ()
-    bases = (setup.base, "int8", "nf4", *stored)
+    bases = (setup.base, *_few_bits(sizes))
     estimates = []
     for engine in _engines(sizes, setup):
         for rank, base, optim in product(dict.fromkeys((None, setup.rank)), dict.fromkeys(bases), optims):
@@ -312,7 +299,7 @@ def what_would_fit(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
     Returns:
         The estimates; none if nothing fits.
     """
-    bases = [base for base in ("int8", "nf4") if BASE_FORMATS.index(base) > BASE_FORMATS.index(setup.base)]
+    bases = [base for base in _few_bits(sizes) if BASE_FORMATS.index(base) > BASE_FORMATS.index(setup.base)]
     ways = product(
         _engines(sizes, setup),
         (setup.base, *bases),
@@ -330,6 +317,12 @@ def what_would_fit(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
             changes = len(changed) + (engine == "offload")
             found.setdefault(changes, []).append(estimate(sizes, own, "ESFT", engine))
     return found[min(found)] if found else []
+
+
+def _few_bits(sizes: ModelSizes) -> tuple[BaseFormat, ...]:
+    """The forms in few bits that a base can have; MXFP4 only where the checkpoint is in it."""
+    stored: tuple[BaseFormat, ...] = ("mxfp4",) if sizes.stored_as == "mxfp4" else ()
+    return ("int8", "nf4", *stored)
 
 
 def fits_on_gpus(sizes: ModelSizes, setup: Setup) -> bool:

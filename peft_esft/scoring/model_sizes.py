@@ -167,11 +167,10 @@ def _top_k(container: ExpertsContainer, config: Any) -> int:
 
 
 def _stored_as(model: nn.Module, config: Any) -> str | None:
+    from ..moe.containers import quantisation_of
     from ..moe.stored_rows import StoredRows
 
     for module in model.modules():
         if isinstance(module, StoredRows):
             return module.format.name
-    quantization = getattr(config, "quantization_config", None) or {}
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    return None if method is None else str(getattr(method, "value", method))
+    return quantisation_of(config)

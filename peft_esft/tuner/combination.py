@@ -98,7 +98,7 @@ def check_combination(
 
 
 def check_factors(factors: Sequence[float]) -> None:
-    """Refuses factors that are not finite numbers.
+    """Refuses what is not a finite number.
 
     Raises:
         ValueError: naming the factors.

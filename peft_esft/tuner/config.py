@@ -20,7 +20,7 @@ from ..scoring.scores import ExpertScores, Metric
 from ..scoring.selection import DEFAULT_TOP_P, select_experts, top_p_for_memory
 from .adapter_file import KEY_PREFIX, Header, find_header, find_hub_header, finish_file, read_header
 from .config_checks import check_target_experts, check_types, check_values
-from .file_contents import check_experts, check_foreign, foreign_keys
+from .file_checks import check_experts, check_foreign, foreign_keys
 from .model_card import write_card
 from .other_classes import Prefixes, moved
 from .targets import ModuleOptions, adapted_selection
@@ -109,7 +109,7 @@ class ESFTConfig(PeftConfig):
         default=None, metadata={"help": "What the base's rows looked like when the adapter was made."}
     )
 
-    # PEFT reads this attribute of every config. Here it is not a field: `target_experts` says what is adapted.
+    # PEFT reads this attribute of every config. Ours is not a field: `target_experts` alone says what is adapted.
     target_modules: ClassVar[None] = None
 
     def __post_init__(self) -> None:

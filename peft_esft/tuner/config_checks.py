@@ -115,7 +115,7 @@ def check_target_experts(target_experts: Mapping[Any, Any]) -> dict[str, list[in
         The same with string keys and lists of ints, in the same order.
 
     Raises:
-        ValueError: if it is not such a mapping, an entry has no experts, or an id is repeated or negative.
+        ValueError: if it is not such a mapping, or a container has no experts, a repeated or a negative id.
     """
     if not isinstance(target_experts, Mapping):
         raise ValueError(f"target_experts is a {type(target_experts).__name__}; expected a dict {{path: expert ids}}")

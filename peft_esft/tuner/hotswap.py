@@ -15,7 +15,7 @@ from .restoring import restoring
 
 
 def hotswap_adapter(model: PeftModel, path: str | Path, adapter_name: str = "default", **kwargs: Any) -> None:
-    """Replaces an adapter in memory by the one in `path`, which may have other experts or layers.
+    """Puts the adapter in `path` in place of a resident one, also if it has other experts or layers.
 
     Deltas in half precision stay in half precision. Where shapes are equal, the new weights are copied into the old
     parameters, so an optimizer that has these parameters sees the new values. An active adapter stays

@@ -20,13 +20,13 @@ from .config import ESFTConfig
 from .fingerprint import compare_base
 from .layers.expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, rows_to_file, shares_out_experts
 from .layers.fused import FusedExperts
-from .layers.held import holding, mixed_rows
+from .layers.held import holding, is_holding, mixed_rows
 from .layers.layer import PREFIX, ESFTLayer
 from .layers.listed import ListedExperts
 from .layers.merging import check_finite
 from .layers.substituted import SubstitutedExperts
 from .layers.tied import TiedLayer, update_tied_keys
-from .loading import check_file, check_incoming, check_loader, header_of, moved_weights
+from .load_checks import check_file, check_incoming, check_loader, header_of, moved_weights
 from .messages import shortened
 from .mixed_batch import (
     calling_with,
@@ -210,7 +210,9 @@ class ESFTModel(AdapterOperations):
         with adapters_lock:
             self._num_holds += 1
         try:
-            self._compute_held_rows()
+            if not is_holding():
+                # Also those that another thread holds: weights may have changed since it began.
+                self._compute_held_rows()
             with holding():
                 yield
         finally:
@@ -229,9 +231,12 @@ class ESFTModel(AdapterOperations):
         """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`.
 
         Raises:
-            ValueError: if there is no adapter of one of the names.
+            ValueError: if there is no adapter of one of the names, or several of them have the same whole module.
         """
         self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
+        for module in self._modules_with_adapters():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.check_set_adapter(adapter_name)
         merged = [layer for layer in self._layers() if layer.merged]
         if merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
@@ -381,19 +386,22 @@ class ESFTModel(AdapterOperations):
         # Called when an adapter is saved: the place where a user can still act on what training did not do.
         warn_of_unreached_experts(list(layers.values()), adapter_name)
         # The layers say what is the adapter's. Names of adapters tell too little: a module may be called the same.
-        keys = [
-            f"{path}.{name}.{adapter_name}"
-            for path, layer in layers.items()
-            for name in layer.tensors_of(adapter_name)
-        ]
-        known = {plain_key(key): key for key in state_dict}
-        missing = [key for key in map(plain_key, keys) if key not in known]
+        known = {plain_key(key): tensor for key, tensor in state_dict.items()}
+        own: dict[str, Tensor] = {}
+        missing: list[str] = []
+        for path, layer in layers.items():
+            with layer.onloaded([adapter_name]):
+                for name, tensor in layer.tensors_of(adapter_name).items():
+                    key = plain_key(f"{path}.{name}.{adapter_name}")
+                    found = known.get(key)
+                    # Where accelerate keeps an adapter on the CPU or the disk, the state dict has no data of it.
+                    own[key] = tensor.detach().cpu().clone() if found is None or found.is_meta else found
+                    missing += [key] if found is None else []
         if missing:
             raise ValueError(f"the state dict has no weights of adapter {adapter_name!r} for {shortened(missing)}")
         weights = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         weights = {key: tensor for key, tensor in weights.items() if DELTA_KEY not in key}
-        weights |= {key: state_dict[known[key]] for key in map(plain_key, keys)}
-        return rows_to_file(model, adapter_name, weights)
+        return rows_to_file(model, adapter_name, weights | own)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -68,7 +68,7 @@ def find_prefixes(paths: Iterable[str], own_paths: Iterable[str]) -> Prefixes:
 def moved(path: str, prefixes: Prefixes) -> str:
     """A path of another class as it is here."""
     before = max((start for start in prefixes if path.startswith(start)), key=len, default=None)
-    # The number of a layer, which may be given instead of a path, is the same in all classes.
+    # The number of a layer, which may stand instead of a path, is the same in all classes.
     return path if before is None or path.isdigit() else prefixes[before] + path.removeprefix(before)
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ..scoring.memory_size import bytes_of
 from .config import ESFTConfig
-from .file_contents import check_finite_header, compare_entries
+from .file_checks import check_finite_header, compare_entries
 from .fingerprint import compare_base
-from .loading import expected_entries
+from .load_checks import expected_entries
 from .mixed_batch import BASE
 from .model import ESFTModel, adapters_lock
 from .other_classes import moved_keys
@@ -173,6 +173,7 @@ class AdapterPool:
         self._check_known([adapter_name])
         with self._condition:
             self._condition.wait_for(lambda: not self._users.get(adapter_name))
+            self._note_deleted()
             if adapter_name in self._resident:
                 self._delete(adapter_name)
             self._host.pop(adapter_name, None)
@@ -200,6 +201,8 @@ class AdapterPool:
         self._check_known(names)
         is_taken = False
         while not is_taken:
+            with self._condition:
+                self._note_deleted()
             # Files are read while others hold the lock.
             copies = {name: self._read(name).result() for name in names if name not in self._resident}
             for name, own in copies.items():
@@ -222,6 +225,11 @@ class AdapterPool:
             self._resident.move_to_end(name)
         self._misses += len(copies)
         self._hits += len(names) - len(copies)
+
+    def _note_deleted(self) -> None:
+        """Takes adapters off the list that somebody deleted from the model itself."""
+        for name in [name for name in self._resident if name not in self.model.peft_config]:
+            del self._resident[name]
 
     def _check_known(self, names: Sequence[str]) -> None:
         unknown = [name for name in names if name not in self._sources]

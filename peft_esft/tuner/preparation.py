@@ -13,7 +13,7 @@ from torch import nn
 
 from ..moe.containers import ExpertsContainer, find_experts, no_experts
 from .config import ESFTConfig
-from .file_contents import check_rank
+from .file_checks import check_rank
 from .fingerprint import check_num_experts
 from .layers.expert_parallel import check_expert_parallel, shares_out_experts
 from .layers.layer import PREFIX

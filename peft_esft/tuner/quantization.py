@@ -18,8 +18,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..moe.containers import ExpertsContainer, find_experts
-from ..moe.foreign_experts import adopt, is_foreign
+from ..moe.foreign_experts import adopt, is_foreign, read_foreign
 from ..moe.formats import ENCODERS, Loadable, form_of
+from ..moe.gguf_linears import give_gradients
 from ..moe.stored_experts import install
 from ..moe.stored_rows import STORED, StoredRows
 from ..moe.weights import StackedWeight, StoredWeight, is_spread
@@ -121,7 +122,7 @@ def quantize_experts(
     """
     config = ESFTQuantizationConfig(bits, keep, quant_type)
     if config.format.name not in ENCODERS:
-        raise ValueError(f"experts are not brought to {config.format.name}, but only loaded in it; 'nf4' is better")
+        raise ValueError(f"experts cannot be quantised to {config.format.name}, only loaded in it; use 'nf4'")
     containers = find_experts(model)
     check_quantizable(model, containers)
     kept = _kept_experts(config, containers)
@@ -138,9 +139,10 @@ def quantize_experts(
 def adopt_quantized_experts(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Takes over experts that another package has quantised, in place and as they are: adapters can then be attached.
 
-    These are transformers' `FP8Experts`, and fused experts that `bitsandbytes.nn.parametrize` has brought to 4 bits.
-    Their matrices are what that package dequantises them to, bit for bit; activations are not quantised. The model
-    cannot be saved afterwards: the checkpoint that it was loaded from holds the same weights.
+    These are transformers' `FP8Experts` and `GgufExperts`, and fused experts that `bitsandbytes.nn.parametrize` has
+    brought to 4 bits. Their matrices are what that package dequantises them to, bit for bit; activations are not
+    quantised. The model cannot be saved afterwards: the checkpoint that it was loaded from holds the same weights.
+    transformers' `GgufLinear` beside such experts is given a gradient for its input.
 
     Args:
         model: without adapters.
@@ -151,7 +153,7 @@ def adopt_quantized_experts(model: nn.Module, dtype: torch.dtype | None = None) 
 
     Raises:
         ValueError: if no experts of the model are in such a form.
-        NotImplementedError: if they cannot be taken over, naming the first module and why. Modules before it are.
+        NotImplementedError: if they cannot be taken over, naming the first module and why. Nothing changes then.
 
     Example:
         >>> model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-30B-A3B-FP8")
@@ -164,8 +166,11 @@ def adopt_quantized_experts(model: nn.Module, dtype: torch.dtype | None = None) 
             "quantize_experts(model) quantises plain ones"
         )
     declared = getattr(getattr(model, "config", None), "dtype", None)
-    for path, container in foreign.items():
-        adopt(path, container.module, dtype or declared or torch.bfloat16)
+    own = dtype or declared or torch.bfloat16
+    found = [(c.module, *read_foreign(path, c.module, own)) for path, c in foreign.items()]
+    for module, layout, stored in found:
+        adopt(module, layout, stored)
+    give_gradients(model)
     if isinstance(model, PreTrainedModel):
         _note_quantizer(model, ESFTQuantizationConfig())
         cast(ESFTQuantizer, model.hf_quantizer).is_adopted = True
@@ -371,8 +376,8 @@ class ESFTQuantizer(HfQuantizer):
                 )
         if kept and self.is_original:
             raise ValueError(
-                f"keep names experts of {next(iter(kept))}, of which the checkpoint has nothing better than MXFP4. "
-                "Leave keep out: they lose nothing more"
+                f"keep names experts of {next(iter(kept))}, but the checkpoint has them only in MXFP4, so it gains "
+                "nothing to keep them in full precision. Leave keep out"
             )
         if self.linears is not None and self.is_original:
             raise NotImplementedError(

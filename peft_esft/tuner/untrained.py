@@ -60,8 +60,9 @@ def untrained_experts(layer: ESFTLayer, adapter_name: str) -> list[int]:
     if adapter is None or adapter.storage != "delta" or any(map(is_spread, tensors)):
         return []
     moved = torch.zeros(len(adapter.expert_ids), dtype=torch.bool)
-    for name in layer.weights:
-        factors = layer.delta_parameters(name, adapter_name)
-        if factors:
-            moved |= (factors[-1] != 0).flatten(1).any(1).cpu()
+    with layer.onloaded([adapter_name]):
+        for name in layer.weights:
+            factors = layer.delta_parameters(name, adapter_name)
+            if factors:
+                moved |= (factors[-1] != 0).flatten(1).any(1).cpu()
     return [expert for expert, has_moved in zip(adapter.expert_ids, moved.tolist(), strict=True) if not has_moved]

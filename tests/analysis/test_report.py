@@ -20,8 +20,8 @@ from peft import get_peft_model
 from peft_esft import ESFTConfig, find_experts, score_experts
 from peft_esft.analysis import dispersion, overlap, report
 from peft_esft.analysis.adapters import read_adapter
-from peft_esft.analysis.drawing import LIGHT, PRINT, _figure, draw_files
-from peft_esft.analysis.figures import dispersion_plot, overlap_plot, shares_plot
+from peft_esft.analysis.plotting import LIGHT, PRINT, _figure, draw_files
+from peft_esft.analysis.report_figures import dispersion_plot, overlap_plot, shares_plot
 from peft_esft.cli.main import main
 from peft_esft.interchange import compact
 
@@ -285,7 +285,7 @@ def test_what_cannot_be_reported_is_refused(tiny_scores, tmp_path, capsys):
     for subject, message in (
         ([], "nothing to report"),
         (torch.nn.Linear(1, 1), "no ESFT adapter"),
-        (3, "report takes scores and adapters, not a int"),
+        (3, "report takes scores and adapters, not int"),
         ({"a": tiny_scores, "b": golden.scores_of_counts({"x": [1, 2]})}, "different models"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 
@@ -242,3 +243,23 @@ def test_wrong_usage_exits_with_2(capsys):
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
         assert exit_.value.code == 2
+
+
+def test_no_layer_has_so_many_experts(scored, capsys):
+    assert main(["select", scored, "--top-k", "65"]) == 1
+    assert "--top-k is 65, and no layer has more than 64 experts" in capsys.readouterr().err
+    assert main(["select", scored, "--top-k", "64"]) == 0
+
+
+def test_scores_of_a_pipe_are_those_of_the_file(tmp_path, monkeypatch, capsys):
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in ("In the beginning", "was the word"))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    monkeypatch.setattr("sys.stdin", io.StringIO(rows))
+    for data, name in (("-", "pipe.json"), (str(tmp_path / "rows.jsonl"), "file.json")):
+        assert main(["score", MODEL, "--data", data, "--out", str(tmp_path / name)]) == 0
+    found, expected = (ExpertScores.load(tmp_path / name).token() for name in ("pipe.json", "file.json"))
+    assert all(found[path].equal(expected[path]) for path in expected)
+    for text, message in (("", "the standard input is empty"), ("words\n", "line 1 of the standard input: it is not")):
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert main(["score", MODEL, "--data", "-", "--out", str(tmp_path / "none.json")]) == 1
+        assert message in capsys.readouterr().err

@@ -89,6 +89,10 @@ def test_choices_of_options_are_those_of_the_library():
         (["select", "x", "--top-q", "3"], "did you mean --top-p or --top-k?"),
         (["plan", MODEL, "--gpus", "1x24GB", "--shares=0.3"], "did you mean --share?"),
         (["inspect", MODEL, "more"], "unrecognized arguments: more\n"),
+        (
+            ["eval", MODEL, "--limit", "3", "a", "x.jsonl"],
+            "arguments: a x.jsonl; give all names and paths",
+        ),
     ],
 )
 def test_what_is_like_an_unknown_word_is_named(arguments, hint, capsys):

@@ -13,7 +13,6 @@ from peft import get_peft_model
 from peft_esft import quantize_experts
 from peft_esft.cli.main import main
 from peft_esft.cli.select import BASES, OPTIMIZERS
-from peft_esft.moe.architectures import ADOPTABLE, KNOWN_CONTAINERS
 from peft_esft.moe.formats import ENCODERS
 from peft_esft.scoring import memory_estimate
 from peft_esft.scoring.memory_estimate import (
@@ -180,13 +179,14 @@ def test_the_most_experts_fit_and_one_more_does_not(memory):
         assert not estimate(SIZES, replace(setup, share=(most + 1) / 10)).fits
 
 
-def test_gpt_oss_is_planned_as_it_is_stored_if_the_package_can_train_so():
+def test_gpt_oss_is_planned_as_it_is_stored():
     sizes = replace(SIZES, stored_as="mxfp4")
     (stored,) = [own for own in plan(sizes, Setup(memory=1e9)) if own.setup.base == "mxfp4"]
     assert stored.base == pytest.approx(300 * 0.53125 + 700 * 2)
-    refusal = KNOWN_CONTAINERS["Mxfp4GptOssExperts"].refusal
-    assert stored.obstacle == (None if refusal is None or refusal.startswith(ADOPTABLE) else refusal)
-    assert stored.fits == (stored.obstacle is None)
+    assert stored.fits
+    tight = Setup(tokens=1, memory=2950)
+    forms = [{way.setup.base for way in what_would_fit(own, tight)} for own in (sizes, SIZES)]
+    assert forms[0] == forms[1] | {"mxfp4"}
 
 
 def test_the_commands_names_are_those_of_the_estimates():

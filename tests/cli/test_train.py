@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
 import os
 import re
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import pytest
 import torch
@@ -18,8 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from peft_esft import ESFTConfig, ExpertScores
 from peft_esft.checkpoints import last_complete_checkpoint
-from peft_esft.cli.main import main
-from peft_esft.cli.train_options import parse
+from peft_esft.cli import training_rows
+from peft_esft.cli.main import build_parser, main
+from peft_esft.cli.train_options import CompareOptions, TrainOptions, parse
 from peft_esft.cli.training_rows import read_rows
 
 from repository import ROOT
@@ -100,6 +104,36 @@ def loss_on_answers(model, rows):
     return total / tokens
 
 
+@pytest.fixture
+def piped(monkeypatch):
+    """Gives a command a text as its standard input."""
+    training_rows._rows_of_standard_input.cache_clear()
+    yield lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    training_rows._rows_of_standard_input.cache_clear()
+
+
+def test_rows_of_a_pipe_are_read_once_and_kept(piped):
+    piped("".join(json.dumps(row) + "\n" for row in conversations(20)))
+    first, again = read_rows("-"), read_rows("-")
+    assert (len(first.train), len(first.held_out), first.format) == (18, 2, "messages")
+    assert first.train[:] == again.train[:]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the standard input is empty"),
+        ('{"text": "a"}\nnone\n', "line 2 of the standard input is not JSON"),
+        ("[1]\n", "line 1 of the standard input is not a JSON object"),
+        ('{"title": "a"}\n', "- has title; a row has messages"),
+    ],
+)
+def test_a_pipe_without_rows(text, message, piped):
+    piped(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_rows("-")
+
+
 def test_a_dry_run_says_all_and_writes_nothing(chat, tmp_path, capsys):
     assert main(["train", MODEL, chat, "--out", str(tmp_path / "law"), "--dry-run", "--num-train-epochs", "2"]) == 0
     text = capsys.readouterr().out
@@ -114,6 +148,18 @@ def test_a_dry_run_says_all_and_writes_nothing(chat, tmp_path, capsys):
         assert line in text
     assert "learning rate 1e-05; the paper's" in text
     assert not (tmp_path / "law").exists()
+
+
+@pytest.mark.parametrize(("command", "kind"), [("train", TrainOptions), ("compare", CompareOptions)])
+def test_every_option_of_a_command_is_in_its_help(command, kind):
+    (commands,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    shown = {option for action in commands.choices[command]._actions for option in action.option_strings}
+    named = {f"--{field.name.replace('_', '-')}" for field in fields(kind)} - {
+        "--model-name-or-path",
+        "--dataset-name",
+    }
+    elsewhere = set() if command == "train" else {"--top-p", "--budget", "--resume", "--dry-run"}
+    assert named - shown == elsewhere
 
 
 def test_defaults_and_other_options_of_trl(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_esft.checkpoints import PREVIOUS_SUFFIX, last_complete_checkpoint, save_adapter
@@ -240,3 +240,15 @@ def test_the_last_complete_checkpoint_is_found(damage, tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-9")
     assert last_complete_checkpoint(tmp_path) is None
     assert last_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_checkpoints_of_lora_and_of_whole_models_count(tmp_path):
+    whole = tiny_model("olmoe")
+    lora = get_peft_model(tiny_model("olmoe"), LoraConfig(target_modules=["q_proj"]))
+    for name, model in (("whole", whole), ("lora", lora)):
+        for step in (9, 10):
+            checkpoint(tmp_path / name / f"checkpoint-{step}", model)
+        assert last_complete_checkpoint(tmp_path / name) == str(tmp_path / name / "checkpoint-10")
+        (weights,) = (tmp_path / name / "checkpoint-10").glob("*.safetensors")
+        os.truncate(weights, 2000)
+        assert last_complete_checkpoint(tmp_path / name) == str(tmp_path / name / "checkpoint-9")

@@ -172,7 +172,7 @@ def test_the_examples_run(script, tmp_path):
 def test_dpo_on_a_trained_adapter_has_that_adapter_as_its_reference(tmp_path):
     base = base_for("DPOTrainer")
     model = get_peft_model(copy.deepcopy(base), config_for(base, init_weights=False, task_type="CAUSAL_LM"))
-    with pytest.warns(UserWarning, match="'ref' has the config of 'default', but not its weights"):
+    with pytest.warns(UserWarning, match="'ref' has the config of 'default' but not its weights"):
         trainer = DPOTrainer(
             model,
             args=DPOConfig(**settings(tmp_path, bf16=False, max_length=32)),

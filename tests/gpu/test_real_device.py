@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from families import FAMILIES, tiny_model
 from oracle import config_for, random_tokens
 from stored_bases import dense_twin
 from zoo import VARIANTS, build, inputs_for, model_types, output_of
+
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from reporting import host_waits
 
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
@@ -66,16 +71,9 @@ def check(found, expected, tolerance):
 
 
 def waits_in(call):
-    """How often the host waits in a second call, as CUDA says."""
+    """How often the host waits in a second call."""
     call()
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(warning.message) for warning in found)
+    return host_waits(call)
 
 
 @pytest.mark.parametrize("size", [FEW, MANY], ids=["few", "many"])

@@ -104,14 +104,14 @@ def test_the_error_without_a_description_says_how_to_give_one():
 @pytest.mark.parametrize(
     ("flags", "lacking"),
     [
-        ({"has_gate": False}, "lacks up_proj"),
-        ({"has_bias": True}, "lacks gate_up_proj_bias, down_proj_bias"),
-        ({"has_post_expert_norm": True}, "lacks post_expert_norm"),
+        ({"has_gate": False}, r"lacks up_proj\."),
+        ({"has_bias": True}, r"lacks gate_up_proj_bias, down_proj_bias\."),
+        ({"has_post_expert_norm": True}, r"lacks post_expert_norm\."),
     ],
 )
 def test_what_a_description_does_not_fit_is_refused(flags, lacking):
     register_experts(OwnExperts, **flags)
-    with pytest.raises(ValueError, match=f"OwnExperts was registered with .*, but {lacking}\\. It needs"):
+    with pytest.raises(ValueError, match=f"OwnExperts was registered with .*, but {lacking}"):
         find_experts(own_model())
 
 

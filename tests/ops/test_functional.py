@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peft_esft.ops import grouped_linear
 from peft_esft.ops import grouped_mm as grouped
-from peft_esft.ops import row_order
 from peft_esft.ops.deltas import add_deltas, connected, rows_with_delta
 from peft_esft.ops.split_forward import ExpertBody, ExpertWeights, default_gate, expert_slots, split_experts_forward
 
@@ -214,10 +214,10 @@ def small_problem(dtype=torch.float32, has_bias=False, num_rows=20):
 def test_no_gradient_of_a_frozen_weight_is_ever_computed(monkeypatch, dtype):
     """Nor is one computed from more rows than those of the trained experts, or the host asked again whose they are."""
     products, gradients = [], []
-    mm, outer = row_order.grouped_mm, row_order.grouped_outer
-    monkeypatch.setattr(row_order, "grouped_mm", lambda *args: products.append(args) or mm(*args))
+    mm, outer = grouped_linear.grouped_mm, grouped_linear.grouped_outer
+    monkeypatch.setattr(grouped_linear, "grouped_mm", lambda *args: products.append(args) or mm(*args))
     monkeypatch.setattr(
-        row_order, "grouped_outer", lambda *args: gradients.append((args, outer(*args))) or gradients[-1][1]
+        grouped_linear, "grouped_outer", lambda *args: gradients.append((args, outer(*args))) or gradients[-1][1]
     )
     (states, gates, *rows), index, settings = small_problem(dtype)
     deltas = [torch.zeros(row.shape, requires_grad=True) for row in rows]
@@ -257,7 +257,7 @@ def test_gradients_do_not_depend_on_which_others_are_asked_for(has_bias):
 
 def test_rows_are_ordered_on_the_device_that_they_are_on():
     with torch.no_grad():
-        order = row_order.order_rows(torch.zeros(5, 2, dtype=torch.int64, device="meta"), 32, torch.float32)
+        order = grouped_linear.order_rows(torch.zeros(5, 2, dtype=torch.int64, device="meta"), 32, torch.float32)
     tensors = [order.pairs, order.tokens, order.places, order.slots, order.ends]
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert order.host_ends is None

@@ -20,6 +20,7 @@ for file in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["benchmarks", "benchmarks/paper", "benchmarks/selection", "tools"])
 def test_every_script_can_be_imported(folder):
     files = sorted(str(file) for file in (ROOT / folder).glob("*.py"))
@@ -33,6 +34,7 @@ def test_every_script_can_be_imported(folder):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_the_benchmark_for_gpus_runs_in_tiny_sizes(tmp_path):
     script = ROOT / "benchmarks" / "gpu.py"
     command = [sys.executable, str(script), "--tiny", "--out", str(tmp_path / "gpu.json")]

@@ -75,6 +75,7 @@ def test_every_page_with_examples_is_run_by_a_test():
     assert {language for _, language in languages} <= {"python", "sh", "text", "json"}
 
 
+@pytest.mark.slow
 def test_quickstart(clone, capsys, recwarn):
     namespace = _run("quickstart.md", {})
     assert namespace["after"] < 0.5 * namespace["before"]

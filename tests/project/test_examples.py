@@ -33,6 +33,7 @@ def test_the_readme_example_runs(tmp_path, monkeypatch):
     assert type(namespace["merged"]).__name__ == "OlmoeForCausalLM"
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_analysis_page_run_in_order(tmp_path, monkeypatch, capsys):
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "analysis.md").read_text(), flags=re.DOTALL)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

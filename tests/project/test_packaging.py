@@ -40,6 +40,7 @@ def test_importing_loads_nothing_that_peft_has_not_loaded_but_the_core():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [

@@ -231,3 +231,18 @@ def test_kept_target_experts_have_the_fingerprint_of_the_plain_base() -> None:
     quantised = quantize_experts(copy.deepcopy(plain), keep=config_for(plain).target_experts)
     records = [get_peft_model(m, config_for(m)).peft_config["default"].base_fingerprint for m in (plain, quantised)]
     assert records[0] == records[1]
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_state_dict_fits_the_model_that_it_is_of(bits, assign):
+    first, second = (quantize_experts(tiny_model("olmoe"), bits=bits) for _ in range(2))
+    with torch.no_grad():
+        for parameter in second.parameters():
+            if parameter.is_floating_point():
+                parameter.zero_()
+    state = first.state_dict()
+    assert second.load_state_dict(state, assign=assign).missing_keys == []
+    assert all(same_bits(tensor, state[name]) for name, tensor in second.state_dict().items())
+    tokens = random_tokens()
+    assert torch.equal(second(input_ids=tokens)[0], first(input_ids=tokens)[0])

@@ -82,7 +82,7 @@ def test_several_processes_are_told_what_to_do(tmp_path, monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-        with pytest.raises(ValueError, match=r"restore_delta_dtype\(\) after the trainer is made"):
+        with pytest.raises(ValueError, match=r"restore_delta_dtype\(\) on each process after the trainer is made"):
             model.train()
         model.base_model.restore_delta_dtype()
         model.train()

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from transformers.integrations.finegrained_fp8 import FP8Experts, _dequantize_fp8_weight
 
 from peft_esft import ESFTConfig, ESFTQuantizationConfig, adopt_quantized_experts, find_experts, quantize_experts
+from peft_esft.interchange.base import Base
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
 from stored_bases import dense, dense_twin, same_bits
-from zoo import fill
+from zoo import build, fill
 
 
 def aligned(family: str = "olmoe") -> PreTrainedModel:
@@ -80,7 +81,7 @@ def test_parametrized_experts_are_taken_over_bit_for_bit(family: str, settings: 
     assert all(same_bits(gradient, gradients[1][key]) for key, gradient in gradients[0].items())
 
 
-def test_blocks_of_two_experts_are_refused() -> None:
+def test_experts_that_cannot_be_taken_over_are_refused_and_nothing_changes() -> None:
     model = parametrized(tiny_model("olmoe", torch.bfloat16), blocksize=4096)
     with pytest.raises(NotImplementedError, match="blocks of 4096 weights belong to two experts"):
         adopt_quantized_experts(model)
@@ -89,6 +90,12 @@ def test_blocks_of_two_experts_are_refused() -> None:
     whole.model.layers[1].mlp.experts = FP8Experts(whole.config, block_size=None)
     with pytest.raises(NotImplementedError, match="one scale per matrix"):
         adopt_quantized_experts(whole)
+    mixed = parametrized(aligned())
+    mixed.model.layers[1].mlp.experts = whole.model.layers[1].mlp.experts
+    kinds = [type(container.module) for container in find_experts(mixed).values()]
+    with pytest.raises(NotImplementedError, match=r"layers.1.mlp.experts.*one scale per matrix"):
+        adopt_quantized_experts(mixed)
+    assert [type(container.module) for container in find_experts(mixed).values()] == kinds
 
 
 def fp8_experts(plain: nn.Module, config: object, block: tuple[int, int]) -> nn.Module:
@@ -138,16 +145,6 @@ def test_an_adopted_model_is_not_saved(tmp_path: Path) -> None:
         adopt_quantized_experts(tiny_model("olmoe"))
 
 
-def test_gguf_experts_are_found_and_refused() -> None:
-    from transformers.integrations.gguf.dequant import GGML_Q8_0
-    from transformers.integrations.gguf.utils import GgufExperts
-
-    model = tiny_model("olmoe", torch.bfloat16)
-    model.model.layers[0].mlp.experts = GgufExperts(8, 32, 32, GGML_Q8_0, GGML_Q8_0, nn.SiLU())
-    with pytest.raises(NotImplementedError, match=r"GgufExperts.*GgufConfig\(dequantize=True\)"):
-        get_peft_model(model, ESFTConfig(target_experts={0: [1]}))
-
-
 def test_tensors_of_other_packages_are_refused_by_name() -> None:
     """torchao's quantised tensors say that they are bfloat16; so does this one of torch's own."""
     model = tiny_model("olmoe", torch.bfloat16)
@@ -158,6 +155,36 @@ def test_tensors_of_other_packages_are_refused_by_name() -> None:
         get_peft_model(model, ESFTConfig(target_experts={0: [1]}))
     with pytest.raises(NotImplementedError, match="TwoTensor"):
         quantize_experts(model)
+
+
+@pytest.mark.parametrize("family", ["switch_transformers", "nllb_moe"])
+def test_lists_of_experts_in_4_bits_are_refused_by_name(family: str, tmp_path: Path) -> None:
+    build(family, torch.bfloat16).save_pretrained(tmp_path)
+    model = type(build(family)).from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    path = next(iter(find_experts(model)))
+    with pytest.raises(NotImplementedError, match=rf"{path}\.\w+ has dtype torch.uint8, a quantised form"):
+        get_peft_model(model, ESFTConfig(target_experts={path: [1]}))
+    with pytest.raises(NotImplementedError, match=f"{path}.*only such experts can be quantised"):
+        quantize_experts(model)
+
+
+class Packed(nn.Module):
+    """A linear layer that has its weights in buffers, as those of GPTQ and AWQ."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(width // 8, out, dtype=torch.int32))
+        self.register_buffer("scales", torch.ones(1, out))
+
+
+def test_lists_of_packed_modules_are_refused_with_the_name_of_their_form() -> None:
+    model = tiny_model("olmoe")
+    for layer in model.model.layers:
+        layer.mlp.experts = nn.ModuleList([nn.ModuleDict({"up_proj": Packed(32, 24)}) for _ in range(8)])
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    for call in (lambda: get_peft_model(model, ESFTConfig(target_experts={0: [1]})), lambda: Base(model)):
+        with pytest.raises(ValueError, match=r"quantised \(gptq\).*quantize_experts\(model\)"):
+            call()
 
 
 def loaded(folder: Path, config: object) -> PreTrainedModel:

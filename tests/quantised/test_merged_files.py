@@ -81,7 +81,7 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(folders: Path) 
     model = quantize_experts(AutoModelForCausalLM.from_pretrained(folders / "plain"))
     config = config_for(model, modules_to_save=["lm_head"])
     get_peft_model(model, config).save_pretrained(folders / "with_head")
-    with pytest.raises(NotImplementedError, match=r"has .*lm_head.* but only experts can be merged"):
+    with pytest.raises(NotImplementedError, match=r"has .*lm_head.* only experts can be merged"):
         merge_checkpoint(folders / "quantised", folders / "with_head", folders / "merged")
     file = folders / "adapter" / "adapter_config.json"
     content = json.loads(file.read_text())

@@ -24,7 +24,13 @@ from transformers import (
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from peft_esft import ESFTQuantizationConfig, find_experts, quantize_experts
+from peft_esft.cli.loading import load_base
+from peft_esft.cli.main import main
+from peft_esft.cli.train_options import parse
+from peft_esft.cli.training_memory import training_setup
 from peft_esft.moe.formats import MXFP4
+from peft_esft.moe.stored_rows import StoredRows
+from peft_esft.scoring.model_sizes import ModelSizes
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
@@ -182,11 +188,29 @@ def test_other_experts_and_other_uses_are_refused_by_name(checkpoint: Path, tmp_
     tiny_model("olmoe", torch.bfloat16).save_pretrained(tmp_path)
     with pytest.raises(NotImplementedError, match=r"OlmoeExperts\) cannot be loaded in MXFP4"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=ESFTQuantizationConfig(quant_type="mxfp4"))
-    with pytest.raises(ValueError, match="not brought to mxfp4"):
+    with pytest.raises(ValueError, match="cannot be quantised to mxfp4"):
         quantize_experts(tiny_model("gpt_oss", torch.bfloat16), quant_type="mxfp4")
-    with pytest.raises(ValueError, match="nothing better than MXFP4"):
+    with pytest.raises(ValueError, match="only in MXFP4"):
         load(checkpoint, keep={0: [1]})
     with pytest.raises(NotImplementedError, match="Leave linears out"):
         load(checkpoint, linears=BitsAndBytesConfig(load_in_4bit=True))
     with pytest.raises(ValueError, match="quant_type is one of"):
         ESFTQuantizationConfig(bits=8, quant_type="mxfp4")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_four_bits_on_the_command_line_are_those_of_the_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = load_base(str(checkpoint), "bfloat16", None, bits=4)
+    assert {module.format.name for module in base.modules() if isinstance(module, StoredRows)} == {"mxfp4"}
+    assert torch.equal(logits(base), logits(dequantised(checkpoint)))
+    sizes = ModelSizes.of(base)
+    own, settings = parse(["MODEL", "DATA", "--out", str(tmp_path / "out"), "--bits", "4"])
+    assert training_setup(own, settings, sizes, tokens=8, element=2).base == "mxfp4"
+
+    model = get_peft_model(base, config_for(base, init_weights=False))
+    model.save_pretrained(tmp_path / "law")
+    assert main(["verify", str(checkpoint), str(tmp_path / "law"), "--bits", "4", "--dtype", "bfloat16"]) == 0, (
+        capsys.readouterr().out
+    )

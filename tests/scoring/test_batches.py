@@ -51,6 +51,8 @@ def test_labels_are_the_completions_as_trl_trains_on_them(tokenizer, side):
 
     tokenizer.padding_side = side
     rows = [{"prompt": p, "completion": c} for p, c in tasks.load_task("verses", "train")[:3]]
+    # The space at the prompt's end is a token of its own, or part of the answer's first one.
+    rows += [{"prompt": "Question? ", "completion": "Answer one"}, {"prompt": "Question?", "completion": "Answer one"}]
     (batch,) = text_batches(rows, tokenizer, answers_only=True)
     answers = _answers(batch, tokenizer)
     assert [answer.strip() for answer in answers] == [row["completion"] + tokenizer.eos_token for row in rows]

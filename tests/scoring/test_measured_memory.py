@@ -14,13 +14,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from planned_memory import SETTINGS, SHAPES, measure
 
 
-FAST = ("AdamW", "rank 8", "NF4 base, 8-bit AdamW")
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [pytest.param(own, id=name, marks=[] if name in FAST else pytest.mark.slow) for name, own in SETTINGS.items()],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", list(SETTINGS.values()), ids=list(SETTINGS))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_step_takes_what_is_planned(shape, settings):
     measured, planned = measure(shape, settings, "cpu")

@@ -490,9 +490,7 @@ def test_routing_weights_that_are_no_numbers_are_refused_by_name():
     model = tiny_model("olmoe")
     model.model.embed_tokens.weight.data[7] = math.nan
     batch = {"input_ids": torch.tensor([[3, 4, 5, 6], [3, 7, 5, 6]])}
-    with pytest.raises(
-        ValueError, match=r"of 2 of 2 experts modules are NaN.*the first is model.layers.0.mlp.experts.*bf16 or fp32"
-    ):
+    with pytest.raises(ValueError, match=r"2 of 2 experts modules are NaN.* model.layers.0.mlp.experts.*bf16 or fp32"):
         score_experts(model, [batch], progress=False)
     # What does not count may be anything.
     accumulator = RoutingAccumulator(3)

@@ -152,6 +152,7 @@ def test_a_compiled_model_sees_what_happens_to_its_adapters(tmp_path):
     assert all(not torch.allclose(a, b) for a, b in itertools.combinations(outputs[1:], 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained_by", ["compiled", "eager"])
 @pytest.mark.parametrize("options", [{}, {"rank": 2}], ids=["delta", "rank"])
 def test_a_compiled_model_trains_what_peft_has_made_trainable_since(options, trained_by):

@@ -288,6 +288,18 @@ def test_an_adapter_of_the_same_name_that_was_loaded_beside_it_stays(folder, exp
     assert "q" in pool.model.peft_config
 
 
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_an_adapter_that_was_deleted_from_the_model_is_loaded_again(folder, expected, is_dropped):
+    pool = make_pool(folder, 6 * ROW)
+    check(pool, ["math", "__base__", "math"], expected)
+    pool.model.delete_adapter("math")
+    if is_dropped:
+        pool.drop("math")
+        assert pool.statistics().resident == ()
+    check(pool, ["math", "__base__", "math"], expected)
+    check(pool, ["law", "law", "__base__"], expected)  # in its place
+
+
 def test_an_evicted_adapter_comes_back_from_host_memory_without_its_file(folder, expected, tmp_path):
     pool = make_pool(folder, 9 * ROW)
     shutil.copytree(folder / "law", tmp_path / "law")

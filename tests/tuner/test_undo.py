@@ -92,6 +92,19 @@ def test_a_switch_that_cannot_unmerge_all_layers_unmerges_none(monkeypatch):
     assert model.get_model_status().merged_adapters == ["a"]
 
 
+@pytest.mark.parametrize("setting", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3, 5]}], ids=str)
+def test_adapters_with_the_same_whole_module_are_refused_before_a_layer_switches(setting):
+    model = adapted("default", "other", **setting)
+    expected = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    with pytest.raises(ValueError, match="Only one adapter can be set at a time"):
+        model.base_model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default"] and torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+
+
 def test_a_failed_swap_leaves_the_order_of_parameters(monkeypatch, tmp_path):
     model = adapted("a", "b")
     model.save_pretrained(tmp_path, selected_adapters=["b"])

@@ -19,32 +19,51 @@ from torch import Tensor
 
 from ...ops.split_forward import expert_slots
 from .modes import plain_modes
-from .records import AdapterLayer
+from .records import AdapterLayer, LayerAdapter
 
 
-_HELD_MIXED: ContextVar[dict[tuple[Any, tuple[str, ...]], MixedRows | None] | None] = ContextVar(
-    "esft_held_mixed", default=None
-)
-"""The rows of mixed batches in the hold that this thread is in, by layer and adapters; None outside of a hold.
+class _Hold:
+    """A hold of one thread.
 
-Other threads' calls compute rows by themselves. The rows of active adapters are the layers'.
-"""
+    Attributes:
+        is_open: False once it has ended. A thread or a generator can see it longer than that.
+        mixed: the rows of mixed batches, by layer and adapters, and the layer's records that they were made from. The
+            rows of active adapters are the layers'.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = True
+        self.mixed: dict[tuple[Any, tuple[str, ...]], tuple[list[LayerAdapter | None], MixedRows | None]] = {}
+
+
+_HOLD: ContextVar[_Hold | None] = ContextVar("esft_hold", default=None)
+"""The hold that this thread is in. Other threads' calls compute rows by themselves."""
 
 
 def is_holding() -> bool:
     """True if this thread is in a hold."""
-    return _HELD_MIXED.get() is not None
+    return _current_hold() is not None
+
+
+def _current_hold() -> _Hold | None:
+    hold = _HOLD.get()
+    return hold if hold is not None and hold.is_open else None
 
 
 @contextmanager
 def holding() -> Iterator[None]:
     """Marks calls of this thread as being within a hold; one within another is the same hold."""
-    known = _HELD_MIXED.get()
-    token = _HELD_MIXED.set({} if known is None else known)
+    if is_holding():
+        yield
+        return
+    hold = _Hold()
+    token = _HOLD.set(hold)
     try:
         yield
     finally:
-        _HELD_MIXED.reset(token)
+        hold.is_open = False
+        hold.mixed.clear()
+        _HOLD.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,13 +108,16 @@ class MixedRows:
 
 def mixed_rows(layer: AdapterLayer, adapters: Sequence[str]) -> MixedRows | None:
     """The rows of some adapters in a layer, computed or held; None if all of them leave the layer as it is."""
-    held = _HELD_MIXED.get()
-    if held is None:
+    hold = _current_hold()
+    if hold is None:
         return _mixed_rows(layer, adapters)
-    key = (layer, tuple(adapters))
-    if key not in held:
-        held[key] = _mixed_rows(layer, adapters)
-    return held[key]
+    key, records = (layer, tuple(adapters)), [layer.adapters.get(name) for name in adapters]
+    known, rows = hold.mixed.get(key, (None, None))
+    # A record is another object once its adapter was scaled, frozen or replaced, also if it is equal.
+    if known is None or any(old is not new for old, new in zip(known, records, strict=True)):
+        rows = _mixed_rows(layer, adapters)
+        hold.mixed[key] = records, rows
+    return rows
 
 
 def _mixed_rows(layer: AdapterLayer, adapters: Sequence[str]) -> MixedRows | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from .effective_rows import base_rows, effective_rows
 from .held import RowBank, is_holding, join_stored_rows
 from .merging import merge, unmerge
 from .modes import plain_modes
-from .offload import compute_device, load_offloaded
-from .records import ActiveAdapters, ExpertIds, LayerAdapter, MergeRecord, StoredTensors
+from .offload import compute_device, is_offloaded, load_offloaded
+from .records import ActiveAdapters, ExpertIds, LayerAdapter, MergeRecord, StoredScales, StoredTensors
 
 
 PREFIX = "esft_"
@@ -71,7 +72,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         for name in self.other_param_names:
-            setattr(self, name, StoredTensors({}, persistent=True))
+            stored = StoredScales if name.endswith("_scales") else StoredTensors
+            setattr(self, name, stored({}, persistent=True))
         # Tables that follow from the expert ids; as buffers they move with the layer.
         self.index_tables, self.slot_tables = BufferDict({}, persistent=False), BufferDict({}, persistent=False)
         self.adapters: dict[str, LayerAdapter] = {}
@@ -184,6 +186,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
         Where shapes are equal the values are copied, so that an optimizer goes on with the same parameters.
         """
+        self._end_offloading()
         record, new, old = self.adapters.get(incoming), self.tensors_of(incoming), self.tensors_of(adapter_name)
         self.discard_adapter(incoming)
         for name in old.keys() - new.keys():
@@ -245,7 +248,22 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         target = self.compute_device if device is None else device
         self.convert(adapter_name, lambda _, tensor: tensor if tensor.is_meta else _plain(tensor.to(target)))
 
+    @plain_modes()
+    def _end_offloading(self) -> None:
+        """Has the adapters' tensors stay loaded, if accelerate keeps them away between calls.
+
+        For changes of them: its hooks load the tensors that they found when they were made, and no others.
+        """
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            tensors = self._tensors(name)
+            if is_offloaded(tensors):
+                with align_module_device(tensors):
+                    loaded = {key: _copy_of(tensor) for key, tensor in tensors.items()}
+                is_stored = isinstance(tensors, StoredTensors)
+                setattr(self, name, type(tensors)(loaded, persistent=True) if is_stored else nn.ParameterDict(loaded))
+
     def _remove_tensors(self, adapter_name: str) -> None:
+        self._end_offloading()
         for name in self.tensors_of(adapter_name):
             del self._tensors(name)[adapter_name]
 
@@ -278,7 +296,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if a merged row is not finite.
             NotImplementedError: if the base's weights are computed from other tensors.
-            RuntimeError: if they are offloaded.
+            RuntimeError: if they are offloaded, or an adapter has no data.
         """
         new_names = check_adapters_to_merge(self, adapter_names)
         if new_names:
@@ -301,7 +319,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def hold(self) -> None:
         """Computes the effective rows of the active adapters, for calls within `held.holding`."""
-        if self._active is not None and self._active.held is None:
+        if self._active is not None and not self.is_stored_as_rows(self._active.names):
             with plain_modes(), self.onloaded(self._active.names):
                 rows = {name: self.effective_rows(name, self._active.names) for name in self.weights}
             self._active = replace(self._active, held=rows)
@@ -525,3 +543,8 @@ def _refresh_active(layer: ESFTLayer, incompatible_keys: Any) -> None:
 def _plain(tensor: Tensor) -> Tensor:
     """The tensor, or a copy of one that was made in inference mode and could not take part in training."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .effective_rows import base_rows, effective_rows
 from .modes import plain_modes
+from .offload import check_loaded
 from .records import AdapterLayer, MergeRecord
 
 
@@ -23,6 +24,7 @@ def merge(layer: AdapterLayer, new_names: Sequence[str], safe_merge: bool) -> No
     if safe_merge:
         check_finite(layer, names)
     here = layer.adapters_here(names)
+    check_loaded(layer, here)
     originals = {name: base_rows(layer, name, here) for name in layer.weights} if here else {}
     _write_merged(layer, names, originals)
 

@@ -32,13 +32,23 @@ def load_offloaded(layer: AdapterLayer, base_layer: nn.Module, adapter_names: Se
         for part in (*base_layer.modules(), *parts):
             stack.enter_context(align_module_device(part))
         is_away = next(iter(layer.weights.values())).parameters(base_layer)[0].is_meta
-        for name in adapter_names:
-            if not is_away and any(tensor.is_meta for tensor in layer.tensors_of(name).values()):
-                raise RuntimeError(
-                    f"adapter {name!r} has no data in {layer.path}: it was added with low_cpu_mem_usage=True, and its "
-                    "weights were not loaded. Load them with load_adapter, or delete the adapter"
-                )
+        if not is_away:
+            check_loaded(layer, adapter_names)
         yield
+
+
+def check_loaded(layer: AdapterLayer, adapter_names: Sequence[str]) -> None:
+    """Refuses adapters without data: adding their rows would silently leave them out.
+
+    Raises:
+        RuntimeError: naming the adapter and the layer.
+    """
+    for name in adapter_names:
+        if any(tensor.is_meta for tensor in layer.tensors_of(name).values()):
+            raise RuntimeError(
+                f"adapter {name!r} has no data in {layer.path}: it was added with low_cpu_mem_usage=True, and its "
+                "weights were not loaded. Load them with load_adapter, or delete the adapter"
+            )
 
 
 def _offloading_hooks(module: nn.Module) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -139,3 +139,15 @@ class StoredTensors(BufferDict):
         moved = {key: state_dict[key].to(buffer.device, buffer.dtype, copy=True) for key, buffer in own.items()}
         assigning = {**local_metadata, "assign_to_params_buffers": True}
         super()._load_from_state_dict({**state_dict, **moved}, prefix, assigning, *others)
+
+
+class StoredScales(StoredTensors):
+    """The scales of codes. Conversions of the model leave their dtype: fp16 would round those of small deltas to 0."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredScales:
+        before = dict(self.items())
+        super()._apply(fn, recurse)
+        for name, scales in before.items():
+            if self[name].dtype != scales.dtype:
+                self[name] = scales.to(self[name].device)
+        return self

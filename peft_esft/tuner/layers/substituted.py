@@ -16,6 +16,7 @@ from ...moe.architectures import SHARED_EXPERTS
 from ...ops.deltas import connected
 from ..mixed_batch import AdapterBatch, current_batch, is_stateless
 from .layer import ESFTLayer
+from .offload import is_offloaded
 from .records import ActiveAdapters
 
 
@@ -145,6 +146,22 @@ class SubstitutedExperts(ESFTLayer):
             )
         return False
 
+    def _check_is_loaded(self) -> None:
+        """Refuses an offloaded module: accelerate would load its weights over the substitutes.
+
+        Raises:
+            NotImplementedError: naming the module.
+        """
+        if self.active() is None and current_batch() is None:
+            return
+        base = self.get_base_layer()
+        if next(iter(self.weights.values())).parameters(base)[0].is_meta and is_offloaded(base):
+            raise NotImplementedError(
+                f"{self.path} ({type(base).__name__}) was offloaded after the adapter was attached. Only fused "
+                "experts can have adapters while they are offloaded; keep this module on a device (device_map), or "
+                "merge the adapter first"
+            )
+
     def _effective_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:
         """The parameters of `base_layer` that deltas change, by path, with the deltas of the active adapters."""
         active = self.active()
@@ -157,6 +174,7 @@ class SubstitutedExperts(ESFTLayer):
         self, module: nn.Module, substitutes: Callable[[], dict[str, Tensor]], *args: Any, **kwargs: Any
     ) -> Any:
         """Calls a module in the base layer; one thread after another."""
+        self._check_is_loaded()
         with substitution_lock():
             values = substitutes()
             output = call_with(module, values, *args, **kwargs) if values else module(*args, **kwargs)
@@ -167,6 +185,7 @@ class SubstitutedExperts(ESFTLayer):
 
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """See `ESFTLayer.forward_through`; one thread after another."""
+        self._check_is_loaded()
         with substitution_lock():
             return super().forward_through(base_layer, *args, **kwargs)
 
@@ -202,6 +221,7 @@ class SubstitutedExperts(ESFTLayer):
 
     def check_mixes(self, model: nn.Module, adapters: Sequence[str]) -> None:
         """Refuses `adapter_names` for modules that cannot be called once for each adapter, see `ESFTLayer`."""
+        self._check_is_loaded()
         base: Any = self.get_base_layer()
         is_shared = SHARED_EXPERTS.fullmatch(self.path.rpartition(".")[2]) is not None
         reason = None

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from peft_esft.ops import row_order
+from peft_esft.ops import grouped_linear
 from peft_esft.scoring.memory_estimate import Setup, estimate
 from peft_esft.scoring.model_sizes import ModelSizes
 
@@ -129,7 +129,7 @@ def step(name, share, monkeypatch, optim="adamw_torch", rank=None, tokens=TOKENS
             counts = [round(frozen * (place + 1) / sizes.num_experts) for place in range(sizes.num_experts)]
             return counts + [frozen + round(trained * (place + 1) / groups) for place in range(groups)]
 
-        monkeypatch.setattr(row_order, "ends_on_host", even_ends)
+        monkeypatch.setattr(grouped_linear, "ends_on_host", even_ends)
         model = get_peft_model(base, config_for(base, experts, rank=rank)).train()
         base.activation_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()

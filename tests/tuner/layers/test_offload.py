@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from accelerate import cpu_offload
+from accelerate import cpu_offload, disk_offload
 from accelerate.utils import OffloadedWeightsLoader
 from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from peft_esft import ESFTLayer, score_experts
+from peft_esft import AdapterPool, ESFTLayer, hotswap_adapter, score_experts
 from peft_esft.checkpoints import save_adapter
 
 from families import tiny_model
@@ -150,3 +154,101 @@ def test_transformers_loader_is_refused_where_it_would_load_nothing(tmp_path):
     with pytest.raises(NotImplementedError, match=r"experts is offloaded.*set_peft_model_state_dict"):
         base.load_adapter(str(tmp_path / "a"))
     assert not any(isinstance(module, ESFTLayer) for module in base.modules())
+
+
+@pytest.mark.parametrize("settings", [{}, {"rank": 2}], ids=["delta", "rank"])
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
+def test_offloaded_adapters_are_saved_with_their_values(offload, settings, tmp_path):
+    model = get_peft_model(tiny_model("olmoe"), config_for(tiny_model("olmoe"), init_weights=False, **settings))
+    model.add_adapter("rows", config_for(model.get_base_model(), [0, 2], init_weights=False))
+    model.base_model.freeze_adapter("rows")
+    model.save_pretrained(tmp_path / "before")
+    where = {"offload_dir": str(tmp_path / "weights")} if offload is disk_offload else {}
+    offload(model, execution_device=torch.device("cpu"), **where)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "after")
+    for name in (".", "rows"):
+        before, after = (load_file(tmp_path / when / name / WEIGHTS) for when in ("before", "after"))
+        assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize("names", [["default"], ["other", "default"]], ids=str)
+def test_an_adapter_without_data_is_not_merged(names, rank):
+    """PEFT's `low_cpu_mem_usage` makes one, whose weights are to be loaded."""
+    base = tiny_model("olmoe")
+    config = config_for(base, init_weights=False, rank=rank)
+    model = get_peft_model(base, config, adapter_name="other")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.add_adapter("default", config_for(base), low_cpu_mem_usage=True)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(RuntimeError, match=r"adapter 'default' has no data in model\.layers\.0.*load_adapter"):
+            merge(adapter_names=names)
+    model.delete_adapter("default")
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def add(model, folder):
+    model.load_adapter(folder / "other", "new")
+    model.set_adapter("new")
+
+
+def combine(model, folder):
+    model.base_model.add_weighted_adapter(["default", "second"], [1.0, 0.5], "sum")
+    model.set_adapter("sum")
+    model.delete_adapter("default")
+
+
+def hotswap(model, folder):
+    hotswap_adapter(model, folder / "other")
+
+
+def use_pool(model, folder):
+    pool = AdapterPool(model, 10**7)
+    pool.add("pooled", folder / "other")
+    pool.get("pooled")
+    model.set_adapter("pooled")
+    pool.close()
+
+
+@pytest.mark.parametrize("operation", [add, combine, hotswap, use_pool])
+def test_adapters_change_after_accelerate_has_offloaded_them(operation, tmp_path):
+    """As with LoRA, the adapters that join stay loaded."""
+    torch.manual_seed(0)
+    base = tiny_model("olmoe")
+    config = config_for(base, init_weights=False)
+    get_peft_model(tiny_model("olmoe"), config).save_pretrained(tmp_path / "other")
+    model = get_peft_model(base, config).eval()
+    model.add_adapter("second", config_for(base, [2, 1, 3], init_weights=False))
+    offloaded = cpu_offload(copy.deepcopy(model))
+    outputs = []
+    with torch.no_grad():
+        for changed in (model, offloaded):
+            changed(input_ids=TOKENS)
+            operation(changed, tmp_path)
+            outputs.append([changed.eval()(input_ids=TOKENS).logits])
+            changed.set_adapter("second")
+            outputs[-1].append(changed(input_ids=TOKENS).logits)
+    assert all(torch.equal(live, away) for live, away in zip(*outputs, strict=True))
+    assert not torch.equal(*outputs[0])
+
+
+@pytest.mark.parametrize("names", [None, ["default", "__base__"]], ids=["active", "mixed"])
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [(listed_model, {}), (lambda: tiny_model("qwen2_moe"), {"train_shared_experts": True})],
+    ids=["listed", "shared"],
+)
+def test_modules_that_are_not_fused_are_refused_when_they_are_offloaded_later(build, settings, names):
+    base = build()
+    model = get_peft_model(base, config_for(base, init_weights=False, **settings)).eval()
+    expected = model(input_ids=TOKENS).logits.detach()
+    cpu_offload(model)
+    with pytest.raises(NotImplementedError, match=r"was offloaded after the adapter was attached.*merge the adapter"):
+        model(input_ids=TOKENS, adapter_names=names)
+    with model.disable_adapter(), torch.no_grad():
+        assert torch.equal(model(input_ids=TOKENS).logits, build().eval()(input_ids=TOKENS).logits)
+    model.merge_adapter()
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, expected)

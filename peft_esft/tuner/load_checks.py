@@ -13,7 +13,7 @@ from ..moe.weights import whole_shape
 from ..registration import Source, source_of_weights
 from .adapter_file import DELTA_KEY, KEY_PREFIX, Header
 from .config import ESFTConfig
-from .file_contents import (
+from .file_checks import (
     Entries,
     check_finite,
     check_finite_header,

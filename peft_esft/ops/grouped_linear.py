@@ -51,8 +51,7 @@ class RowOrder:
         inputs = inputs.to(frozen.dtype)
         if not torch.is_grad_enabled():
             # `apply` alone takes as long as a product of few rows.
-            weights = effective_weights(frozen, trained, trained_ids)
-            return grouped_mm(inputs, tokens, frozen, weights, self.ends, self.host_ends, not is_transposed)
+            return _product(inputs, tokens, frozen, trained, trained_ids, self.ends, self.host_ends, not is_transposed)
         return _Linear.apply(
             inputs, frozen, trained, trained_ids, tokens, places, self.ends, self.host_ends, is_transposed
         )
@@ -69,10 +68,8 @@ class RowOrder:
         """`weighted_sum(linear(rows), weights)`, without keeping what is summed: `[R, in]` to `[T, out]`."""
         rows = rows.to(frozen.dtype)
         if not torch.is_grad_enabled():
-            weight_of_row = weights.reshape(-1).index_select(0, self.pairs)[:, None]
-            matrices = effective_weights(frozen, trained, trained_ids)
-            products = grouped_mm(rows, None, frozen, matrices, self.ends, self.host_ends, not is_transposed)
-            return _weighted_sum(products, weight_of_row, self.places)
+            products = _product(rows, None, frozen, trained, trained_ids, self.ends, self.host_ends, not is_transposed)
+            return _weighted_sum(products, _weight_of_row(weights, self.pairs), self.places)
         return _LinearAndSum.apply(
             rows,
             weights,
@@ -89,7 +86,7 @@ class RowOrder:
 
     def weighted_sum(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Sums each token's rows `[R, H]`, multiplied with its weights `[T, K]`: `[T, H]`."""
-        rows = rows * weights.reshape(-1).index_select(0, self.pairs)[:, None]
+        rows = rows * _weight_of_row(weights, self.pairs)
         return rows.index_select(0, self.places.reshape(-1)).view(*self.places.shape, rows.shape[1]).sum(dim=1)
 
     def of_rows(self, frozen: Tensor, trained: Tensor, trained_ids: Tensor | None) -> Tensor:
@@ -142,8 +139,7 @@ class _Linear(torch.autograd.Function):
         constant = keep_for_backward(ctx, frozen)
         ctx.save_for_backward(kept, constant, trained, trained_ids, tokens, places, ends)
         ctx.host_ends, ctx.is_transposed = host_ends, is_transposed
-        weights = effective_weights(frozen, trained, trained_ids)
-        return grouped_mm(inputs, tokens, frozen, weights, ends, host_ends, not is_transposed)
+        return _product(inputs, tokens, frozen, trained, trained_ids, ends, host_ends, not is_transposed)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,8 +149,7 @@ class _Linear(torch.autograd.Function):
         grad = grad_outputs[0].contiguous()
         grad_inputs = grad_trained = None
         if ctx.needs_input_grad[0]:
-            weights = effective_weights(frozen, trained, trained_ids)
-            grad_inputs = grouped_mm(grad, None, frozen, weights, ends, ctx.host_ends, ctx.is_transposed)
+            grad_inputs = _product(grad, None, frozen, trained, trained_ids, ends, ctx.host_ends, ctx.is_transposed)
             if places is not None:
                 grad_inputs = _sum_rows(grad_inputs, places)
         if ctx.needs_input_grad[2]:
@@ -191,10 +186,8 @@ class _LinearAndSum(torch.autograd.Function):
         constant = keep_for_backward(ctx, frozen)
         ctx.save_for_backward(kept, weights, constant, trained, trained_ids, pairs, tokens, places, ends)
         ctx.host_ends, ctx.is_transposed = host_ends, is_transposed
-        weight_of_row = weights.reshape(-1).index_select(0, pairs)[:, None]
-        matrices = effective_weights(frozen, trained, trained_ids)
-        result = grouped_mm(rows, None, frozen, matrices, ends, host_ends, not is_transposed)
-        return _weighted_sum(result, weight_of_row, places)
+        products = _product(rows, None, frozen, trained, trained_ids, ends, host_ends, not is_transposed)
+        return _weighted_sum(products, _weight_of_row(weights, pairs), places)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -202,11 +195,10 @@ class _LinearAndSum(torch.autograd.Function):
         rows, weights, constant, trained, trained_ids, pairs, tokens, places, ends = ctx.saved_tensors
         frozen = constant if ctx.store is None else ctx.store
         grad = grad_outputs[0].to(frozen.dtype).contiguous()
-        weight_of_row = weights.reshape(-1).index_select(0, pairs)[:, None]
+        weight_of_row = _weight_of_row(weights, pairs)
         grad_rows = grad_weights = grad_trained = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
-            matrices = effective_weights(frozen, trained, trained_ids)
-            grad_rows = grouped_mm(grad, tokens, frozen, matrices, ends, ctx.host_ends, ctx.is_transposed)
+            grad_rows = _product(grad, tokens, frozen, trained, trained_ids, ends, ctx.host_ends, ctx.is_transposed)
             if ctx.needs_input_grad[1]:
                 grad_of_row = (grad_rows * rows).sum(dim=1)
                 grad_weights = grad_of_row.index_select(0, places.reshape(-1)).view(places.shape)
@@ -216,6 +208,26 @@ class _LinearAndSum(torch.autograd.Function):
             weighted = (rows[part.span] * weight_of_row[part.span]).to(rows.dtype)
             grad_trained = part.outer(weighted, part.rows(grad, tokens), ctx.is_transposed, trained.dtype)
         return grad_rows, grad_weights, None, grad_trained, None, None, None, None, None, None, None
+
+
+def _product(
+    inputs: Tensor,
+    tokens: Tensor | None,
+    frozen: Frozen,
+    trained: Tensor,
+    trained_ids: Tensor | None,
+    ends: Tensor,
+    host_ends: list[int] | None,
+    is_flipped: bool,
+) -> Tensor:
+    """`grouped_mm` with the effective weights of the trained experts."""
+    weights = effective_weights(frozen, trained, trained_ids)
+    return grouped_mm(inputs, tokens, frozen, weights, ends, host_ends, is_flipped)
+
+
+def _weight_of_row(weights: Tensor, pairs: Tensor) -> Tensor:
+    """The routing weight of each row: `[T, K]` to `[R, 1]`."""
+    return weights.reshape(-1).index_select(0, pairs)[:, None]
 
 
 def _refuse_second_derivative() -> None:
