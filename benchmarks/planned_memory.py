@@ -9,6 +9,7 @@ between steps and the allocations of a step (torch's profiler), in small sizes.
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,7 +116,11 @@ def measure(shape: str, settings: dict[str, Any], device: str) -> tuple[float, f
     held += [
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     ]
-    return sum(tensor.nbytes for tensor in held) + peak_of(step), estimate(sizes, setup).total
+    planned = estimate(sizes, setup)
+    if setup.optim == "adamw_8bit":
+        # On the CPU, not on a GPU, bitsandbytes' step makes so many bytes for each parameter of a weight at a time.
+        planned = replace(planned, copies=20 * max(parameter.numel() for parameter in trained))
+    return sum(tensor.nbytes for tensor in held) + peak_of(step), planned.total
 
 
 def main() -> None:

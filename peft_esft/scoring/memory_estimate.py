@@ -234,8 +234,10 @@ def _activations(sizes: ModelSizes, setup: Setup, method: Method, gradients: flo
 def _weights_of_a_layer(sizes: ModelSizes, setup: Setup, method: Method) -> float:
     """Bytes of the weights that are made anew for one layer from trained parameters."""
     experts = max(sizes.unit_experts) * setup.element
-    if method == "ESFT":  # of low rank with the product of the factors, and the gradient of both
-        return setup.share * experts * (1 if setup.rank is None else 2)
+    if method == "ESFT":
+        # Those of the down projection, a third: the others are freed before the peak. Of low rank all of them, with
+        # the product of the factors, and the gradient of both.
+        return setup.share * experts * (1 / 3 if setup.rank is None else 2)
     # PEFT adds the product to the whole weight, of which the larger one is two thirds of the experts.
     return 2 * 2 / 3 * experts if method == "LoRA" else 0
 
