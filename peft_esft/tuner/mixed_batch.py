@@ -30,7 +30,8 @@ class AdapterBatch:
         adapters: the different ones among them.
         rows: by layer, the rows of `adapters` (`layers.held.MixedRows`), None where they leave it as it is. They are
             put together before the call begins: what other threads do to the adapters meanwhile changes nothing. A
-            layer that is missing was added later.
+            layer of this model that is missing was added later.
+        owner: of the layers (`layers.records.Owner`): what other models' layers do, the batch does not say.
         calls: of the model, as far as they have begun and not ended.
         is_counted: True if the number of names was compared with that of samples. What `generate` calls the model with
             may then have several rows for each.
@@ -40,6 +41,7 @@ class AdapterBatch:
         self.names = list(names)
         self.adapters = list(dict.fromkeys(names))
         self.rows = rows
+        self.owner = next((layer.owner for layer in rows), None)
         self.calls = CallsUnderWay(model)
         self.is_counted = is_counted
         self._indices: dict[tuple[int, torch.device], Tensor] = {}

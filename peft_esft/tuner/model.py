@@ -24,6 +24,7 @@ from .layers.held import holding, is_holding, mixed_rows
 from .layers.layer import PREFIX, ESFTLayer
 from .layers.listed import ListedExperts
 from .layers.merging import check_finite
+from .layers.records import Owner
 from .layers.substituted import SubstitutedExperts
 from .layers.tied import TiedLayer, update_tied_keys
 from .load_checks import check_file, check_incoming, check_loader, header_of, moved_weights
@@ -32,7 +33,6 @@ from .mixed_batch import (
     calling_with,
     check_adapter_names,
     check_mixes_whole_modules,
-    current_batch,
     refusing_adapter_names,
 )
 from .operations import AdapterOperations
@@ -77,7 +77,6 @@ class ESFTModel(AdapterOperations):
     tuner_layer_cls = ESFTLayer
     target_module_mapping: dict[str, list[str]] = {}
     _refusing: RemovableHandle | None = None
-    _num_holds = 0
     _resolved: ResolvedConfig | None = None
 
     def _prepare_adapter_config(self, peft_config: ESFTConfig, model_config: dict[str, Any]) -> ESFTConfig:
@@ -207,25 +206,29 @@ class ESFTModel(AdapterOperations):
             ...     for _ in range(100):
             ...         logits = model(input_ids=tokens, past_key_values=cache).logits
         """
+        owner = self._owner()
         with adapters_lock:
-            self._num_holds += 1
+            owner.holds += 1
         try:
-            if not is_holding():
+            if not is_holding(owner):
                 # Also those that another thread holds: weights may have changed since it began.
                 self._compute_held_rows()
-            with holding():
+            with holding(owner):
                 yield
         finally:
             with adapters_lock:
-                self._num_holds -= 1
-                if not self._num_holds:
-                    for layer in self._layers():
-                        layer.refresh_active()
+                owner.holds -= 1
+                for layer in self._layers() if not owner.holds else ():
+                    layer.refresh_active()
+
+    def _owner(self) -> Owner:
+        return next((layer.owner for layer in self._layers()), Owner())
 
     def _compute_held_rows(self) -> None:
         with adapters_lock:
-            for layer in self._layers() if self._num_holds and current_batch() is None else ():
-                layer.hold()
+            for layer in self._layers():
+                if layer.owner.holds and layer.batch() is None:
+                    layer.hold()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Sets the active adapters, see `peft.tuners.tuners_utils.BaseTuner.set_adapter`.
@@ -283,6 +286,7 @@ class ESFTModel(AdapterOperations):
         If that fails or is interrupted in the middle the model is what it was, without the adapter's config.
         """
         is_disabled = any(layer.disable_adapters for layer in self._layers())
+        owner = self._owner()
         config = self.peft_config[adapter_name]
         if not any(adapter_name in layer.adapters for layer in self._layers()):
             del self.peft_config[adapter_name]  # put there for this adapter, it goes with it after an error
@@ -294,6 +298,8 @@ class ESFTModel(AdapterOperations):
             self._clear_name(adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             check_loader(model)
+            for layer in self._layers():
+                layer.owner = owner
             own = cast(ESFTConfig, self.peft_config[adapter_name])
             header = header_of(own)
             if header is not None:

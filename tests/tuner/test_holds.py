@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import Context
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import get_peft_model
 
 from peft_esft import ESFTConfig, hotswap_adapter
@@ -93,3 +96,104 @@ def test_generators_may_end_their_holds_in_any_order(model, names):
     second.close()
     change_weights(model)
     assert torch.equal(outputs(model, names), Context().run(outputs, model, names))
+
+
+def config(*experts, **fields):
+    return ESFTConfig(target_experts={1: list(experts)}, init_weights=False, **fields)
+
+
+def adapted_model(seed=0):
+    torch.manual_seed(seed)
+    model = get_peft_model(tiny_model("olmoe"), config(1, 5), adapter_name="a")
+    model.add_adapter("b", config(2, 5, 0))
+    return model.eval()
+
+
+@torch.no_grad()
+def both_outputs(model):
+    return model(input_ids=TOKENS)[0], model(input_ids=TOKENS, adapter_names=NAMES)[0]
+
+
+def assert_same(found, expected):
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def double(model, name="a"):
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".esft_" in key and key.endswith(f".{name}"):
+                parameter.data.mul_(2)
+
+
+def add_again(model, folder):
+    model.delete_adapter("b")
+    model.add_adapter("b", config(2, 5, 0))
+
+
+def load_state(model, folder):
+    model.load_state_dict({k: v * 2 if ".esft_" in k else v for k, v in model.state_dict().items()})
+
+
+def merge_for_a_while(model, folder):
+    model.merge_adapter(["a", "b"])
+    model.unmerge_adapter()
+
+
+OPERATIONS = {
+    "set_adapter": lambda model, folder: model.set_adapter("b"),
+    "set_scale": lambda model, folder: model.base_model.set_scale("b", 3.0),
+    "hotswap": lambda model, folder: hotswap_adapter(model, folder / "a", "a"),
+    "add_again": add_again,
+    "add_in_another_layer": lambda model, folder: (
+        "c" in model.peft_config or model.add_adapter("c", ESFTConfig(target_experts={0: [3]}, init_weights=False))
+    ),
+    "freeze": lambda model, folder: model.base_model.freeze_adapter("a"),
+    "load_state": load_state,
+    "merge": merge_for_a_while,
+    "cast": lambda model, folder: model.double().float(),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    adapted_model(seed=1).save_pretrained(folder)
+    return folder
+
+
+@settings(max_examples=25)
+@given(st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=1, max_size=4))
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_done_within_a_hold_is_seen_at_once(folder, names):
+    model, other = adapted_model(), adapted_model()
+    with model.base_model.hold():
+        for name in names:
+            both_outputs(model)
+            OPERATIONS[name](model, folder)
+            OPERATIONS[name](other, folder)
+            found = both_outputs(model)
+            # Of models that are in no hold, all rows are live.
+            other.load_state_dict(model.state_dict())
+            assert_same(found, both_outputs(other))
+
+
+def test_a_hold_of_one_model_is_none_of_another():
+    model, teacher = adapted_model(), adapted_model(seed=1)
+    with teacher.base_model.hold():
+        both_outputs(model)
+        double(model)
+        found = both_outputs(model)
+    assert_same(found, both_outputs(model))
+
+
+def test_a_copy_of_a_held_model_is_not_held():
+    model = adapted_model()
+    with model.base_model.hold():
+        both_outputs(model)
+        copied = copy.deepcopy(model)
+    assert all(layer.active().held is None for layer in copied.base_model._layers())
+    for _ in range(2):
+        with copied.base_model.hold():
+            found = both_outputs(copied)
+        assert_same(found, both_outputs(copied))
+        double(copied)

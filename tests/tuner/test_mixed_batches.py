@@ -239,6 +239,24 @@ def test_threads_do_not_mix_their_batches():
         assert all(threads.map(serve, range(60)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("build", [tiny_model, lambda _: listed_model()], ids=["fused", "listed"])
+def test_a_call_of_another_model_within_a_batch_has_the_other_s_adapter(build):
+    """As of a draft model, a teacher, or a model that a logits processor asks."""
+    model, other, tokens = with_adapters(tiny_model("olmoe")), with_adapters(build("olmoe")), random_tokens(2, 4)
+    expected = [other(input_ids=tokens)[0], other.generate(input_ids=tokens, max_new_tokens=3, do_sample=False)]
+    found = []
+
+    def ask(*_):
+        found.append(other(input_ids=tokens)[0])
+        found.append(other.generate(input_ids=tokens, max_new_tokens=3, do_sample=False))
+
+    handle = model.get_base_model().model.layers[1].register_forward_hook(ask)
+    model(input_ids=TOKENS, adapter_names=NAMES)
+    handle.remove()
+    assert all(torch.equal(one, another) for one, another in zip(found, expected, strict=True))
+
+
 def test_nothing_stays_behind_after_an_error():
     model = with_adapters(tiny_model("olmoe"))
     before = hooks_of(model)

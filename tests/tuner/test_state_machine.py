@@ -6,6 +6,7 @@ import copy
 import shutil
 import tempfile
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,8 @@ class WholeModel(RuleBasedStateMachine):
         self.pool: AdapterPool | None = None
         self.pooled: dict[str, DenseAdapter] = {}
         self.compiled: nn.Module | None = None
+        self.hold = ExitStack()
+        self.held: nn.Module | None = None
         self.warnings = warnings.catch_warnings()
         self.warnings.__enter__()
         warnings.simplefilter("ignore")
@@ -201,7 +204,7 @@ class WholeModel(RuleBasedStateMachine):
         optimizer=st.sampled_from([{}, {"foreach": True}, {"fused": True}]),
         is_compiled=st.booleans(),
     )
-    @precondition(lambda self: self.is_trained and not self.reference.merged)
+    @precondition(lambda self: self.is_trained and not self.reference.merged and not self.is_held)
     def train_a_step(self, seed, in_evaluation, optimizer, is_compiled):
         trained = [p for p in self.model.parameters() if p.requires_grad]
         reference = self.reference
@@ -233,7 +236,7 @@ class WholeModel(RuleBasedStateMachine):
         return self.compiled
 
     @rule(pick=PICKS, how=st.sampled_from(["data", "new_data", "copy", "vector", "foreach"]))
-    @precondition(lambda self: self.live)
+    @precondition(lambda self: self.live and not self.is_held)
     def write_deltas(self, pick, how):
         """What trainers, collectives and users do to deltas behind the layer's back."""
         name = self.live[pick % len(self.live)]
@@ -265,7 +268,7 @@ class WholeModel(RuleBasedStateMachine):
         is_interrupted=st.booleans(),
         is_compiled=st.booleans(),
     )
-    def hold(self, mode, picks, is_interrupted, is_compiled):
+    def hold_for_some_calls(self, mode, picks, is_interrupted, is_compiled):
         """Several calls in a hold, with a switch of adapters between them."""
         call = self.called(is_compiled)
         try:
@@ -278,6 +281,24 @@ class WholeModel(RuleBasedStateMachine):
                     raise InjectedError
         except InjectedError:
             pass
+
+    @rule()
+    @precondition(lambda self: self.held is None)
+    def begin_a_hold(self):
+        """All other operations may come within it, but for those that write to deltas behind the layers' back."""
+        self.held = self.model
+        self.hold.enter_context(self.model.base_model.hold())
+
+    @rule()
+    @precondition(lambda self: self.held is not None)
+    def end_the_hold(self):
+        self.hold.close()
+        self.held = None
+
+    @property
+    def is_held(self) -> bool:
+        """True in a hold of this model; a copy of a held one is not."""
+        return self.held is self.model
 
     @rule()
     def generate(self):
@@ -542,6 +563,7 @@ class WholeModel(RuleBasedStateMachine):
 
     def teardown(self):
         try:
+            self.hold.close()
             if self.pool is not None:
                 self.pool.close()
             self.model.unmerge_adapter()

@@ -7,11 +7,12 @@ for all forward passes within its context. Nothing else is kept, so nothing has 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import accumulate
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,51 +20,51 @@ from torch import Tensor
 
 from ...ops.split_forward import expert_slots
 from .modes import plain_modes
-from .records import AdapterLayer, LayerAdapter
+from .records import AdapterLayer, Owner
 
 
 class _Hold:
-    """A hold of one thread.
+    """A hold of a model in one thread.
 
     Attributes:
         is_open: False once it has ended. A thread or a generator can see it longer than that.
-        mixed: the rows of mixed batches, by layer and adapters, and the layer's records that they were made from. The
+        mixed: the rows of mixed batches, by layer and adapters, and the layer's version that they were made from. The
             rows of active adapters are the layers'.
     """
 
     def __init__(self) -> None:
         self.is_open = True
-        self.mixed: dict[tuple[Any, tuple[str, ...]], tuple[list[LayerAdapter | None], MixedRows | None]] = {}
+        self.mixed: dict[tuple[Any, tuple[str, ...]], tuple[object, MixedRows | None]] = {}
 
 
-_HOLD: ContextVar[_Hold | None] = ContextVar("esft_hold", default=None)
-"""The hold that this thread is in. Other threads' calls compute rows by themselves."""
+_HOLDS: ContextVar[Mapping[Owner, _Hold]] = ContextVar("esft_holds", default=MappingProxyType({}))
+"""The holds that this thread is in, by model. Other threads' calls compute rows by themselves."""
 
 
-def is_holding() -> bool:
-    """True if this thread is in a hold."""
-    return _current_hold() is not None
+def is_holding(owner: Owner) -> bool:
+    """True if this thread is in a hold of a model."""
+    return _current_hold(owner) is not None
 
 
-def _current_hold() -> _Hold | None:
-    hold = _HOLD.get()
+def _current_hold(owner: Owner) -> _Hold | None:
+    hold = _HOLDS.get().get(owner)
     return hold if hold is not None and hold.is_open else None
 
 
 @contextmanager
-def holding() -> Iterator[None]:
-    """Marks calls of this thread as being within a hold; one within another is the same hold."""
-    if is_holding():
+def holding(owner: Owner) -> Iterator[None]:
+    """Marks calls of this thread as being within a hold of a model; one within another is the same hold."""
+    if is_holding(owner):
         yield
         return
     hold = _Hold()
-    token = _HOLD.set(hold)
+    token = _HOLDS.set({**_HOLDS.get(), owner: hold})
     try:
         yield
     finally:
         hold.is_open = False
         hold.mixed.clear()
-        _HOLD.reset(token)
+        _HOLDS.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,15 +109,14 @@ class MixedRows:
 
 def mixed_rows(layer: AdapterLayer, adapters: Sequence[str]) -> MixedRows | None:
     """The rows of some adapters in a layer, computed or held; None if all of them leave the layer as it is."""
-    hold = _current_hold()
+    hold = _current_hold(layer.owner)
     if hold is None:
         return _mixed_rows(layer, adapters)
-    key, records = (layer, tuple(adapters)), [layer.adapters.get(name) for name in adapters]
-    known, rows = hold.mixed.get(key, (None, None))
-    # A record is another object once its adapter was scaled, frozen or replaced, also if it is equal.
-    if known is None or any(old is not new for old, new in zip(known, records, strict=True)):
+    key = (layer, tuple(adapters))
+    version, rows = hold.mixed.get(key, (None, None))
+    if version is not layer.version:
         rows = _mixed_rows(layer, adapters)
-        hold.mixed[key] = records, rows
+        hold.mixed[key] = layer.version, rows
     return rows
 
 

@@ -26,7 +26,7 @@ from .held import RowBank, is_holding, join_stored_rows
 from .merging import merge, unmerge
 from .modes import plain_modes
 from .offload import compute_device, is_offloaded, load_offloaded
-from .records import ActiveAdapters, ExpertIds, LayerAdapter, MergeRecord, StoredScales, StoredTensors
+from .records import ActiveAdapters, ExpertIds, LayerAdapter, MergeRecord, Owner, StoredScales, StoredTensors
 
 
 PREFIX = "esft_"
@@ -47,6 +47,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         adapters: what is known of each adapter beside its tensors.
         merge_record: what is merged; None if nothing is.
         bank: the rows of the adapters that are stored as rows, once a mixed batch has asked for them.
+        owner: the same for all layers of a model.
+        version: replaced whenever the adapters, or what is active, change.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -79,9 +81,15 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.adapters: dict[str, LayerAdapter] = {}
         self.merge_record: MergeRecord | None = None
         self.bank: RowBank | None = None
+        self.owner = Owner()
+        self.version = object()
         self._active_adapter = adapter_name
         self._active: ActiveAdapters | None = None
         self.register_load_state_dict_post_hook(_refresh_active)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.refresh_active()  # a copy of a model is in no hold
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the experts module stay visible through the wrapper."""
@@ -308,6 +316,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def refresh_active(self) -> None:
         """Puts together what a forward pass adds, from the adapters of the layer and which of them are active."""
+        self.version = object()
         is_off = self._disable_adapters or self.merge_record is not None
         names = () if is_off else tuple(self.adapters_here(self.active_adapters))
         if not names:
@@ -329,7 +338,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def forward_through(self, base_layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of `base_layer`, this layer's or one tied to it, with the adapters that are asked for."""
-        batch = None if self._disable_adapters else current_batch()
+        batch = self.batch()
         # The weights are read here and not by the module's own forward, around which accelerate loads them.
         if batch is not None and batch.rows.get(self) is not None:
             with self.onloaded((), base_layer):
@@ -339,6 +348,14 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             with self.onloaded(active.names, base_layer):
                 return self._adapted_forward(base_layer, active, *args, **kwargs)
         return base_layer(*args, **kwargs)
+
+    def batch(self) -> AdapterBatch | None:
+        """The batch of the call that runs, if that has `adapter_names` and is one of this layer's model.
+
+        A call of another model may run within it, a draft model's or a teacher's.
+        """
+        batch = None if self._disable_adapters else current_batch()
+        return batch if batch is not None and batch.owner is self.owner else None
 
     def active(self) -> ActiveAdapters | None:
         """What a call has to add, if anything. If adapters are disabled, merged ones are unmerged first."""
@@ -388,7 +405,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             # A compiled graph can see neither the names nor which thread calls it.
             if self.is_stored_as_rows(active.names):
                 return self.stored_rows_of(active.names[0])
-            held = held if is_holding() else None
+            held = held if is_holding(self.owner) else None
         if held is None or not torch.is_grad_enabled():
             return held
         known = (active.deltas or {}).values() if torch.compiler.is_compiling() else ()

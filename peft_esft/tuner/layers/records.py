@@ -100,10 +100,31 @@ class MergeRecord:
     rows: dict[str, Tensor]
 
 
+class Owner:
+    """Stands for the model that layers belong to: they do not know it, but what is under way may concern another one.
+
+    A copy of a model has one of its own.
+
+    Attributes:
+        holds: how many holds of the model are under way, in all threads.
+    """
+
+    def __init__(self) -> None:
+        self.holds = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Owner:
+        return Owner()
+
+    def __reduce__(self) -> tuple[type[Owner], tuple[()]]:
+        return Owner, ()
+
+
 class AdapterLayer(Protocol):
     """What the files below `layer.py` use of an `ESFTLayer`, where each member is documented."""
 
     path: str
+    owner: Owner
+    version: object
     weights: dict[str, ExpertWeight]
     num_experts: int
     num_identity_experts: int

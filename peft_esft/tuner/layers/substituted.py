@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...moe.architectures import SHARED_EXPERTS
 from ...ops.deltas import connected
-from ..mixed_batch import AdapterBatch, current_batch, is_stateless
+from ..mixed_batch import AdapterBatch, is_stateless
 from .layer import ESFTLayer
 from .offload import is_offloaded
 from .records import ActiveAdapters
@@ -136,7 +136,7 @@ class SubstitutedExperts(ESFTLayer):
         Raises:
             ValueError: if it depends on the sample.
         """
-        batch = None if self._disable_adapters else current_batch()
+        batch = self.batch()
         if batch is None:
             return self.active() is not None
         if batch.rows.get(self) is not None:
@@ -152,7 +152,7 @@ class SubstitutedExperts(ESFTLayer):
         Raises:
             NotImplementedError: naming the module.
         """
-        if self.active() is None and current_batch() is None:
+        if self.active() is None and self.batch() is None:
             return
         base = self.get_base_layer()
         if next(iter(self.weights.values())).parameters(base)[0].is_meta and is_offloaded(base):

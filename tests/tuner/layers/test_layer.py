@@ -102,7 +102,7 @@ def test_a_hold_ends_with_an_error_too_and_another_thread_is_not_in_it():
     layer = layer_of(model)
     with pytest.raises(IndexError), model.hold():
         model(input_ids=torch.full((1, 3), 10_000))
-    assert layer.active().held is None and model.base_model._num_holds == 0
+    assert layer.active().held is None and layer_of(model).owner.holds == 0
     with model.hold(), ThreadPoolExecutor(1) as threads:
         held = layer.active().held
         assert layer.selected_weights(layer.active()) == (held, False)
@@ -115,7 +115,7 @@ def test_a_hold_that_cannot_begin_leaves_none(monkeypatch):
     monkeypatch.setattr(ESFTLayer, "hold", lambda layer: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError), model.hold():
         pass
-    assert model.base_model._num_holds == 0
+    assert layer_of(model).owner.holds == 0
 
 
 def test_calls_that_ask_for_a_gradient_of_the_deltas_never_take_held_rows():
@@ -192,7 +192,7 @@ def test_rows_of_other_adapters_are_put_together_for_each_call_and_once_for_a_ho
     layer.freeze_adapter("a")
     one, other = mixed_rows(layer, ["a", "b"]), mixed_rows(layer, ["a", "b"])
     assert one.rows is not other.rows and one.expert_ids == [(1, 3), (2, 5, 7)] and one.starts == [0, 2]
-    with holding():
+    with holding(layer.owner):
         assert mixed_rows(layer, ["a", "b"]) is mixed_rows(layer, ["a", "b"])
         assert mixed_rows(layer, ["__base__"]) is None
 
