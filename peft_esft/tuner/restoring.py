@@ -13,26 +13,47 @@ from .layers.layer import ESFTLayer
 from .layers.merging import restore_merge
 
 
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+"""The ends of the names under which a module keeps its hooks."""
+
+
 class _Attributes:
     """The attributes of a module, its dicts and lists as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._values = dict(vars(module))
-        self._contents = {name: copy.copy(v) for name, v in self._values.items() if isinstance(v, dict | list | set)}
+        # Hooks come and go with calls, also with those of other threads.
+        self._contents = {
+            name: copy.copy(value)
+            for name, value in self._values.items()
+            if isinstance(value, dict | list | set) and not name.endswith(_HOOKS)
+        }
 
     def restore(self) -> None:
-        """Gives the module back what it had; dicts, lists and sets are the same objects."""
+        """Gives the module back what it had; dicts, lists and sets are the same objects.
+
+        What is as it was is not written to: other threads may be in a call.
+        """
         for name, content in self._contents.items():
             value: Any = self._values[name]
+            if _are_same(value, content):
+                continue
             value.clear()
             if isinstance(value, list):
                 value.extend(content)
             else:
                 value.update(content)
         own = vars(self._module)
-        own.clear()
-        own.update(self._values)
+        if not _are_same(own, self._values):
+            own.clear()
+            own.update(self._values)
+
+
+def _are_same(now: Any, before: Any) -> bool:
+    """True if two dicts, lists or sets have the same objects, in the same order."""
+    pairs = zip(*(each.items() if isinstance(each, dict) else enumerate(each) for each in (now, before)), strict=False)
+    return len(now) == len(before) and all(key == old_key and value is old for (key, value), (old_key, old) in pairs)
 
 
 @contextmanager
@@ -73,4 +94,5 @@ def restoring(
             layer.merge_record = merged  # what may have been written since
             if record is not None or merged is not None:
                 restore_merge(layer, record)
+            layer.refresh_active()  # without rows that were held: the hold may have ended
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import Context
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 
 from peft_esft import ESFTConfig, hotswap_adapter
+from peft_esft.tuner.restoring import restoring
 
 from families import tiny_model
 from oracle import random_tokens
@@ -197,3 +199,25 @@ def test_a_copy_of_a_held_model_is_not_held():
             found = both_outputs(copied)
         assert_same(found, both_outputs(copied))
         double(copied)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_operation_that_fails_beside_a_hold_leaves_the_hold_alone(is_first):
+    """As in two threads: the hold begins or ends while the other one's operation runs."""
+    model = adapted_model()
+    hold, layers = model.base_model.hold(), model.base_model._layers()
+    if is_first:
+        hold.__enter__()
+    with suppress(MemoryError), restoring(model.base_model):
+        if is_first:
+            hold.__exit__(None, None, None)
+        else:
+            hold.__enter__()
+        raise MemoryError
+    assert [layer.owner.holds for layer in layers] == [0 if is_first else 1]
+    if not is_first:
+        hold.__exit__(None, None, None)
+    double(model)
+    with model.base_model.hold():
+        found = both_outputs(model)
+    assert_same(found, both_outputs(model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import GenerationConfig
 
 from peft_esft import ESFTConfig, find_experts
 from peft_esft.tuner.mixed_batch import current_batch
+from peft_esft.tuner.restoring import restoring
 
 import zoo
 from families import tiny_model
@@ -255,6 +257,27 @@ def test_a_call_of_another_model_within_a_batch_has_the_other_s_adapter(build):
     model(input_ids=TOKENS, adapter_names=NAMES)
     handle.remove()
     assert all(torch.equal(one, another) for one, another in zip(found, expected, strict=True))
+
+
+def test_a_batch_that_begins_or_ends_beside_a_failing_operation_keeps_to_its_hooks():
+    """As in two threads."""
+    model = with_adapters(tiny_model("olmoe"))
+    before = hooks_of(model)
+    for begins_inside in (False, True):
+        batch = model.base_model._enable_peft_forward_hooks(adapter_names=NAMES)
+        if not begins_inside:
+            batch.__enter__()
+        with suppress(MemoryError), restoring(model.base_model):
+            if begins_inside:
+                batch.__enter__()
+            else:
+                batch.__exit__(None, None, None)
+            during = hooks_of(model)
+            raise MemoryError
+        assert hooks_of(model) == during
+        if begins_inside:
+            batch.__exit__(None, None, None)
+        assert hooks_of(model) == before
 
 
 def test_nothing_stays_behind_after_an_error():
