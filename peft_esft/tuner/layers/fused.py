@@ -56,9 +56,9 @@ class FusedExperts(ESFTLayer):
             top_k_index,
             top_k_weights,
             trained=ExpertWeights(*(weights[name] for name in self.weight_names)),
-            trained_ids=None if trained_ids is None else trained_ids.to(device),
+            trained_ids=None if trained_ids is None else trained_ids.to(device, non_blocking=True),
             frozen=frozen_weights(stacked.values(), base),
-            slots=slots.to(device),
+            slots=slots.to(device, non_blocking=True),
             body=expert_body(base, self.layout),
             adapter_of_token=None if batch is None else batch.adapter_of_row(hidden_states, self, self.path),
         )

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -76,8 +75,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         for name in self.other_param_names:
             stored = StoredScales if name.endswith("_scales") else StoredTensors
             setattr(self, name, stored({}, persistent=True))
-        # Tables that follow from the expert ids; as buffers they move with the layer.
-        self.index_tables, self.slot_tables = BufferDict({}, persistent=False), BufferDict({}, persistent=False)
+        # Tables that follow from the expert ids. They are not buffers: an EMA of the model, or its copy on another
+        # process, need not have asked for the same ones.
+        self._tables: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self.adapters: dict[str, LayerAdapter] = {}
         self.merge_record: MergeRecord | None = None
         self.bank: RowBank | None = None
@@ -280,8 +280,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         if adapter is not None:
             self.adapters[adapter_name] = adapter
         if known is None or adapter is None or known.expert_ids != adapter.expert_ids:
-            for key in [key for key in self.index_tables if adapter_name in key.split("\n")]:
-                del self.index_tables[key], self.slot_tables[key]
+            for names in [names for names in self._tables if adapter_name in names]:
+                del self._tables[names]
         self.refresh_active()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESFTLayer:
@@ -291,6 +291,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
             index, rows = None if index is None else fn(index), {name: fn(own) for name, own in rows.items()}
             self.merge_record = replace(self.merge_record, index=index, rows=rows)
         self.bank = None  # of the old device or dtype
+        self._tables.clear()
         self.refresh_active()
         return self
 
@@ -490,17 +491,14 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def tables(self, adapter_names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """`index` and `slots` of some adapters, see `records.ActiveAdapters`."""
-        key = "\n".join(adapter_names)
-        if key not in self.index_tables:
-            ids, device = self.union_of_experts(adapter_names), self.compute_device
+        names = tuple(adapter_names)
+        if names not in self._tables:
+            ids, device = self.union_of_experts(names), self.compute_device
             device = torch.device("cpu") if device.type == "meta" else device
             with plain_modes():
                 slots = expert_slots([(ids, 0)], self.num_experts, len(ids), self.num_identity_experts)
-                self.index_tables[key], self.slot_tables[key] = (
-                    expert_index(ids, device),
-                    slots.to(device, non_blocking=True),
-                )
-        return self.index_tables[key], self.slot_tables[key]
+                self._tables[names] = (expert_index(ids, device), slots.to(device, non_blocking=True))
+        return self._tables[names]
 
     def tensors_of(self, adapter_name: str) -> dict[str, Tensor]:
         """An adapter's tensors, by the names that they have in its file after the layer's path."""

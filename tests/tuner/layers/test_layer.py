@@ -12,6 +12,7 @@ import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from peft_esft import ESFTConfig, ESFTLayer
 from peft_esft.tuner.layers.held import holding, mixed_rows
@@ -72,7 +73,7 @@ def test_a_forward_pass_leaves_no_effective_rows_behind(build):
         logits(model)
     kept = [value for name, value in vars(layer).items() if name not in ("_parameters", "_buffers", "_modules")]
     own = {id(tensor) for tensor in [*layer.parameters(), *layer.buffers()]}
-    assert all(id(tensor) in own for tensor in tensors_reached(kept, set()))
+    assert all(id(tensor) in own or not tensor.is_floating_point() for tensor in tensors_reached(kept, set()))
 
 
 @pytest.mark.filterwarnings("ignore:.*computes the weights of all experts again")
@@ -272,18 +273,31 @@ def test_a_compiled_call_takes_what_the_layer_knows_unless_others_took_its_place
     assert torch.equal(taken["down_proj"], expected)
 
 
-def test_tables_are_buffers_that_are_made_for_training_too():
+def test_tables_are_made_for_training_too_and_belong_to_no_state():
     model = adapted(names=["a", "b"])
     layer = layer_of(model)
     with torch.inference_mode():
         model.base_model.set_adapter(["a", "b"])
-    tables = [*layer.index_tables.values(), *layer.slot_tables.values()]
-    assert tables and not any(table.is_inference() for table in tables)
-    assert {id(table) for table in tables} <= {id(buffer) for buffer in layer.buffers()}
-    assert not any("tables" in key for key in layer.state_dict())
+    tables = [table for name in ("a", "b", "ab") for table in layer.tables(list(name))]
+    assert not any(table.is_inference() for table in tables)
+    assert not [*layer.buffers()]
     other = copy.deepcopy(layer)
     assert other.active().index is not layer.active().index
-    assert other.active().index is other.index_tables["a\nb"]
+    assert other.active().index is other.tables(["a", "b"])[0]
+
+
+def test_an_average_of_the_model_follows_it_whichever_adapters_were_used():
+    model = adapted()
+    average = AveragedModel(model, avg_fn=lambda old, new, number: new)
+    logits(model, adapter_names=["c", "b"])
+    model.base_model.set_adapter(["a", "b"])
+    model.set_adapter("a")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    assert torch.equal(logits(average), logits(model))
 
 
 def routed(layer):
