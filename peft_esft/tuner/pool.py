@@ -152,7 +152,8 @@ class AdapterPool:
             *adapter_names: names, also repeated, and `"__base__"`.
 
         Raises:
-            ValueError: if one is unknown, does not fit the model, or they are larger than the room for all.
+            ValueError: if one is unknown, does not fit the model, or they are larger than the room for all, or than
+                what active adapters of the pool leave of it.
         """
         names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
         self._take(names)
@@ -257,10 +258,25 @@ class AdapterPool:
             return self._tuner.rows_nbytes(config)
 
     def _makes_room(self, names: list[str]) -> bool:
-        """Drops what was not used for longest until there is room; False, and nothing dropped, if there cannot be."""
+        """Drops what was not used for longest until there is room; False, and nothing dropped, if there cannot be yet.
+
+        Active and merged adapters stay: calls without `adapter_names` use them.
+
+        Raises:
+            ValueError: if they leave no room, whatever else is dropped.
+        """
         needed = sum(self._sizes[name] for name in names if name not in self._resident)
         free = self.device_bytes - self._held()
-        unused = [name for name in self._resident if not self._users.get(name) and name not in names]
+        staying = self._active() - set(names)
+        if sum(self._sizes[name] for name in {*names, *staying}) > self.device_bytes:
+            raise ValueError(
+                f"there is no room for {names} beside {sorted(staying)}, which are active or merged: device_bytes is "
+                f"{self.device_bytes:,}. Make another adapter active with set_adapter, which unmerges too, or "
+                "increase device_bytes"
+            )
+        unused = [
+            name for name in self._resident if not self._users.get(name) and name not in names and name not in staying
+        ]
         if free + sum(self._sizes[name] for name in unused) < needed:
             return False
         for name in unused:
@@ -270,6 +286,11 @@ class AdapterPool:
             self._delete(name)
             self._evictions += 1
         return True
+
+    def _active(self) -> set[str]:
+        """Adapters on the device that calls without `adapter_names` use."""
+        merged = (name for layer in self._tuner._layers() for name in layer.merged_adapters)
+        return {*self._tuner.active_adapters, *merged} & set(self._resident)
 
     def _held(self) -> int:
         return sum(self._sizes[name] for name in self._resident)

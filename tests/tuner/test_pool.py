@@ -218,6 +218,28 @@ def test_requests_wait_for_room(folder, expected):
     assert pool.statistics().resident == ("math",)
 
 
+@pytest.mark.parametrize("is_merged", [False, True])
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+@torch.no_grad()
+def test_an_active_adapter_stays(folder, expected, is_merged):
+    pool = make_pool(folder, 6 * ROW)  # "law" has 4 experts, the others 2, 5, 2 and 4
+    model = pool.model
+    model.set_adapter(pool.get("law"))
+    if is_merged:
+        model.merge_adapter()
+    pool.get("code")
+    pool.get("mail")  # in place of "code", although "law" was not used for longer
+    assert pool.statistics().resident == ("law", "mail")
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, expected["law"])
+    with pytest.raises(ValueError, match=r"no room for \['math'\] beside \['law'\]"):
+        pool.get("math")
+    torch.testing.assert_close(model(input_ids=TOKENS).logits, expected["law"])
+    model.set_adapter("first")
+    pool.get("math")
+    assert pool.statistics().resident == ("math",)
+    pool.close()
+
+
 def test_compact_files_are_loaded_from(folder, expected, tmp_path):
     base = tmp_path / "base"
     tiny_model("olmoe").save_pretrained(base)
