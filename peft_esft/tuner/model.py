@@ -23,7 +23,7 @@ from .layers.fused import FusedExperts
 from .layers.held import holding, is_holding, mixed_rows
 from .layers.layer import PREFIX, ESFTLayer
 from .layers.listed import ListedExperts
-from .layers.merging import check_finite
+from .layers.merging import check_finite, check_writes_last
 from .layers.records import Owner
 from .layers.substituted import SubstitutedExperts
 from .layers.tied import TiedLayer, update_tied_keys
@@ -335,6 +335,7 @@ class ESFTModel(AdapterOperations):
             ValueError: if there is no adapter of one of the names, or with `safe_merge` a merged row is not finite.
         """
         self._check_known(adapter_names or [], " to merge")
+        self._check_writes_last()
         if safe_merge:
             self._check_finite(adapter_names)
         with restoring(self, modules=self._layers()):
@@ -354,6 +355,7 @@ class ESFTModel(AdapterOperations):
     ) -> Any:
         if merge:
             self._check_known(adapter_names or [], " to merge")
+            self._check_writes_last()
         if merge and safe_merge:
             self._check_finite(adapter_names)
         with restoring(self):
@@ -373,6 +375,11 @@ class ESFTModel(AdapterOperations):
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
         return []
+
+    def _check_writes_last(self) -> None:
+        # Before PEFT loads offloaded layers, which an error in it would leave loaded.
+        for layer in self._layers():
+            check_writes_last(layer)
 
     def _check_finite(self, adapter_names: list[str] | None) -> None:
         for layer in self._layers():

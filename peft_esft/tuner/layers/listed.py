@@ -65,7 +65,7 @@ class ListedExperts(SubstitutedExperts):
             return {}
         place, held = active.expert_ids.index(expert_id), self.held_rows(active)
         substitutes: dict[str, Tensor] = {}
-        with substitution_lock():
+        with substitution_lock(), self.onloaded(active.names):
             for weight in weights:
                 if held is not None:
                     row = held[weight.name][place]

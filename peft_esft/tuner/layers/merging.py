@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .effective_rows import base_rows, effective_rows
 from .modes import plain_modes
-from .offload import check_loaded
+from .offload import check_loaded, is_offloaded
 from .records import AdapterLayer, MergeRecord
 
 
@@ -76,11 +76,14 @@ def check_mergeable(layer: AdapterLayer) -> None:
     """Refuses to write to weights that are computed from other tensors, or are not loaded.
 
     Raises:
-        NotImplementedError: if a weight is parametrized or pruned: what is written would be lost.
+        NotImplementedError: if a weight is parametrized or pruned, or belongs to an offloaded module within the base
+            layer: what is written would be lost.
         RuntimeError: if a weight is offloaded.
     """
+    base = layer.get_base_layer()
+    check_writes_last(layer)
     for weight in layer.weights.values():
-        for path, parameter in weight.named_parameters(layer.get_base_layer()):
+        for path, parameter in weight.named_parameters(base):
             if not isinstance(parameter, nn.Parameter):
                 raise NotImplementedError(
                     f"{layer.path}.{path} is computed from other tensors (a parametrization or a pruning mask), so "
@@ -92,6 +95,20 @@ def check_mergeable(layer: AdapterLayer) -> None:
                     f"{layer.path}.{path} is offloaded, and its values are not loaded. Call the model's merge_adapter "
                     "or unmerge_adapter, which load them, and not the layer's"
                 )
+
+
+def check_writes_last(layer: AdapterLayer) -> None:
+    """Refuses to write to offloaded modules within the base layer: PEFT keeps what the layer's own weights become.
+
+    Raises:
+        NotImplementedError: naming the layer.
+    """
+    base = layer.get_base_layer()
+    if any(map(is_offloaded, base.children())):
+        raise NotImplementedError(
+            f"{layer.path} ({type(base).__name__}) has offloaded modules in it, and what is merged into them would "
+            "be lost. Merge and unmerge before the model is offloaded, or keep this module on a device (device_map)"
+        )
 
 
 def _write_merged(layer: AdapterLayer, names: Sequence[str], originals: dict[str, Tensor]) -> None:

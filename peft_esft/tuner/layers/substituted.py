@@ -159,7 +159,7 @@ class SubstitutedExperts(ESFTLayer):
             raise NotImplementedError(
                 f"{self.path} ({type(base).__name__}) was offloaded after the adapter was attached. Only fused "
                 "experts can have adapters while they are offloaded; keep this module on a device (device_map), or "
-                "merge the adapter first"
+                "merge the adapter before the model is offloaded"
             )
 
     def _effective_parameters(self, base_layer: nn.Module) -> dict[str, Tensor]:

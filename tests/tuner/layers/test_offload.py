@@ -234,21 +234,39 @@ def test_adapters_change_after_accelerate_has_offloaded_them(operation, tmp_path
     assert not torch.equal(*outputs[0])
 
 
-@pytest.mark.parametrize("names", [None, ["default", "__base__"]], ids=["active", "mixed"])
+@pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
 @pytest.mark.parametrize(
     ("build", "settings"),
     [(listed_model, {}), (lambda: tiny_model("qwen2_moe"), {"train_shared_experts": True})],
     ids=["listed", "shared"],
 )
-def test_modules_that_are_not_fused_are_refused_when_they_are_offloaded_later(build, settings, names):
+def test_modules_that_are_not_fused_are_refused_when_they_are_offloaded_later(build, settings, offload, tmp_path):
     base = build()
     model = get_peft_model(base, config_for(base, init_weights=False, **settings)).eval()
-    expected = model(input_ids=TOKENS).logits.detach()
-    cpu_offload(model)
-    with pytest.raises(NotImplementedError, match=r"was offloaded after the adapter was attached.*merge the adapter"):
-        model(input_ids=TOKENS, adapter_names=names)
-    with model.disable_adapter(), torch.no_grad():
-        assert torch.equal(model(input_ids=TOKENS).logits, build().eval()(input_ids=TOKENS).logits)
-    model.merge_adapter()
+    merged = copy.deepcopy(model)
+    merged.merge_adapter()
+    expected = logits(merged)
+    for each in (model, merged):
+        offload(each, **({"offload_dir": str(tmp_path / str(each is merged))} if offload is disk_offload else {}))
+        with pytest.raises(NotImplementedError, match=r"has offloaded modules in it.* would be lost"):
+            (each.unmerge_adapter if each is merged else each.merge_adapter)()
+        for names in (None, ["default", "__base__"]) if each is model else ():
+            with pytest.raises(NotImplementedError, match=r"was offloaded after the adapter was attached"):
+                each(input_ids=TOKENS, adapter_names=names)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(build().eval()))
+    torch.testing.assert_close(logits(merged), expected)
+
+
+def logits(model):
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids=TOKENS).logits, expected)
+        return model(input_ids=TOKENS).logits
+
+
+def test_a_list_of_experts_says_that_an_adapter_has_no_data():
+    base = listed_model()
+    model = get_peft_model(base, config_for(base, init_weights=False)).eval()
+    model.add_adapter("empty", config_for(base), low_cpu_mem_usage=True)
+    model.set_adapter("empty")
+    with pytest.raises(RuntimeError, match=r"adapter 'empty' has no data in model\.layers"):
+        logits(model)
