@@ -10,7 +10,7 @@ from criteria import Scores, Table
 
 
 Selection = dict[str, list[int]]
-RANDOM, SINKS = "random", ("sink", "sink_last")
+RANDOM, ATTENTION, SINKS = "random", "attention", ("sink", "sink_last")
 
 
 def select(scores: Scores, criterion: str, *, top_p: float, seed: int, where: str = "layer") -> Selection:
@@ -20,7 +20,8 @@ def select(scores: Scores, criterion: str, *, top_p: float, seed: int, where: st
         scores: of the task.
         criterion: one of `scores.tables`; `contrast`, the token share minus that on general text; `random`; `sink`,
             the token share's experts where the last of each layer but the last layer gives way to the expert that
-            serves the first position most; `sink_last`, the same in the last layer alone.
+            serves the first position most; `sink_last`, the same in the last layer alone; `attention`, the first
+            half of the token share's experts of each layer, as the rest of the budget goes to the attention.
         top_p: the token share's threshold, which sets the number of experts.
         seed: of the random choice.
         where: "layer" takes as many experts in each layer as the token share does, "global" the highest scores of all
@@ -30,6 +31,8 @@ def select(scores: Scores, criterion: str, *, top_p: float, seed: int, where: st
     if criterion in SINKS:
         layers = list(token)[-1:] if criterion == "sink_last" else list(token)[:-1]
         return {path: _with_sink(ids, scores, path) if path in layers else ids for path, ids in token.items()}
+    if criterion == ATTENTION:
+        return {path: ids[: (len(ids) + 1) // 2] for path, ids in token.items()}
     table = _table(scores, criterion, seed)
     if where == "layer":
         return {path: _ranked(table, path)[: len(ids)] for path, ids in token.items()}

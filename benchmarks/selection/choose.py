@@ -50,11 +50,8 @@ def carry_out(bases: Iterable[str], folder: Path = FOLDER, limit: int | None = N
     stores = {base: Store(folder / f"{base}.jsonl") for base in BASES}
     benches: dict[str, Workbench] = {}
 
-    def find(*, base: str, **wanted: object) -> list[Record]:
-        return stores[base].select(**wanted)
-
     done = 0
-    for trial in without_repeats(schedule(find), bases):
+    for trial in without_repeats(schedule(), bases):
         store = stores[trial.base]
         if store.select(**asdict(trial)):
             continue

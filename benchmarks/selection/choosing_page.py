@@ -238,7 +238,7 @@ def before(evidence: Evidence) -> str:
 
 def progress(evidence: Evidence) -> str:
     """How many trials of the schedule there are."""
-    planned = list(without_repeats(schedule(evidence.find)))
+    planned = list(without_repeats(schedule()))
     header = ("criterion", *(f"p {p:g}, seed {s}" for p in (SMALL, USUAL, LARGE) for s in SEEDS), "in all")
     rows = []
     for name in ("base", *NAMES):

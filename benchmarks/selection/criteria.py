@@ -35,7 +35,8 @@ class Scores:
             output enters the loss. `general`: the token share on the text that `contrast` subtracts. `first`: the gate
             mass at the first position of the rows. `gradnorm`: the norm of the gradient of the loss with respect to an
             expert's weights. `gradnorm_rest`: the same of the loss without each row's first trained token.
-            `saliency`: the sum of |gradient x weight|.
+            `saliency`: the sum of |gradient x weight|. `moved`: how far an expert's weights are moved by a step of
+            AdamW on each of the batches that gradients are taken on, with all experts trained.
         seconds: CPU seconds that each took, those of one pass together.
         tokens: how many tokens went through the model for each.
     """
@@ -85,6 +86,8 @@ def score(
     note("saliency", saliency, seconds, count)
     (norm, _), seconds = _timed(lambda: _gradients(base, list(map(_without_first_label, batches))))
     note("gradnorm_rest", norm, seconds, count)
+    moved, seconds = _timed(lambda: _movement(base, batches))
+    note("moved", moved, seconds, count)
     return scores
 
 
@@ -128,6 +131,24 @@ def _gradients(base: PreTrainedModel, batches: list[tasks.Batch]) -> tuple[Table
         norm[path] = squares.sqrt()
         saliency[path] = sum(_sum_by_expert((weight.grad * weight.detach()).abs()) for weight in own)
     return norm, saliency
+
+
+def _movement(base: PreTrainedModel, batches: list[tasks.Batch]) -> Table:
+    """Norm of the change of each expert's weights, by a step on each batch."""
+    model = copy.deepcopy(base).requires_grad_(False).train()
+    weights = {path: list(model.get_submodule(path).requires_grad_(True).parameters()) for path in find_experts(model)}
+    optimizer = torch.optim.AdamW([weight for own in weights.values() for weight in own], lr=1e-3, weight_decay=0.0)
+    for batch in batches:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return {
+        path: sum(
+            _sum_by_expert((weight.detach() - before.detach()) ** 2)
+            for weight, before in zip(own, base.get_submodule(path).parameters(), strict=True)
+        ).sqrt()
+        for path, own in weights.items()
+    }
 
 
 def _sum_by_expert(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from cells import ANSWERS, BASES, CELLS, FRESH, PLAIN, Cell
-from schedule import SAME_LR, SMALL, USUAL
+from schedule import SAME_LR, SMALL, STEPS, USUAL
 from store import Record
 
 
@@ -137,14 +137,16 @@ class Evidence:
         """The records whose fields have these values."""
         return [record for record in self.records if all(record[name] == value for name, value in wanted.items())]
 
-    def seeds(self, cell: Cell, criterion: str, top_p: float, where: str, lr: float) -> dict[int, Record]:
+    def seeds(
+        self, cell: Cell, criterion: str, top_p: float, where: str, lr: float, steps: int = STEPS
+    ) -> dict[int, Record]:
         """The results of a criterion, by seed."""
-        found = self.find(**cell._asdict(), criterion=criterion, top_p=top_p, where=where, lr=lr)
+        found = self.find(**cell._asdict(), criterion=criterion, top_p=top_p, where=where, lr=lr, steps=steps)
         return {record["seed"]: record for record in found}
 
     def best_lr(self, cell: Cell, criterion: str, top_p: float, where: str) -> float | None:
         """The learning rate of the least validation loss of seed 0; None before all three have been tried."""
-        found = self.find(**cell._asdict(), criterion=criterion, top_p=top_p, where=where, seed=0)
+        found = self.find(**cell._asdict(), criterion=criterion, top_p=top_p, where=where, seed=0, steps=STEPS)
         losses = {record["lr"]: record["validation"] for record in found}
         return min(losses, key=lambda lr: losses[lr]) if len(losses) == 3 else None
 

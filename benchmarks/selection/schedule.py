@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from cells import ANSWERS, BASES, CELLS, FRESH, PLAIN, SEEN, Cell
-from store import Record
 
 
 SAME_LR = 3e-3
 OTHER_LRS = (1e-3, 1e-2)
 SEEDS = (0, 1, 2)
-LATER_SEEDS = SEEDS[1:]
 SMALL, USUAL, LARGE = 0.1, 0.2, 0.4  # p of the token share; it sets how many experts every criterion gets
-ALL_LRS = (3e-4, 1e-3)  # of training all experts, the reference
-Find = Callable[..., list[Record]]
+STEPS, MORE_STEPS = 100, 300
+ALL_LRS = (3e-4, 1e-3)  # of training all experts, or all parameters, the references
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,13 @@ class Trial:
     Attributes:
         base: a key of `tasks.BASES`.
         task: what is trained on.
-        criterion: a name of `choice.select`, "all" for all experts, or "base" for no training.
-        top_p: the budget: as many experts as the token share takes at this p; 0 for "all" and "base".
+        criterion: a name of `choice.select`, "all" for all experts, "full" for all parameters, or "base" for no
+            training.
+        top_p: the budget: as many experts as the token share takes at this p; 0 for "all", "full" and "base".
         lr: constant learning rate.
         seed: order of the data, samples that are scored, random choice.
         where: "layer" gives each layer as many experts as the token share does, "global" ranks all experts together.
+        steps: of the training.
     """
 
     base: str
@@ -39,15 +39,11 @@ class Trial:
     lr: float = SAME_LR
     seed: int = 0
     where: str = "layer"
+    steps: int = STEPS
 
 
-def schedule(find: Find) -> Iterator[Trial]:
-    """The trials in order.
-
-    Args:
-        find: gives the records whose fields have given values. Learning rates that earlier trials decide are looked
-            up when they are reached.
-    """
+def schedule() -> Iterator[Trial]:
+    """The trials in order."""
     seen = tuple(cell for cell in CELLS if cell in SEEN)
     plain = [cell for cell in (*FRESH, *seen) if cell.task in PLAIN]
     answers = [cell for cell in (*FRESH, *seen) if cell.task in ANSWERS]
@@ -68,20 +64,15 @@ def schedule(find: Find) -> Iterator[Trial]:
     yield from _trials(answers, ("sink",))
     for lr in OTHER_LRS:
         yield from _trials(CELLS, main, lr=lr)
-    for seed in LATER_SEEDS:
-        yield from _trials(answers, ("answers",), seed=seed)
-        yield from _trials(CELLS, ("sink", "random"), seed=seed)
-        yield from _trials(plain, ("gradnorm_rest", "sink_last"), seed=seed)
-    yield from _trials(CELLS, small, where="global")
-    yield from _trials(CELLS, ("gate", "saliency"))
-    yield from _trials(CELLS, ("token", "gradnorm", "contrast"), top_p=LARGE)
-    yield from _trials(CELLS, ("contrast", "random"), top_p=SMALL)
+    yield from _trials(CELLS, ("token",), steps=MORE_STEPS)
+    yield from _trials(CELLS, ("token",), top_p=LARGE)
     yield from _trials(CELLS, ("all",), top_p=0.0, lr=ALL_LRS[1])
-    for cell in CELLS:
-        for criterion in main:
-            yield from _trials([cell], (criterion,), LATER_SEEDS, lr=chosen_lr(find, cell, criterion))
-    yield from _trials(CELLS, small, LATER_SEEDS, where="global")
-    yield from _trials(CELLS, ("gate", "saliency"), LATER_SEEDS)
+    yield from _trials(CELLS, ("full",), top_p=0.0, lr=ALL_LRS[0])
+    yield from _trials(CELLS, ("gate", "saliency"))
+    yield from _trials(CELLS, small, where="global")
+    yield from _trials(CELLS, ("moved", "attention"))
+    yield from _trials(CELLS, ("gradnorm", "contrast"), top_p=LARGE)
+    yield from _trials(CELLS, ("full",), top_p=0.0, lr=ALL_LRS[1])
 
 
 def without_repeats(trials: Iterable[Trial], bases: Iterable[str] = BASES) -> Iterator[Trial]:
@@ -93,27 +84,13 @@ def without_repeats(trials: Iterable[Trial], bases: Iterable[str] = BASES) -> It
             yield trial
 
 
-def chosen_lr(find: Find, cell: Cell, criterion: str) -> float:
-    """The learning rate of the least validation loss of seed 0; `SAME_LR` as long as there is no other trial."""
-    found = find(base=cell.base, task=cell.task, criterion=criterion, top_p=USUAL, seed=0, where="layer")
-    losses = {record["lr"]: record["validation"] for record in found}
-    return min(losses, key=lambda lr: losses[lr]) if losses else SAME_LR
-
-
 def _again(cells: Iterable[Cell], seed: int) -> Iterator[Trial]:
     """What the hypotheses without the first position are about, with another seed."""
     yield from _trials(cells, ("token", "gradnorm"), top_p=SMALL, seed=seed)
     yield from _trials(cells, ("token", "gradnorm", "contrast"), seed=seed)
 
 
-def _trials(
-    cells: Iterable[Cell],
-    criteria: Iterable[str],
-    seeds: Iterable[int] = (0,),
-    seed: int | None = None,
-    **fields: object,
-) -> Iterator[Trial]:
+def _trials(cells: Iterable[Cell], criteria: Iterable[str], **fields: object) -> Iterator[Trial]:
     for cell in cells:
-        for number in seeds if seed is None else (seed,):
-            for criterion in criteria:
-                yield Trial(*cell, criterion, seed=number, **fields)
+        for criterion in criteria:
+            yield Trial(*cell, criterion, **fields)

@@ -10,21 +10,21 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 
 from peft_esft import ESFTConfig, find_experts
 
 import tasks
 from cells import BATCH, Example, general_text, load
-from choice import Selection, select
+from choice import ATTENTION, Selection, select
 from criteria import Scores, score
+from methods import ATTENTION as ATTENTION_MODULES
 from schedule import Trial
 from store import Record
 
 
-STEPS = 100
-UNTRAINED, ALL = "base", "all"
+UNTRAINED, ALL, FULL = "base", "all", "full"
 IGNORED = -100
 
 
@@ -33,11 +33,11 @@ class Workbench:
 
     Args:
         base: a key of `tasks.BASES`.
-        steps: of each training.
+        steps: of each training, in place of the trial's; None means those of the trial.
         rows: examples of each task's splits that are used; None means all.
     """
 
-    def __init__(self, base: str, *, steps: int = STEPS, rows: int | None = None) -> None:
+    def __init__(self, base: str, *, steps: int | None = None, rows: int | None = None) -> None:
         self.steps, self.rows = steps, rows
         self.base, self.tokenizer = tasks.load_base(base)
         self.base.set_experts_implementation("grouped_mm")
@@ -61,9 +61,12 @@ class Workbench:
         """
         selection, cost = self._select(trial)
         experts = None if selection is None else [sorted(selection.get(path, ())) for path in self.paths]
-        same = {"task": trial.task, "lr": trial.lr, "seed": trial.seed, "experts": experts}
+        same = {"task": trial.task, "lr": trial.lr, "seed": trial.seed, "steps": trial.steps, "experts": experts}
+        has_more = experts is None or trial.criterion == ATTENTION
         for record in earlier:
-            if experts is not None and all(record[name] == value for name, value in same.items()):
+            if record["criterion"] == ATTENTION or has_more:
+                continue
+            if all(record[name] == value for name, value in same.items()):
                 return {**record, **asdict(trial), **cost}
         torch.manual_seed(trial.seed)
         model = self._prepare(trial, selection)
@@ -78,11 +81,12 @@ class Workbench:
         }
 
     def _select(self, trial: Trial) -> tuple[Selection | None, Record]:
-        if trial.criterion in (UNTRAINED, ALL):
+        if trial.criterion in (UNTRAINED, ALL, FULL):
             return None, {"scoring_seconds": 0.0, "scored_tokens": 0}
         scores = self.scores(trial.task, trial.seed)
         chosen = select(scores, trial.criterion, top_p=trial.top_p, seed=trial.seed, where=trial.where)
-        parts = {"contrast": ("token", "general"), "sink": ("token", "first"), "sink_last": ("token", "first")}
+        parts = {"contrast": ("token", "general"), "sink": ("token", "first"), "sink_last": ("token", "first"),
+                 ATTENTION: ("token",)}  # fmt: skip
         used = parts.get(trial.criterion, (trial.criterion,) if trial.criterion in scores.tables else ())
         cost = {
             "scoring_seconds": round(sum(scores.seconds[name] for name in used), 2),
@@ -92,12 +96,28 @@ class Workbench:
 
     def _prepare(self, trial: Trial, selection: Selection | None) -> nn.Module:
         model = copy.deepcopy(self.base)
+        if trial.criterion == ATTENTION:
+            return self._with_attention(model, trial, selection)
         if selection is not None:
             return get_peft_model(model, ESFTConfig(target_experts=selection, task_type="CAUSAL_LM"))
-        model.requires_grad_(False)
+        model.requires_grad_(trial.criterion == FULL)
         if trial.criterion == ALL:
             for path in self.paths:
                 model.get_submodule(path).requires_grad_(True)
+        return model
+
+    def _with_attention(self, model: nn.Module, trial: Trial, selection: Selection) -> nn.Module:
+        """LoRA on the attention beside the experts, with as many parameters as the other half of the experts has."""
+        token = select(self.scores(trial.task, trial.seed), "token", top_p=trial.top_p, seed=trial.seed)
+        given_up = sum(map(len, token.values())) - sum(map(len, selection.values()))
+        wanted = given_up * _expert_size(model.get_submodule(self.paths[0]))
+        one = inject_adapter_in_model(_attention_lora(1), copy.deepcopy(self.base))
+        rank = round(wanted / sum(weight.numel() for name, weight in one.named_parameters() if "lora_" in name))
+        model = inject_adapter_in_model(_attention_lora(rank), model)
+        model = get_peft_model(model, ESFTConfig(target_experts=selection, task_type="CAUSAL_LM"))
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.requires_grad_(True)
         return model
 
     def _train(self, model: nn.Module, trial: Trial) -> float:
@@ -110,7 +130,7 @@ class Workbench:
         examples = self.split(trial.task, "train")
         batches = tasks.endless_batches(examples, self.tokenizer, BATCH[trial.task], trial.seed)
         started = time.process_time()
-        for _, batch in zip(range(self.steps), batches, strict=False):
+        for _, batch in zip(range(self.steps or trial.steps), batches, strict=False):
             model(**batch).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -135,6 +155,15 @@ class Workbench:
         _, subtracted = general_text(self.windows, task)
         texts = [text for own in subtracted.values() for text in own]
         return score(self.base, self.tokenizer, self.split(task, "train"), texts, seed)
+
+
+def _attention_lora(rank: int) -> LoraConfig:
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=ATTENTION_MODULES)
+
+
+def _expert_size(experts: nn.Module) -> int:
+    """Parameters of one expert."""
+    return sum(weight[0].numel() for weight in experts.parameters())
 
 
 @torch.no_grad()
