@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,7 +37,19 @@ from evidence import (  # noqa: E402
     whole_change,
 )
 from reporting import RESULTS, fill_tables  # noqa: E402
-from schedule import ALL_LRS, LARGE, SAME_LR, SEEDS, SMALL, USUAL, schedule, without_repeats  # noqa: E402
+from schedule import (  # noqa: E402
+    ALL_LRS,
+    LARGE,
+    MORE_STEPS,
+    OTHER_LRS,
+    SAME_LR,
+    SEEDS,
+    SMALL,
+    STEPS,
+    USUAL,
+    schedule,
+    without_repeats,
+)
 from store import Record, Store  # noqa: E402
 
 
@@ -53,17 +66,21 @@ NAMES = {
     "answers": "token share where answers are predicted",
     "sink": "token share + first position",
     "sink_last": "token share + first position, last layer",
+    "moved": "change in eight trial steps",
+    "attention": "half of the token share's, and attention in low rank",
     "random": "random",
     "all": "all experts",
+    "full": "all parameters",
 }
 ROWS = (
-    *(Setting(name) for name in NAMES if name not in ("token", "all")),
+    *(Setting(name) for name in NAMES if name not in ("token", "all", "full")),
     *(Setting(name, where="global") for name in ("token", "gradnorm")),
-    *(Setting(name, SMALL) for name in ("gradnorm", "contrast", "random")),
+    Setting("gradnorm", SMALL),
     *(Setting(name, LARGE) for name in ("gradnorm", "contrast")),
     *(Setting(name, lr=None) for name in ("gradnorm", "sink", "contrast")),
     *(Setting("token", top_p, reference_p=USUAL) for top_p in (SMALL, LARGE)),
     *(Setting("all", 0.0, lr=lr, reference_p=USUAL, reference_lr=SAME_LR) for lr in ALL_LRS),
+    *(Setting("full", 0.0, lr=lr, reference_p=USUAL, reference_lr=SAME_LR) for lr in ALL_LRS),
 )
 DRAWN = {
     **{name: [Setting(name, p, reference_p=USUAL) for p in (SMALL, USUAL, LARGE)]
@@ -82,6 +99,7 @@ def tables(evidence: Evidence) -> dict[str, str]:
     return {
         "comparison": comparison(evidence),
         "tests": tests(evidence),
+        "limits": limits(evidence),
         "unseen": unseen(evidence),
         "by_task": by_task(evidence),
         "cost": cost(evidence),
@@ -121,7 +139,7 @@ def comparison(evidence: Evidence) -> str:
 
 
 def _budget(setting: Setting) -> str:
-    if setting.criterion == "all":
+    if setting.criterion in ("all", "full"):
         return "all"
     return (
         f"p {setting.top_p:g}" if setting.criterion == REFERENCE and setting.reference_p else f"as p {setting.top_p:g}"
@@ -150,6 +168,37 @@ def tests(evidence: Evidence) -> str:
     return _markdown(header, rows)
 
 
+def limits(evidence: Evidence) -> str:
+    """How much of what all parameters gain the token share's experts gain, and with more of one thing each."""
+    ways: dict[str, list[tuple[str, float, float, int]]] = {
+        "token share, p 0.2": [("token", USUAL, SAME_LR, STEPS)],
+        "best of three learning rates": [("token", USUAL, lr, STEPS) for lr in (SAME_LR, *OTHER_LRS)],
+        "p 0.4": [("token", LARGE, SAME_LR, STEPS)],
+        "three times the steps": [("token", USUAL, SAME_LR, MORE_STEPS)],
+        "all experts, best of two learning rates": [("all", 0.0, lr, STEPS) for lr in ALL_LRS],
+    }
+    found = {}
+    for cell in CELLS:
+        base = evidence.seeds(cell, "base", 0.0, "layer", 0.0).get(0)
+        full = _best(evidence, cell, [("full", 0.0, lr, STEPS) for lr in ALL_LRS])
+        own = [_best(evidence, cell, trials) for trials in ways.values()]
+        if base and full and all(own):
+            gain = task_loss(base) - task_loss(full)
+            found[cell] = [100 * (task_loss(base) - task_loss(record)) / gain for record in own if record]
+    if not found:
+        return ""
+    rows = [(*cell, *(f"{share:.0f}" for share in shares)) for cell, shares in found.items()]
+    rows.append(("mean", "", *(f"{fmean(shares):.0f}" for shares in zip(*found.values(), strict=True))))
+    return _markdown(("base", "task", *ways), rows)
+
+
+def _best(evidence: Evidence, cell: Cell, trials: Sequence[tuple[str, float, float, int]]) -> Record | None:
+    """The result of seed 0 with the least validation loss; None if one is missing."""
+    found = [evidence.seeds(cell, name, top_p, "layer", lr, steps).get(0) for name, top_p, lr, steps in trials]
+    records = [record for record in found if record is not None]
+    return min(records, key=lambda record: record["validation"]) if len(records) == len(found) else None
+
+
 def unseen(evidence: Evidence) -> str:
     """Forgetting by contrast: on all domains, and on those whose text it does not see."""
     header = ("cells", "all domains, nats", "domains that contrast does not see, nats", "pairs")
@@ -173,9 +222,11 @@ def by_task(evidence: Evidence) -> str:
                 found = evidence.seeds(cell, name, top_p, where, SAME_LR)
                 label = f"p {top_p:g}" + (", all layers together" if where == "global" else "")
                 rows += [_result(cell, NAMES[name], label, found)] if found else []
-        for lr in ALL_LRS:
-            found = evidence.seeds(cell, "all", 0.0, "layer", lr)
-            rows += [_result(cell, NAMES["all"], f"lr {lr:g}", found)] if found else []
+        found = evidence.seeds(cell, "token", USUAL, "layer", SAME_LR, MORE_STEPS)
+        rows += [_result(cell, NAMES["token"], f"p {USUAL:g}, {MORE_STEPS} steps", found)] if found else []
+        for name, lr in product(("all", "full"), ALL_LRS):
+            found = evidence.seeds(cell, name, 0.0, "layer", lr)
+            rows += [_result(cell, NAMES[name], f"lr {lr:g}", found)] if found else []
     return _markdown(header, rows)
 
 

@@ -15,7 +15,11 @@ from peft_esft import select_experts
 from repository import ROOT
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*received no token in training")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*received no token in training"),
+    pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute"),
+]
 
 sys.path[:0] = [str(ROOT / "benchmarks" / name) for name in ("selection", "paper", "")]
 
@@ -27,8 +31,7 @@ import tasks  # noqa: E402
 from cells import CELLS, FRESH, SEEN, Cell  # noqa: E402
 from choice import select  # noqa: E402
 from evidence import Evidence, Setting, holm, rank_correlation, sign_flip, task_change  # noqa: E402
-from schedule import SAME_LR, SMALL, USUAL, Trial, chosen_lr, schedule, without_repeats  # noqa: E402
-from store import Store  # noqa: E402
+from schedule import SAME_LR, SMALL, USUAL, Trial, schedule, without_repeats  # noqa: E402
 from trials import Workbench, evaluate  # noqa: E402
 
 
@@ -42,9 +45,11 @@ def scores(bench):
     return {task: bench.scores(task, 0) for task in ("russian", "verses")}
 
 
-def record(cell: Cell, criterion: str, loss: float, *, seed=0, lr=SAME_LR, top_p=USUAL, validation=1.0, general=3.0):
+def record(
+    cell: Cell, criterion: str, loss: float, *, seed=0, lr=SAME_LR, top_p=USUAL, validation=1.0, general=3.0, steps=100
+):
     return {
-        **asdict(Trial(*cell, criterion, top_p, lr, seed)),
+        **asdict(Trial(*cell, criterion, top_p, lr, seed, steps=steps)),
         **{"loss": 2 * loss, "first": 9.0, "rest": loss, "exact": 0.5, "tokens": 0.5, "validation": validation},
         "general": {"english": general, "german": general + 1},
         **{"experts": [[1, 2], [3]], "trained_parameters": 3, "cpu_seconds": 1.0},
@@ -163,18 +168,25 @@ def test_equal_trials_have_equal_results_and_equal_choices_are_trained_once(benc
     assert bench.execute(small, [same])["criterion"] == "gate"
 
 
-def test_the_schedule_repeats_nothing_and_looks_up_learning_rates(tmp_path):
-    store = Store(tmp_path / "runs.jsonl")
-    trials = list(without_repeats(schedule(store.select)))
+def test_the_schedule_repeats_nothing():
+    trials = list(without_repeats(schedule()))
     assert len(trials) == len(set(trials))
-    parts = [list(without_repeats(schedule(store.select), [base])) for base in cells.BASES]
+    parts = [list(without_repeats(schedule(), [base])) for base in cells.BASES]
     assert {trial for part in parts for trial in part} == set(trials)
-    cell = CELLS[0]
-    for lr, loss in ((1e-3, 0.9), (SAME_LR, 1.0), (1e-2, 1.1)):
-        store.append(record(cell, "gradnorm", 1.0, lr=lr, validation=loss))
-    assert chosen_lr(store.select, cell, "gradnorm") == 1e-3
-    assert Trial(*cell, "gradnorm", lr=1e-3, seed=2) in set(schedule(store.select)) - set(trials)
     assert not SEEN & set(FRESH) and SEEN | set(FRESH) == set(CELLS)
+
+
+def test_attention_beside_half_of_the_experts_has_as_many_parameters(bench):
+    token, attention = (bench.execute(Trial("olmoe", "verses", name)) for name in ("token", "attention"))
+    assert sum(map(len, attention["experts"])) < 0.7 * sum(map(len, token["experts"]))
+    assert attention["trained_parameters"] == pytest.approx(token["trained_parameters"], rel=0.01)
+    same = bench.execute(Trial("olmoe", "verses", "attention"), [{**token, "experts": attention["experts"]}])
+    assert same["loss"] == attention["loss"]
+
+
+def test_experts_that_no_token_reaches_are_not_moved(scores):
+    for path, moved in scores["verses"].tables["moved"].items():
+        assert torch.equal(moved > 0, scores["verses"].tables["gradnorm"][path] > 0)
 
 
 def test_changes_are_paired_by_cell_and_seed():
@@ -217,6 +229,20 @@ def test_tables_say_what_was_measured():
         in found["tests"]
     )
     assert "| in all |" in found["progress"] and found["cost"].count("\n") == 3
+
+
+def test_what_limits_is_measured_against_all_parameters():
+    cell, rows = CELLS[0], []
+    rows += [record(cell, "base", 5.0, top_p=0.0, lr=0.0), record(cell, "full", 1.0, top_p=0.0, lr=3e-4)]
+    rows += [record(cell, "full", 0.5, top_p=0.0, lr=1e-3, validation=2.0)]
+    rows += [record(cell, "token", 3.0), record(cell, "token", 2.0, lr=1e-3, validation=0.5)]
+    rows += [record(cell, "token", 1.5, lr=1e-2), record(cell, "token", 2.6, top_p=0.4)]
+    rows += [record(cell, "all", 1.4, top_p=0.0, lr=lr) for lr in (3e-4, 1e-3)]
+    assert not choosing_page.limits(Evidence(rows))
+    rows += [record(cell, "token", 1.0, steps=300)]
+    line = choosing_page.limits(Evidence(rows)).splitlines()[2]
+    assert line == f"| {cell.base} | {cell.task} | 50 | 75 | 60 | 100 | 90 |"
+    assert Evidence(rows).seeds(cell, "token", USUAL, "layer", SAME_LR)[0]["rest"] == 3.0
 
 
 def test_the_page_shows_the_committed_results():
