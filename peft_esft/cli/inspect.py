@@ -30,7 +30,7 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
         return _inspect_adapter(folder)
     containers = find_experts(empty_model(options.path))
     if not containers:
-        raise ValueError(f"{options.path} has no experts container of a known kind")
+        raise ValueError(f"{options.path} has no experts module of a known kind")
     record = {
         path: {"kind": c.kind, "num_experts": c.num_experts, "weights": c.weight_shapes}
         for path, c in containers.items()

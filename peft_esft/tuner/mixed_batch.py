@@ -26,15 +26,15 @@ class AdapterBatch:
     """The adapter of each sample of a batch.
 
     Attributes:
-        names: of each sample, `"__base__"` for no adapter.
-        adapters: the different ones among them.
-        rows: by layer, the rows of `adapters` (`layers.held.MixedRows`), None where they leave it as it is. They are
-            put together before the call begins: what other threads do to the adapters meanwhile changes nothing. A
-            layer of this model that is missing was added later.
-        owner: of the layers (`layers.records.Owner`): what other models' layers do, the batch does not say.
-        calls: of the model, as far as they have begun and not ended.
-        is_counted: True if the number of names was compared with that of samples. What `generate` calls the model with
-            may then have several rows for each.
+        names: the adapter of each sample; `"__base__"` for no adapter.
+        adapters: the different names, in the order in which they first occur.
+        rows: the rows of `adapters` in each layer (`layers.held.MixedRows`); None where no adapter changes the layer.
+            They are collected before the call begins, so changes by other threads during the call have no effect. A
+            layer of this model that is missing here was added after the call began.
+        owner: the model that the batch is for (`layers.records.Owner`). Layers of other models ignore the batch.
+        calls: the calls of the model that have begun and not ended.
+        is_counted: True if the number of names was compared with the number of samples. The calls that `generate`
+            makes can then have several rows for each sample.
     """
 
     def __init__(self, names: Sequence[str], rows: Mapping[Any, Any], model: nn.Module, is_counted: bool) -> None:
@@ -47,7 +47,7 @@ class AdapterBatch:
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
     def begin(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Notes the input of a model's call; of the first one, compares the number of samples with that of names.
+        """Records the input of a model's call. For the first call, compares the numbers of samples and of names.
 
         Raises:
             ValueError: if the numbers differ.
@@ -81,10 +81,10 @@ class AdapterBatch:
         return self._indices[key]
 
     def names_of_rows(self, tensor: Tensor, module: nn.Module, known: Container[str], path: str) -> list[str]:
-        """The adapter of each row by name, as PEFT's modules take them; no adapter in place of an unknown one.
+        """The name of each row's adapter, as PEFT's modules take them; `"__base__"` where the module does not have it.
 
         Raises:
-            ValueError: if it is not known whose the rows are.
+            ValueError: if it is not known which rows belong to which sample.
         """
         repeats = self._rows_of_sample(tensor, module, path)
         if repeats is None:
@@ -94,7 +94,7 @@ class AdapterBatch:
         return [name if name in known else BASE for name in names]
 
     def _rows_of_sample(self, tensor: Tensor, module: nn.Module, path: str) -> int | None:
-        """Rows of each sample; None if it does not matter whose they are."""
+        """The number of rows of each sample; None if all rows have the same adapter."""
         if len(self.adapters) == 1 or not len(tensor):
             return None
         repeats = self.calls.rows_of_sample(tensor, len(self.names), module)
@@ -108,10 +108,10 @@ class AdapterBatch:
 
 
 _CURRENT: ContextVar[AdapterBatch | None] = ContextVar("adapter_batch", default=None)
-"""The batch of the call under way in this thread, so that calls of several threads do not mix."""
+"""The batch of the call that runs in this thread. Other threads have their own."""
 
 _calls_under_way = 0
-"""In all threads. Compiled graphs can depend on this number, but not on a context variable."""
+"""The number of calls with a batch in all threads. Compiled graphs can depend on it, not on a context variable."""
 
 _counting = Lock()
 
@@ -157,13 +157,13 @@ def check_adapter_names(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> bool:
-    """Refuses names that no adapter has, and another number of them than of samples in a call of the model.
+    """Refuses names of unknown adapters, and a list with more or fewer names than the call has samples.
 
     Returns:
         True if the call shows how many samples it has.
 
     Raises:
-        ValueError: with PEFT's own words.
+        ValueError: with the same messages as PEFT.
     """
     if not isinstance(adapter_names, list | tuple) or not adapter_names:
         raise ValueError(
@@ -189,7 +189,7 @@ def _wrong_number(names: int, samples: int) -> ValueError:
 
 
 def check_mixes_whole_modules(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    """Refuses adapters with other modules than experts that cannot be called once for each adapter.
+    """Refuses adapters that also train another module which cannot be called once for each adapter.
 
     Raises:
         ValueError: naming the first module.
@@ -199,7 +199,7 @@ def check_mixes_whole_modules(model: nn.Module, adapter_names: Sequence[str]) ->
         if is_asked_for and not is_stateless(module.original_module, model):
             raise ValueError(
                 f"adapter_names is not supported by {path}: {type(module.original_module).__name__} may keep a state "
-                "or take rows that are no samples, so it cannot be called once for each adapter. Call the model once "
+                "or take rows that are not samples, so it cannot be called once for each adapter. Call the model once "
                 "for each adapter, after set_adapter(name)"
             )
 
@@ -212,9 +212,9 @@ def _adapters_of(wrapper: Any) -> set[str]:
 def is_stateless(module: nn.Module, model: nn.Module) -> bool:
     """True for a module that can be called once for each adapter, and whose rows are samples or their tokens.
 
-    These are linear layers, norms and the embeddings of tokens. A module that takes a cache is none of them. Neither
-    is a router that extends `nn.Linear`, which returns a tuple, nor an embedding of positions, whose rows are not
-    samples even where there are as many.
+    These are linear layers, norms and token embeddings. Modules with a cache do not count, and neither do routers that
+    extend `nn.Linear` and return a tuple. The rows of position embeddings are not samples, even if their number is
+    the same.
     """
     if isinstance(module, nn.Embedding):
         models = (part for part in model.modules() if isinstance(part, PreTrainedModel))
@@ -228,17 +228,17 @@ def _token_embedding(model: PreTrainedModel) -> nn.Module | None:
         embedding: nn.Module | None = model.get_input_embeddings()
     except NotImplementedError:  # a model of images
         return None
-    # PEFT's wrappers keep the module that they are around.
+    # The module that PEFT's wrapper is around.
     return getattr(embedding, "original_module", embedding)
 
 
 def refusing_adapter_names(model: nn.Module) -> RemovableHandle | None:
-    """Has a base model refuse `adapter_names`, which its own forward would take among other keywords and ignore.
+    """Makes a base model refuse `adapter_names`, which its own forward would accept as a keyword and ignore.
 
-    PEFT's models, and this package's around it, keep the argument to themselves.
+    PEFT's models do not pass the argument on to the base model.
 
     Returns:
-        What ends it; None if the model does so already.
+        The handle that removes the check; None if the model has the check already.
     """
     if _refuse_adapter_names in model._forward_pre_hooks.values():
         return None
@@ -262,7 +262,7 @@ def _count_calls(change: int) -> None:
 
 def _begin(module: nn.Module, args: Any, kwargs: Any = None) -> None:
     batch = current_batch()
-    # Without keywords the hook is that of another thread, see `hooks.in_this_thread`; this one's is called too.
+    # A call without keywords is for the hook of another thread, see `hooks.in_this_thread`.
     if batch is not None and kwargs is not None:
         batch.begin(module, args, kwargs)
 

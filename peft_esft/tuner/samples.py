@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 
 TOKEN_INPUTS = ("decoder_inputs_embeds", "decoder_input_ids", "inputs_embeds", "input_ids", "inputs")
-"""Arguments of `forward` and `generate` with a row for each sample and a column for each token; the first one that a
-model is given is what most of its modules see."""
+"""Arguments of `forward` and `generate` that have a row for each sample and a column for each token. If a call has
+several, most modules see the first of them."""
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Tokens:
     """The input of a model's call.
 
     Attributes:
-        samples: its rows, beams and returned sequences among them.
-        length: tokens of each; None if the input is no text.
+        samples: the number of its rows. Beams and returned sequences count.
+        length: the number of tokens of each; None if the input is not text.
     """
 
     samples: int
@@ -30,11 +30,11 @@ class Tokens:
     def hold(self, tensor: Tensor, *, is_logits: bool) -> bool:
         """True if the first dimension of a module's tensor lists samples, or all of their tokens, in order.
 
-        What a model has gathered (by a mask, by the experts that tokens chose) has other sizes, unless it is all.
+        Tensors that were gathered from it (by a mask, or by expert) have other sizes, unless everything was gathered.
 
         Args:
             tensor: a module's input or output.
-            is_logits: of the module that makes the logits, which may see the last tokens only.
+            is_logits: True for the module that makes the logits, which may see only the last tokens.
         """
         rows, *others = tensor.shape
         if self.length is None or (self.length == 1 and rows == self.samples):
@@ -46,9 +46,9 @@ class Tokens:
 
 
 class CallsUnderWay:
-    """The calls of a model and of the models in it, the innermost last, as far as they have begun and not ended.
+    """The calls of a model and of the models in it that have begun and not ended, the innermost last.
 
-    A model in another one (a vision tower, an encoder) has an input of its own, whose rows need not be samples.
+    A model within another one (a vision tower, an encoder) has an input of its own, and its rows need not be samples.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -58,27 +58,27 @@ class CallsUnderWay:
         self._logits = find_logits() if find_logits is not None else None
 
     def begin(self, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
-        """Notes a call of a model.
+        """Records a call of a model.
 
         Returns:
-            The samples of its input, if it shows them.
+            The number of samples of its input; None if the input does not show it.
         """
         tokens = _tokens(module, args, kwargs, module is self._model)
         if tokens is None and self._calls:
-            # In a model whose input is images, each image is a sample; in any other one it need not be.
+            # If the input of the whole model is images, each image is a sample. Otherwise it need not be.
             around = self._calls[-1][1]
             tokens = around if around is not None and around.length is None else None
         self._calls.append((module, tokens))
         return None if tokens is None else tokens.samples
 
     def end(self, module: nn.Module) -> None:
-        """Notes that a call of a model ended, and with it those inside it, which may have ended by an error."""
+        """Records that a call of a model ended, and all calls within it, which may have ended with an error."""
         places = [place for place, (other, _) in enumerate(self._calls) if other is module]
         if places:
             del self._calls[places[-1] :]
 
     def rows_of_sample(self, tensor: Tensor, num_names: int, module: nn.Module) -> int | None:
-        """Rows that each name has in a module's tensor, if they are known to lie name after name; None otherwise."""
+        """The number of rows of each name in a module's tensor; None if the rows may be in another order."""
         tokens = self._calls[-1][1] if self._calls else None
         if tokens is None or tokens.samples % num_names:
             return None

@@ -210,7 +210,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self._set_record(adapter_name, record)
 
     def freeze_adapter(self, adapter_name: str) -> None:
-        """Puts an adapter's effective rows in the place of its deltas: the form "rows" of `ops/encodings.py`."""
+        """Replaces an adapter's deltas by its effective rows: the form "rows" of `ops/encodings.py`."""
         rows = self.rows_of(adapter_name)
         self._remove_tensors(adapter_name)
         for name, own in rows.items():
@@ -372,7 +372,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def check_mixes(self, model: nn.Module, adapters: Sequence[str]) -> None:
-        """Refuses `adapter_names` where the rows of a call do not show whose they are.
+        """Refuses `adapter_names` if the rows of a call do not show which sample they belong to.
 
         Args:
             model: the base model.

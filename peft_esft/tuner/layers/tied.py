@@ -48,7 +48,7 @@ class TiedLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, source_layer: ESFTLayer) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self._source_layer = (source_layer,)  # in a tuple, so that it is no submodule of this one
+        self._source_layer = (source_layer,)  # in a tuple, so that it is not a submodule of this one
 
     @property
     def source_layer(self) -> ESFTLayer:
