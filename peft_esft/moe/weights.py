@@ -90,11 +90,11 @@ class StackedWeight:
         weight = self.whole(module)
         return weight.index_select(0, _index(expert_ids, index, weight.device))
 
-    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None) -> None:
-        """Writes the rows `[n, ...]` of some experts, casting them to the parameter's dtype; see `read`."""
+    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
+        """Writes the rows `[n, ...]` of some experts, casting them to the parameter's dtype."""
         weight = self._view(self.parameters(module)[0].data)
         if weight.device.type != "cpu":
-            weight.index_copy_(0, _index(expert_ids, index, weight.device), rows.to(weight.dtype))
+            weight.index_copy_(0, expert_index(expert_ids, weight.device), rows.to(weight.dtype))
             return
         # One by one: `index_copy_` takes several times as long on the CPU.
         for expert, row in zip(expert_ids, rows, strict=True):
@@ -144,7 +144,7 @@ class StoredWeight(StackedWeight):
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         return tuple(self.stored(module).shape[1:])
 
-    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None) -> None:
+    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
         self.stored(module).write(expert_ids, rows)
 
     def substitutes(
@@ -188,7 +188,7 @@ class ListedWeight:
     def read(self, module: nn.Module, expert_ids: Sequence[int], index: Tensor | None = None) -> Tensor:
         return torch.stack(self.rows(module, expert_ids))
 
-    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor, index: Tensor | None = None) -> None:
+    def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
         for expert, row in zip(expert_ids, rows, strict=True):
             parts = self._parts(module, expert)
             for part, values in zip(parts, row.split([part.shape[0] for part in parts]), strict=True):

@@ -287,9 +287,8 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESFTLayer:
         super()._apply(fn, recurse)
         if self.merge_record is not None:
-            index, rows = self.merge_record.index, self.merge_record.rows
-            index, rows = None if index is None else fn(index), {name: fn(own) for name, own in rows.items()}
-            self.merge_record = replace(self.merge_record, index=index, rows=rows)
+            rows = {name: fn(own) for name, own in self.merge_record.rows.items()}
+            self.merge_record = replace(self.merge_record, rows=rows)
         self.bank = None  # of the old device or dtype
         self._tables.clear()
         self.refresh_active()

@@ -115,12 +115,11 @@ def _write_merged(layer: AdapterLayer, names: Sequence[str], originals: dict[str
     here = layer.adapters_here(names)
     merged = {name: effective_rows(layer, name, here) for name in originals}
     # Noted before the first row is written: from then on the base can be restored.
-    index = layer.tables(here)[0] if here else None
-    layer.merge_record = MergeRecord(tuple(names), tuple(layer.union_of_experts(here)), index, originals)
+    layer.merge_record = MergeRecord(tuple(names), tuple(layer.union_of_experts(here)), originals)
     _write(layer, layer.merge_record, merged)
     layer.refresh_active()
 
 
 def _write(layer: AdapterLayer, record: MergeRecord, rows: dict[str, Tensor]) -> None:
     for name, values in rows.items():
-        layer.weights[name].write(layer.get_base_layer(), record.expert_ids, values, record.index)
+        layer.weights[name].write(layer.get_base_layer(), record.expert_ids, values)

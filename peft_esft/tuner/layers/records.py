@@ -90,13 +90,11 @@ class MergeRecord:
     Attributes:
         names: the adapters, also those without experts in this layer.
         expert_ids: the experts whose rows were replaced.
-        index: the same, int64 `[n]`; None if there are none.
         rows: the base's own rows of these, `[n, ...]` by weight name.
     """
 
     names: tuple[str, ...]
     expert_ids: tuple[int, ...]
-    index: Tensor | None
     rows: dict[str, Tensor]
 
 

@@ -376,3 +376,71 @@ def test_tables_lie_where_the_experts_are_computed_with_and_never_on_meta():
     assert layer.compute_device.type == "cpu"
     layer.base_layer._hf_hook.execution_device = "cuda:1"
     assert layer.compute_device == torch.device("cuda:1")
+
+
+def test_an_adapter_stored_as_rows_begins_with_the_rows_of_the_base():
+    layer = layer_of(adapted(tiny_model("olmoe").bfloat16(), names=["a"], storage="rows"))
+    for name, rows in layer.stored_rows_of("a").items():
+        assert rows.dtype == torch.bfloat16
+        assert torch.equal(rows, getattr(layer.base_layer, name)[CHOICES["a"]])
+
+
+@pytest.mark.filterwarnings("ignore:Adapter a was active which is now deleted")
+def test_after_a_deletion_the_layer_has_another_active_adapter():
+    model = adapted()
+    layer = layer_of(model)
+    layer.delete_adapter("a")
+    assert "a" not in layer.active_adapters and layer.active().names == tuple(layer.active_adapters)
+
+
+def test_a_layer_is_converted_with_all_that_is_in_it():
+    layer = layer_of(adapted())
+    layer.merge()
+    layer._apply(lambda tensor: tensor.double())
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float64}
+    assert {rows.dtype for rows in layer.merge_record.rows.values()} == {torch.float64}
+
+
+def test_a_layer_checks_what_it_merges_only_if_it_is_asked_to():
+    layer = layer_of(adapted(names=["a"]))
+    with torch.no_grad():
+        layer.delta_parameters("down_proj", "a")[0].fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"adapter a seems to be broken \(in down_proj of model\.layers\.1"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+    layer.merge()
+    assert layer.merged
+
+
+def test_a_hold_passes_layers_without_an_active_adapter():
+    model = adapted()
+    layer = layer_of(model)
+    expected = logits(model)
+    with model.base_model.hold(), model.disable_adapter():
+        layer.hold()
+        assert layer.active() is None
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_an_adapter_that_was_loaded_in_inference_mode_can_be_trained(tmp_path, low_cpu_mem_usage):
+    adapted(names=["a"]).save_pretrained(tmp_path)
+    model = adapted(names=["b"])
+    with torch.inference_mode():
+        model.load_adapter(tmp_path / "a", "a", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage)
+    model.set_adapter("a")
+    model(input_ids=random_tokens())[0].mean().backward()
+    assert all(delta.grad is not None for delta in layer_of(model).delta_parameters("down_proj", "a"))
+
+
+def test_parameters_that_come_back_from_offloading_are_trained_or_not_as_before(tmp_path):
+    model = adapted(storage="delta")
+    model.set_adapter("a")
+    layer = layer_of(model)
+    before = {name: p.requires_grad for name, p in layer.named_parameters() if ".esft_" in f".{name}"}
+    assert set(before.values()) == {True, False}
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    layer.discard_adapter("c")
+    after = {name: p.requires_grad for name, p in layer.named_parameters() if ".esft_" in f".{name}"}
+    assert after == {name: is_trained for name, is_trained in before.items() if not name.endswith(".c")}
+    assert all(isinstance(p, nn.Parameter) for p in layer.delta_parameters("down_proj", "a"))
