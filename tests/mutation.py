@@ -13,7 +13,19 @@ import pytest
 
 _ARITHMETIC = ["functional", "numerics", "oracle"]
 _LAYERS = [
-    *("layer", "holds", "hazards", "plugin", "adapters", "undo", "mixed_batches", "hotswap", "compact", "combination", "kinds"),
+    *(
+        "layer",
+        "holds",
+        "hazards",
+        "plugin",
+        "adapters",
+        "undo",
+        "mixed_batches",
+        "hotswap",
+        "compact",
+        "combination",
+        "kinds",
+    ),
     *("offload", "sequences", "caller_modes", "oracle"),
 ]
 TESTS = {  # by file of the package

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..moe.containers import ContainerKind
+from ..moe.gguf_linears import give_gradients
 from .adapter_file import DELTA_KEY
 from .config import ESFTConfig
 from .fingerprint import compare_base
@@ -313,6 +314,7 @@ class ESFTModel(AdapterOperations):
                 for module in self._modules_with_adapters():
                     module.enable_adapters(False)
             update_tied_keys(self.model)
+            give_gradients(self.model)
         self._refusing = self._refusing or refusing_adapter_names(model)
         self._resolved = None
 

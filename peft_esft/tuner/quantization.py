@@ -20,7 +20,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..moe.containers import ExpertsContainer, find_experts
 from ..moe.foreign_experts import adopt, is_foreign, read_foreign
 from ..moe.formats import ENCODERS, Loadable, form_of
-from ..moe.gguf_linears import give_gradients
 from ..moe.stored_experts import install
 from ..moe.stored_rows import STORED, StoredRows
 from ..moe.weights import StackedWeight, StoredWeight, is_spread
@@ -142,7 +141,6 @@ def adopt_quantized_experts(model: nn.Module, dtype: torch.dtype | None = None) 
     These are transformers' `FP8Experts` and `GgufExperts`, and fused experts that `bitsandbytes.nn.parametrize` has
     brought to 4 bits. Their matrices are what that package dequantises them to, bit for bit; activations are not
     quantised. The model cannot be saved afterwards: the checkpoint that it was loaded from holds the same weights.
-    transformers' `GgufLinear` beside such experts is given a gradient for its input.
 
     Args:
         model: without adapters.
@@ -170,7 +168,6 @@ def adopt_quantized_experts(model: nn.Module, dtype: torch.dtype | None = None) 
     found = [(c.module, *read_foreign(path, c.module, own)) for path, c in foreign.items()]
     for module, layout, stored in found:
         adopt(module, layout, stored)
-    give_gradients(model)
     if isinstance(model, PreTrainedModel):
         _note_quantizer(model, ESFTQuantizationConfig())
         cast(ESFTQuantizer, model.hf_quantizer).is_adopted = True

@@ -19,6 +19,7 @@ from peft_esft import ESFTConfig, adopt_quantized_experts, find_experts, quantiz
 from peft_esft.moe.formats import Gguf
 from peft_esft.moe.gguf_linears import give_gradients
 
+from families import tiny_model
 from gguf_files import random_blocks, write_gguf
 from oracle import config_for, deltas_of, random_tokens, task_loss
 from stored_bases import dense, same_bits
@@ -117,6 +118,24 @@ def test_a_few_tokens_have_the_whole_gradient(kernel: None) -> None:
         with torch.no_grad():
             assert same_bits(linear(rows), theirs(rows))
     assert not theirs(torch.randn(2, 64, requires_grad=True)).requires_grad
+
+
+def test_linear_layers_beside_dense_experts_have_a_gradient_too(kernel: None) -> None:
+    results = []
+    for in_blocks in (False, True):
+        base = tiny_model("olmoe")
+        for layer in base.model.layers:
+            plain = layer.self_attn.o_proj
+            linear = GgufLinear(plain.in_features, plain.out_features, GGML_Q4_0)
+            linear.weight.data = random_blocks(GGML_Q4_0, plain.weight.shape, torch.Generator().manual_seed(0))
+            plain.weight.data = dequantize(linear.weight.data, GGML_Q4_0).view(plain.weight.shape)
+            layer.self_attn.o_proj = linear if in_blocks else plain
+        torch.manual_seed(1)
+        wrapped = get_peft_model(base, config_for(base, init_weights=False))
+        task_loss(wrapped(input_ids=random_tokens(1, 6))[0]).backward()
+        results.append([delta.grad for delta in deltas_of(wrapped).values()])
+    for own, wanted in zip(*results, strict=True):
+        assert (own - wanted).norm() < 1e-5 * wanted.norm()
 
 
 def test_a_file_that_is_loaded_dense_is_quantised_like_any_model(tmp_path: Path) -> None:
