@@ -26,7 +26,7 @@ _LAYERS = [
         "combination",
         "kinds",
     ),
-    *("offload", "sequences", "caller_modes", "oracle"),
+    *("kinds", "offload", "sequences", "caller_modes", "oracle"),
 ]
 TESTS = {  # by file of the package
     "selection": ["selection"],
