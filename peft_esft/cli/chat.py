@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from .base_options import add_base_options
 
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
 HELP = "/adapter NAME: answer with an adapter; /base: without; /again: answer once more; /new: forget; /quit"
 
 
@@ -27,8 +28,7 @@ def add_parser(commands: Any) -> None:
     add("--max-new-tokens", type=int, default=256, help=f"of an answer {shown}")
     add("--temperature", type=float, default=0.0, help=f"0 takes the most probable token {shown}")
     add("--system", help="a system message")
-    add("--dtype", choices=DTYPES, default="auto", help=f"dtype to load the model in {shown}")
-    add("--device-map", help="passed to transformers, for example auto")
+    add_base_options(parser)
 
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:

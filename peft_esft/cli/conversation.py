@@ -70,7 +70,7 @@ class Conversation:
         tokenizer = load_tokenizer(options.model, list(names.values()))
         if options.system is not None and tokenizer.chat_template is None:
             raise ValueError(f"--system needs a chat template, which the tokenizer of {options.model} does not have")
-        base = load_base(options.model, options.dtype, options.device_map)
+        base = load_base(options)
         model: Any = base
         for name, folder in names.items():
             if model is base:

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .chat import DTYPES
+from .base_options import add_base_options
 from .kinds import Kind, check_kind, kind_of
 
 
@@ -40,9 +40,7 @@ def add_parser(commands: Any) -> None:
     add("--tasks", metavar="NAME,NAME", help="tasks of lm-eval to measure, too")
     add("--limit", type=int, help="samples of each lm-eval task (default: all)")
     add("--include-path", metavar="FOLDER", help="tasks of your own for lm-eval")
-    add("--bits", type=int, help="store the base's experts in so many bits, as `train --bits` does")
-    add("--dtype", choices=DTYPES, default="auto", help=f"dtype to load the model in {shown}")
-    add("--device-map", help="passed to transformers, for example auto")
+    add_base_options(parser)
 
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,15 @@ def load_tokenizer(base: str, folders: Sequence[str]) -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def load_base(name: str, dtype: str, device_map: str | None, bits: int | None = None) -> PreTrainedModel:
+def load_base(options: argparse.Namespace) -> PreTrainedModel:
     """The base in eval mode, on the GPU if there is one and nothing else is said.
 
     Args:
-        name: folder or Hub name.
-        dtype: to load it in.
-        device_map: passed to transformers.
-        bits: of its experts, see `quantization_of`.
+        options: `model`, and those of `base_options`.
     """
-    device = device_map or ("cuda" if torch.cuda.is_available() else None)
-    quantization = quantization_of(name, bits)
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, **quantization).eval()
+    device = options.device_map or ("cuda" if torch.cuda.is_available() else None)
+    settings = {"dtype": options.dtype, "device_map": device, **quantization_of(options.model, options.bits)}
+    return AutoModelForCausalLM.from_pretrained(options.model, **settings).eval()
 
 
 def quantization_of(name: str, bits: int | None, **settings: Any) -> dict[str, Any]:

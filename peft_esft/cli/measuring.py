@@ -91,7 +91,7 @@ class Measuring:
             tokenizer.pad_token = tokenizer.eos_token
         if task is not None:
             decide_answers(task, tokenizer)
-        base = load_base(options.model, options.dtype, options.device_map, options.bits)
+        base = load_base(options)
         return cls(options, names, tokenizer, base, task, general)
 
     def run(self) -> dict[str, Any]:

@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .base_options import add_base_options
+
 
 AVERAGING = ("sample", "token")
 """The values of `scoring.scores.Averaging`; named here too, so that `--help` need not load torch."""
-DTYPES = ["auto", "float32", "bfloat16", "float16", "float64"]
 DATA_HELP = "JSON Lines with text, messages or prompt+completion, from a .jsonl file or a pipe (-); or a text file"
 
 
@@ -27,16 +28,16 @@ def add_parser(commands: Any) -> None:
     add("--batch-size", type=_at_least_1, default=8, help=f"samples in a batch {shown}")
     add("--answers-only", action="store_true", help="count only tokens that predict completions or marked answers")
     add("--averaging", choices=AVERAGING, default="sample", help="mean over samples, or over tokens")
-    add("--dtype", choices=DTYPES, default="auto", help="dtype to load the model in; score in the one you train in")
-    add("--device-map", help="passed to transformers, for example auto")
+    add_base_options(parser)
 
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Scores a model and writes the scores to a file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from ..scoring.batches import text_batches
     from ..scoring.measure import score_experts
+    from .loading import load_base
     from .sample_files import SampleFile
 
     if options.out.is_dir() or not options.out.parent.is_dir():
@@ -45,7 +46,7 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype, device_map=options.device_map)
+    model = load_base(options)
     settings = {name: getattr(options, name) for name in ("batch_size", "max_length", "answers_only")}
     batches = text_batches(samples, tokenizer, **settings)
     scores = score_experts(

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 from typing import Any
 
-from .chat import DTYPES
+from .base_options import add_base_options
 
 
 TOLERANCES = {"float32": 1e-4, "float64": 1e-8}
@@ -26,9 +26,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run, kinds={"model": ("model",), "adapter": ("adapter",)})
     parser.add_argument("model", help="folder or Hub name of the base model")
     parser.add_argument("adapter", help="folder of the adapter")
-    parser.add_argument("--bits", type=int, help="store the base's experts in so many bits, as `train --bits` does")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype to load the model in (default: auto)")
-    parser.add_argument("--device-map", help="passed to transformers, for example auto")
+    add_base_options(parser)
 
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:
@@ -37,7 +35,7 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
 
     from .loading import load_base
 
-    base = load_base(options.model, options.dtype, options.device_map, options.bits)
+    base = load_base(options)
     dtypes = _other_dtypes(base)
     before = _hashes(base)
     model = PeftModel.from_pretrained(base, options.adapter).eval()

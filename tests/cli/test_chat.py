@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_esft import ESFTConfig
+from peft_esft import ESFTConfig, ESFTQuantizationConfig
 from peft_esft.cli.main import main
 
 from repository import ROOT
@@ -49,11 +49,11 @@ def chat(lines, arguments, monkeypatch, capsys):
 
 
 @torch.no_grad()
-def expected_answer(folder=None, messages=None, text=None):
+def expected_answer(folder=None, messages=None, text=None, **settings):
     from peft import PeftModel
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, **settings).eval()
     if folder:
         model = PeftModel.from_pretrained(model, folder).eval()
     if text is None:
@@ -75,6 +75,16 @@ def test_adapters_are_switched_and_compared_with_the_base(adapters, monkeypatch,
     assert len(set(answers)) == 3
     assert "answers: law; adapters: law, intent" in err
     assert "no adapter 'nobody'; there are: law, intent" in err
+
+
+def test_the_base_may_be_in_few_bits(adapters, monkeypatch, capsys):
+    code, out, _ = chat(
+        [QUESTION, "/base", "/again"], [MODEL, adapters[0], "--bits", "4", "--json"], monkeypatch, capsys
+    )
+    assert code == 0
+    settings = {"quantization_config": ESFTQuantizationConfig(bits=4)}
+    answers = [expected_answer(adapters[0], **settings), expected_answer(**settings)]
+    assert [turn["answer"] for turn in json.loads(out)] == answers
 
 
 def test_answers_alone_go_to_the_standard_output(adapters, monkeypatch, capsys):

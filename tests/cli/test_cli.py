@@ -40,6 +40,18 @@ def test_score_writes_exact_token_counts(scored, capsys):
     assert set(scores.parameters_per_expert().values()) == {3 * 64 * 192}
 
 
+def test_score_takes_a_base_in_few_bits(scored, tmp_path):
+    data = str(ROOT / "examples" / "tiny_moe" / "tasks" / "general.jsonl")
+    out = str(tmp_path / "s.json")
+    command = ["score", MODEL, "--data", data, "--out", out, "--max-tokens", "500", "--dtype", "float32", "--json"]
+    counts = []
+    for flags in ([], ["--bits", "8"]):
+        assert main([*command, *flags]) == 0
+        counts.append([container.selected_pairs for container in ExpertScores.load(out).containers.values()])
+    # The first router sees no output of an expert.
+    assert counts[0][0] == counts[1][0] and counts[0][1:] != counts[1][1:]
+
+
 def test_select_prints_what_the_library_selects(scored, capsys, tmp_path):
     for flags, settings in (
         ([], {}),

@@ -144,7 +144,8 @@ def test_the_recipe_for_four_bits_trains_and_its_adapter_answers(tmp_path, monke
     assert main(["train", "--config", str(page.RECIPES / "tiny-moe-4bit.yaml"), "--out", out, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["held_out_loss"]["after"] < 0.4 * report["held_out_loss"]["before"]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Do you sell maps?\n/base\n/again\n"))
-    assert main(["chat", str(TINY), out, "--max-new-tokens", "8"]) == 0
-    adapted, plain = capsys.readouterr().out.splitlines()[:2]
-    assert adapted.startswith("Dear customer, ") and "customer" not in plain
+    for base in ([], ["--bits", "4"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Do you sell maps?\n/base\n/again\n"))
+        assert main(["chat", str(TINY), out, "--max-new-tokens", "8", *base]) == 0
+        adapted, plain = capsys.readouterr().out.splitlines()[:2]
+        assert adapted.startswith("Dear customer, ") and "customer" not in plain
