@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import get_peft_model
@@ -22,7 +23,12 @@ from layer_step import Layer, build_experts, route, step_of
 from reporting import add_clock_arguments, set_clock, time_in_turns, versions, write_results
 
 
-FORMS = {"bf16": None, "nf4": 4, "int8": 8}
+FORMS: dict[str, dict[str, Any] | None] = {
+    "bf16": None,
+    "nf4": {"bits": 4},
+    "nf4 double": {"bits": 4, "double_quant": True},
+    "int8": {"bits": 8},
+}
 CASES = [
     # experts, top-k, hidden, intermediate, trained, tokens: the size of DeepSeek-V2-Lite, and smaller ones
     (32, 6, 2048, 1408, 4, 512),
@@ -37,10 +43,10 @@ def layers(case: tuple[int, ...]) -> dict[str, nn.Module]:
     experts, top_k, hidden, intermediate, number, _ = case
     plain = Layer(build_experts(experts, top_k, hidden, intermediate, "grouped_mm").to(torch.bfloat16))
     made: dict[str, nn.Module] = {}
-    for name, bits in FORMS.items():
+    for name, settings in FORMS.items():
         layer = copy.deepcopy(plain)
-        if bits is not None:
-            quantize_experts(layer, bits=bits)
+        if settings is not None:
+            quantize_experts(layer, **settings)
         made[name] = get_peft_model(layer, ESFTConfig(target_experts={"experts": list(range(number))}))
     return made
 

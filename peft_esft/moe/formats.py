@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 
+_SCALES_IN_GROUP = 256
+"""bitsandbytes' number for double quantisation."""
+
 Tensors = Mapping[str, Tensor]
 Experts = slice | Tensor
 """Some experts: a slice, or their ids in an int64 tensor `[n]`."""
@@ -61,36 +64,69 @@ class FourBit:
     Every expert is encoded by itself, so no block has weights of two.
 
     Attributes:
-        name: "nf4" or "fp4".
+        quant_type: "nf4" or "fp4".
         blocksize: weights in a block.
+        double: the scales are quantised too, as the double quantisation of QLoRA (arXiv 2305.14314, section 3) does:
+            a code in a byte for each scale, a fp32 scale for 256 of these, and their mean for each expert.
     """
 
-    name: str = "nf4"
+    quant_type: str = "nf4"
     blocksize: int = 64
+    double: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.quant_type} double" if self.double else self.quant_type
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
         bitsandbytes()  # now, and not in the first forward pass
         if dtype == torch.float64:
             raise ValueError("bitsandbytes has no 4 bits of float64; load the model with dtype=torch.bfloat16")
         weights = math.prod(shape[1:])
-        return {
-            "codes": (torch.uint8, (shape[0], -(-weights // 2))),
-            "scales": (torch.float32, (shape[0], -(-weights // self.blocksize))),
+        blocks = -(-weights // self.blocksize)
+        codes: Layout = {"codes": (torch.uint8, (shape[0], -(-weights // 2)))}
+        if not self.double:
+            return codes | {"scales": (torch.float32, (shape[0], blocks))}
+        return codes | {
+            "scale_codes": (torch.uint8, (shape[0], blocks)),
+            "scales": (torch.float32, (shape[0], -(-blocks // _SCALES_IN_GROUP))),
+            "offsets": (torch.float32, (shape[0], 1)),
         }
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         codes, state = bitsandbytes().functional.quantize_4bit(
-            matrix.contiguous(), blocksize=self.blocksize, quant_type=self.name
+            matrix.contiguous(),
+            blocksize=self.blocksize,
+            quant_type=self.quant_type,
+            compress_statistics=self.double,
         )
-        return {"codes": codes.flatten(), "scales": state.absmax}
+        tensors = {"codes": codes.flatten()}
+        if not self.double:
+            return tensors | {"scales": state.absmax}
+        return tensors | {
+            "scale_codes": state.absmax,
+            "scales": state.state2.absmax,
+            "offsets": state.offset.reshape(1),
+        }
 
     def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        codes, scales = tensors["codes"][experts], tensors["scales"][experts]
+        codes, scales = tensors["codes"][experts], self._scales(tensors, experts)
         if math.prod(shape) % self.blocksize:
             # The last block of each expert is not full.
             pairs = zip(codes, scales, strict=True)
             return torch.stack([self._decode(*own, shape, dtype) for own in pairs])
         return self._decode(codes, scales, (len(codes), *shape), dtype)
+
+    def _scales(self, tensors: Tensors, experts: Experts) -> Tensor:
+        """The scales of the blocks of some experts, fp32 `[n, blocks]`."""
+        scales = tensors["scales"][experts]
+        if not self.double:
+            return scales
+        dequantize = bitsandbytes().functional.dequantize_blockwise
+        parts = zip(tensors["scale_codes"][experts], scales, tensors["offsets"][experts], strict=True)
+        # One by one, as a group of scales is of one expert.
+        own = [dequantize(codes, absmax=s, blocksize=_SCALES_IN_GROUP) + offset for codes, s, offset in parts]
+        return torch.stack(own)
 
     def _decode(self, codes: Tensor, scales: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         # bitsandbytes' kernel for the CPU takes each row to begin with a block of its own, and reads wrong scales
@@ -99,7 +135,7 @@ class FourBit:
         rows = [math.prod(shape) // width, width]
         # The operator and not `functional.dequantize_4bit`: that one wants a state object, made anew in each call.
         matrices: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            codes.reshape(-1, 1), scales.reshape(-1), self.blocksize, self.name, rows, dtype
+            codes.reshape(-1, 1), scales.reshape(-1), self.blocksize, self.quant_type, rows, dtype
         )
         return matrices.view(shape)
 
@@ -194,16 +230,20 @@ class Gguf:
         return torch.stack(own).view(-1, *shape)
 
 
-ENCODERS: dict[str, Encoder] = {"nf4": FourBit("nf4"), "fp4": FourBit("fp4"), "int8": Int8()}
+ENCODERS: dict[str, Encoder] = {
+    form.name: form
+    for form in (FourBit("nf4"), FourBit("fp4"), FourBit("nf4", double=True), FourBit("fp4", double=True), Int8())
+}
 """The forms that `quantize_experts` can bring experts to."""
 
 
-def form_of(bits: int, quant_type: str) -> Loadable:
+def form_of(bits: int, quant_type: str, double_quant: bool = False) -> Loadable:
     """The form for a number of bits.
 
     Args:
         bits: 4 or 8.
         quant_type: "nf4", "fp4" or "mxfp4", of 4 bits.
+        double_quant: scales in 8 bits, of "nf4" and "fp4".
 
     Raises:
         ValueError: if there is none.
@@ -213,9 +253,14 @@ def form_of(bits: int, quant_type: str) -> Loadable:
         raise ValueError(
             f"experts cannot be quantised with {bits=} and {quant_type=}: bits is 4 or 8, quant_type is one of {known}"
         )
+    if double_quant not in (False, True) or (double_quant and (bits == 8 or quant_type == "mxfp4")):
+        raise ValueError(
+            f"{double_quant=} with {bits=} and {quant_type=}: only the scales of 'nf4' and 'fp4' in 4 bits can be "
+            "quantised. Leave double_quant out"
+        )
     if bits == 8:
         return ENCODERS["int8"]
-    return MXFP4() if quant_type == "mxfp4" else ENCODERS[quant_type]
+    return MXFP4() if quant_type == "mxfp4" else ENCODERS[FourBit(quant_type, double=double_quant).name]
 
 
 def bitsandbytes() -> Any:

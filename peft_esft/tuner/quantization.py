@@ -53,6 +53,7 @@ class ESFTQuantizationConfig(QuantizationConfigMixin):
             and stay as they are. Its config has to be loaded without its own `quantization_config`, see
             docs/quantised.md.
         linears: for the other linear layers, such as attention's: bitsandbytes' config. None leaves them as they are.
+        double_quant: quantise the scales of "nf4" or "fp4" too, as QLoRA does. It saves 0.37 bits per weight.
 
     Raises:
         ValueError: for other values.
@@ -68,18 +69,19 @@ class ESFTQuantizationConfig(QuantizationConfigMixin):
         keep: Mapping[str | int, list[int]] | None = None,
         quant_type: str = "nf4",
         linears: BitsAndBytesConfig | dict[str, Any] | None = None,
+        double_quant: bool = False,
         **_: Any,
     ) -> None:
         self.quant_method: Any = QUANTIZATION
-        self.bits, self.quant_type = bits, quant_type
+        self.bits, self.quant_type, self.double_quant = bits, quant_type, double_quant
         self.keep = _checked_keep(keep or {})
         self.linears = BitsAndBytesConfig.from_dict(linears) if isinstance(linears, dict) else linears
-        form_of(bits, quant_type)  # refuses unknown ones
+        form_of(bits, quant_type, double_quant)  # refuses unknown ones
 
     @property
     def format(self) -> Loadable:
         """The form that experts are brought to."""
-        return form_of(self.bits, self.quant_type)
+        return form_of(self.bits, self.quant_type, self.double_quant)
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it is written to `config.json`."""
@@ -99,6 +101,7 @@ def quantize_experts(
     bits: int = 4,
     keep: Mapping[str | int, list[int]] | None = None,
     quant_type: str = "nf4",
+    double_quant: bool = False,
 ) -> nn.Module:
     """Brings the fused experts of a model to few bits, in place, one weight after the other.
 
@@ -107,6 +110,7 @@ def quantize_experts(
         bits: see `ESFTQuantizationConfig`, as for the other arguments.
         keep: experts that stay in full precision.
         quant_type: of 4 bits.
+        double_quant: of 4 bits.
 
     Returns:
         The model.
@@ -119,7 +123,7 @@ def quantize_experts(
     Example:
         >>> model = quantize_experts(model, bits=4, keep=config.target_experts)
     """
-    config = ESFTQuantizationConfig(bits, keep, quant_type)
+    config = ESFTQuantizationConfig(bits, keep, quant_type, double_quant=double_quant)
     if config.format.name not in ENCODERS:
         raise ValueError(f"experts cannot be quantised to {config.format.name}, only loaded in it; use 'nf4'")
     containers = find_experts(model)
@@ -187,7 +191,7 @@ def check_quantizable(model: nn.Module, containers: Mapping[str, ExpertsContaine
         NotImplementedError: naming the first module and why.
     """
     if not containers:
-        raise ValueError(f"{type(model).__name__} has no experts container of a known kind, so none can be quantised")
+        raise ValueError(f"{type(model).__name__} has no experts module of a known kind, so none can be quantised")
     for path, container in containers.items():
         name = f"{path} ({type(container.module).__name__})"
         if container.wrapper_or_module is not container.module:

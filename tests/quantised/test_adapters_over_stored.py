@@ -18,16 +18,16 @@ from peft_esft.moe.stored_rows import StoredRows
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
-from stored_bases import TYPICAL, dense, dense_twin, same_bits
+from stored_bases import TYPICAL, dense, dense_twin, quantised, same_bits
 
 
-KINDS = [(4, "nf4"), (4, "fp4"), (8, "nf4")]
+KINDS = [(4, "nf4"), (4, "fp4"), (4, "nf4 double"), (8, "nf4")]
 
 
-def bases(family: str, bits: int, quant_type: str = "nf4", dtype: torch.dtype = torch.bfloat16, **settings: object):
+def bases(family: str, bits: int, form: str = "nf4", dtype: torch.dtype = torch.bfloat16, **settings: object):
     plain = tiny_model(family, dtype)
-    quantised = quantize_experts(copy.deepcopy(plain), bits=bits, quant_type=quant_type, **settings)
-    return quantised, dense_twin(plain, quantised)
+    own = quantised(copy.deepcopy(plain), bits, form, **settings)
+    return own, dense_twin(plain, own)
 
 
 def adapted(model: torch.nn.Module, **settings: object) -> PeftModel:
@@ -42,10 +42,10 @@ def logits(model: torch.nn.Module, **settings: object) -> Tensor:
     return model(input_ids=random_tokens(), **settings)[0]
 
 
-@pytest.mark.parametrize(("bits", "quant_type"), KINDS)
+@pytest.mark.parametrize(("bits", "form"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_operations_equal_those_over_the_dense_base(bits: int, quant_type: str, dtype: torch.dtype) -> None:
-    own, twin = map(adapted, bases("gpt_oss", bits, quant_type, dtype))
+def test_operations_equal_those_over_the_dense_base(bits: int, form: str, dtype: torch.dtype) -> None:
+    own, twin = map(adapted, bases("gpt_oss", bits, form, dtype))
 
     def compare(**settings: object) -> None:
         # In fp32 the last bit of a product depends on where its operands lie in memory.
@@ -75,12 +75,12 @@ def test_operations_equal_those_over_the_dense_base(bits: int, quant_type: str, 
     compare()
 
 
-@pytest.mark.parametrize(("bits", "quant_type"), KINDS)
+@pytest.mark.parametrize(("bits", "form"), KINDS)
 @pytest.mark.parametrize("family", TYPICAL)
 def test_scores_are_those_over_the_dense_base_and_select_for_both(
-    family: str, bits: int, quant_type: str, tmp_path: Path
+    family: str, bits: int, form: str, tmp_path: Path
 ) -> None:
-    own, twin = bases(family, bits, quant_type)
+    own, twin = bases(family, bits, form)
     batches = [{"input_ids": random_tokens(2, 7)}, {"input_ids": random_tokens(3, 5)}]
     found, wanted = (score_experts(model, batches, progress=False) for model in (own, twin))
     assert found.containers == wanted.containers

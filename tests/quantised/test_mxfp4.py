@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,7 +203,7 @@ def test_other_experts_and_other_uses_are_refused_by_name(checkpoint: Path, tmp_
 def test_four_bits_on_the_command_line_are_those_of_the_checkpoint(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = load_base(str(checkpoint), "bfloat16", None, bits=4)
+    base = load_base(Namespace(model=str(checkpoint), dtype="bfloat16", device_map=None, bits=4))
     assert {module.format.name for module in base.modules() if isinstance(module, StoredRows)} == {"mxfp4"}
     assert torch.equal(logits(base), logits(dequantised(checkpoint)))
     sizes = ModelSizes.of(base)

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_esft import find_experts, quantize_experts
+from peft_esft import find_experts
 from peft_esft.moe.formats import ENCODERS
 from peft_esft.moe.stored_rows import StoredRows
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
-from stored_bases import dense_twin, same_bits
+from stored_bases import dense_twin, quantised, same_bits
 
 
 LAYOUTS = ["olmoe", "gpt_oss", "nemotron_h", "muse_spark"]
 """Plain; transposed, with biases, gate and up interleaved; without a gate; with a norm behind each expert."""
-FORMS = [(4, "nf4"), (4, "fp4"), (8, "nf4")]
+FORMS = [(4, "nf4"), (4, "fp4"), (4, "nf4 double"), (8, "nf4")]
 OPERATIONS = ["train", "merge", "merge both", "unmerge", "switch", "both", "disable", "mixed", "save", "load", "hold"]
 KEPT = [5, 2]  # of which one is trained
 
@@ -33,9 +33,8 @@ class Pair:
 
     def __init__(self, layout: str, form: tuple[int, str], dtype: torch.dtype, keeps: bool, folder: Path) -> None:
         plain = tiny_model(layout, dtype)
-        bits, quant_type = form
         kept = dict.fromkeys(find_experts(plain), KEPT) if keeps else None
-        self.base = quantize_experts(copy.deepcopy(plain), bits=bits, quant_type=quant_type, keep=kept)
+        self.base = quantised(copy.deepcopy(plain), *form, keep=kept)
         self.models = [self._adapted(model) for model in (self.base, dense_twin(plain, self.base))]
         self.stored = {name: tensor.clone() for name, tensor in self.base.state_dict().items() if "stored_" in name}
         self.folder, self.is_exact = folder, dtype != torch.float32

@@ -32,6 +32,12 @@ def test_unknown_forms_are_refused(values: dict[str, object]) -> None:
         ESFTQuantizationConfig(**values)
 
 
+@pytest.mark.parametrize("values", [{"bits": 8}, {"quant_type": "mxfp4"}])
+def test_scales_of_other_forms_are_not_quantised(values: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="only the scales of 'nf4' and 'fp4'"):
+        ESFTQuantizationConfig(**values, double_quant=True)
+
+
 @pytest.mark.parametrize("model_type", ["dbrx", "llama4", "switch_transformers", "jetmoe"])
 def test_other_layouts_are_refused_by_name(model_type: str) -> None:
     model = build(model_type, torch.bfloat16)
@@ -138,6 +144,8 @@ def test_damaged_checkpoints_are_refused(
         ("keep", {"0": 3}, "keep"),
         ("bits", "4", "bits is 4 or 8"),
         ("quant_type", None, "bits is 4 or 8"),
+        ("double_quant", True, "ignore_mismatched_sizes"),
+        ("double_quant", "yes", "double_quant"),
         ("linears", {"load_in_4bit": "yes"}, "load_in_4bit must be a bool"),
     ],
 )

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from peft_esft import find_experts
+from peft_esft import find_experts, quantize_experts
 from peft_esft.moe.weights import StackedWeight
 
 from zoo import VARIANTS, family, model_types
@@ -16,6 +16,12 @@ from zoo import VARIANTS, family, model_types
 FUSED = [name for name in [*model_types(), *VARIANTS] if family(name).group in "AB"]
 TYPICAL = ["deepseek_v2", "gpt_oss", "longcat_flash", "nemotron_h", "olmoe"]
 """Plain, transposed with biases, with identity experts, without a gate, and the embedded model's."""
+
+
+def quantised(model: nn.Module, bits: int, form: str, **settings: object) -> nn.Module:
+    """The model with its experts in a form: "nf4" or "fp4", or these with " double" for quantised scales."""
+    quant_type, _, double = form.partition(" ")
+    return quantize_experts(model, bits=bits, quant_type=quant_type, double_quant=bool(double), **settings)
 
 
 def dense_twin(plain: nn.Module, quantised: nn.Module) -> nn.Module:
