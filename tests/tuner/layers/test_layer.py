@@ -444,3 +444,36 @@ def test_parameters_that_come_back_from_offloading_are_trained_or_not_as_before(
     after = {name: p.requires_grad for name, p in layer.named_parameters() if ".esft_" in f".{name}"}
     assert after == {name: is_trained for name, is_trained in before.items() if not name.endswith(".c")}
     assert all(isinstance(p, nn.Parameter) for p in layer.delta_parameters("down_proj", "a"))
+
+
+@pytest.mark.parametrize("init_weights", [True, False])
+def test_factors_begin_as_lora_s(init_weights):
+    config = ESFTConfig(target_experts={1: [1, 3, 5]}, rank=8, init_weights=init_weights)
+    layer = layer_of(get_peft_model(tiny_model("olmoe"), config))
+    for name in layer.weights:
+        a, b = layer.delta_parameters(name, "default")
+        bound = a.shape[-1] ** -0.5
+        assert a.abs().max() <= bound and -0.9 * bound > a.min() and a.max() > 0.9 * bound
+        assert bool(b.any()) != init_weights
+        if not init_weights:
+            assert b.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2],
+    ids=str,
+)
+def test_deltas_have_the_dtype_of_the_base_but_at_least_fp32(dtype, expected):
+    for settings in ({}, {"rank": 2}):
+        layer = layer_of(adapted(tiny_model("olmoe").to(dtype), names=["a"], **settings))
+        assert {delta.dtype for delta in layer.delta_parameters("down_proj", "a")} == {expected}
+
+
+@pytest.mark.parametrize("to_base_dtype", [True, False])
+def test_a_layer_knows_whether_deltas_are_in_the_base_s_dtype(to_base_dtype):
+    layer = layer_of(adapted(tiny_model("olmoe").bfloat16(), names=["a"]))
+    layer.cast_adapter("a", to_base_dtype=to_base_dtype)
+    assert layer.adapters["a"].in_base_dtype is to_base_dtype
+    expected = torch.bfloat16 if to_base_dtype else torch.float32
+    assert {delta.dtype for delta in layer.delta_parameters("down_proj", "a")} == {expected}
