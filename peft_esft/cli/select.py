@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     if options.top_k is not None and options.top_k > most:
         raise ValueError(f"--top-k is {options.top_k}, and no layer has more than {most} experts")
     names = ("metric", "top_p", "top_k", "min_experts", "max_experts")
-    settings = {name: getattr(options, name) for name in names} | {"budget": _budget(options)}
+    settings = {name: getattr(options, name) for name in names} | {"budget": _budget(options, scores)}
     selection = select_experts(scores, **settings)
     text = bars({path: (len(ids), scores.containers[path].num_experts) for path, ids in selection.items()})
     if out is not None:
@@ -90,14 +90,14 @@ def read_budget(text: str | float | None) -> str | float | None:
         return text
 
 
-def _budget(options: argparse.Namespace) -> Any:
+def _budget(options: argparse.Namespace, scores: Any) -> Any:
     """The budget: a share, or a `Setup`."""
     from ..scoring.memory_estimate import Setup
 
     budget = read_budget(options.budget)
     given = {name: getattr(options, name) for name in MEMORY if getattr(options, name) is not None}
     if isinstance(budget, str):
-        return Setup.parse(budget, rank=options.rank, **given)
+        return Setup.parse(budget, rank=options.rank, **{"base": Setup.base_of(scores.sizes)} | given)
     if given:
         raise ValueError(f"--{', --'.join(given)} is only for a budget of memory, as in --budget 24GB")
     return budget

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any
 
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
-from ..scoring.memory_estimate import OPTIMIZERS, QUANTISED, BaseFormat, Engine, Setup, estimate, num_trained
+from ..scoring.memory_estimate import OPTIMIZERS, Engine, Setup, estimate, num_trained
 from ..scoring.model_sizes import ModelSizes
 from .train_options import TrainOptions
 
@@ -26,9 +26,11 @@ def training_setup(
         element: bytes of a weight of the base that is not in few bits.
         **more: other attributes of `Setup`.
     """
-    base: BaseFormat = "fp32" if element == 4 else "bf16"
-    if sizes.stored_as in QUANTISED or own.bits is not None:
-        base = cast(BaseFormat, sizes.stored_as or {4: "nf4", 8: "int8"}[own.bits or 4])
+    base = Setup.base_of(sizes)
+    if base == "bf16" and own.bits is not None:
+        base = "nf4" if own.bits == 4 else "int8"
+    elif base == "bf16" and element == 4:
+        base = "fp32"
     engines: tuple[Engine, Engine] = ("DDP", "FSDP2")
     name = OptimizerNames(settings.optim).value
     optim = {"adamw_bnb_8bit": "adamw_8bit"}.get(name, name)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from .memory_size import bytes_of
 from .model_sizes import ModelSizes
@@ -91,6 +91,12 @@ class Setup:
         except ValueError:
             raise ValueError(f"{gpus!r} is not an amount of GPU memory; expected for example 24GB or 8x80GB") from None
         return cls(gpus=int(match[1] or 1), memory=memory, **settings)
+
+    @staticmethod
+    def base_of(sizes: ModelSizes | None) -> BaseFormat:
+        """The form of the base that a model has, as far as it is known; "bf16" otherwise. Scales count as fp32."""
+        form = "" if sizes is None else (sizes.stored_as or "").removesuffix(" double")
+        return cast(BaseFormat, form) if form in QUANTISED else "bf16"
 
     @property
     def hardware(self) -> str:

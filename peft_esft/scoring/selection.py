@@ -48,8 +48,8 @@ def select_experts(
         budget: a share of all experts' parameters, or memory, instead of `top_p`. With a share, the
             experts with the highest scores of the whole model are taken as long as they fit; experts of a plain
             mapping count as equally large. With memory of GPUs, such as "24GB" or "2x24GB", it takes the largest
-            `top_p` whose selection can be trained there. A `memory_estimate.Setup` also gives the optimizer, the
-            rank, the form of the base and the tokens.
+            `top_p` whose selection can be trained there, over a base in the form that was scored. A
+            `memory_estimate.Setup` also gives the optimizer, the rank, the form of the base and the tokens.
         min_experts: the fewest experts of an experts module.
         max_experts: the most experts of an experts module.
 
@@ -117,13 +117,14 @@ def top_p_for_memory(
     Raises:
         ValueError: if the scores do not say how large the model is, or not even the fewest experts fit.
     """
-    setup = Setup.parse(budget) if isinstance(budget, str) else budget
     if not isinstance(scores, ExpertScores) or scores.sizes is None:
+        name = budget if isinstance(budget, str) else budget.hardware
         raise ValueError(
-            f"a budget of {setup.hardware} needs the sizes of the model, and these scores do not have them. Score "
-            "the model again with this version of peft_esft, or give the budget as a share of the experts"
+            f"a budget of {name} needs the sizes of the model, and these scores do not have them. Score the model "
+            "again with this version of peft_esft, or give the budget as a share of the experts"
         )
     sizes, per_expert = scores.sizes, scores.parameters_per_expert()
+    setup = Setup.parse(budget, base=Setup.base_of(sizes)) if isinstance(budget, str) else budget
     rows = {path: row for path, row in _rows(scores, metric).items() if bool(row.any())}
     bounds = _bounds(rows, min_experts, max_experts)
     falling = {path: row.sort(descending=True).values for path, row in rows.items()}

@@ -337,7 +337,7 @@ class ESFTConfig(PeftConfig):
             )
         memory = None
         if isinstance(budget, str | Setup):
-            budget = memory = _setup_of(budget, kwargs)
+            budget = memory = _setup_of(budget, kwargs, scores)
         target_experts = select_experts(
             scores,
             metric=metric,
@@ -367,7 +367,7 @@ class ESFTConfig(PeftConfig):
         return cls(target_experts=target_experts, selection=selection, **kwargs)
 
 
-def _setup_of(budget: str | Setup, fields: dict[str, Any]) -> Setup:
+def _setup_of(budget: str | Setup, fields: dict[str, Any], scores: ExpertScores) -> Setup:
     """Returns a budget of memory for deltas of the config's rank.
 
     Raises:
@@ -380,7 +380,7 @@ def _setup_of(budget: str | Setup, fields: dict[str, Any]) -> Setup:
         )
     rank = fields.get("rank")
     if isinstance(budget, str):
-        return Setup.parse(budget, rank=rank)
+        return Setup.parse(budget, rank=rank, base=Setup.base_of(scores.sizes))
     if budget.rank != rank:
         raise ValueError(
             f"the budget is for rank {budget.rank}, but the config has rank={rank}; give the same rank to both"

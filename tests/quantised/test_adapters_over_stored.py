@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
-from peft_esft import ESFTConfig, ExpertScores, find_experts, quantize_experts, score_experts, select_experts
+from peft_esft import ESFTConfig, find_experts, quantize_experts
 from peft_esft.moe.formats import ENCODERS
 from peft_esft.moe.stored_rows import StoredRows
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
-from stored_bases import TYPICAL, dense, dense_twin, quantised, same_bits
+from stored_bases import dense, dense_twin, quantised, same_bits
 
 
 KINDS = [(4, "nf4"), (4, "fp4"), (4, "nf4 double"), (8, "nf4")]
@@ -73,28 +73,6 @@ def test_operations_equal_those_over_the_dense_base(bits: int, form: str, dtype:
     twin.unmerge_adapter()
     own, twin = own.merge_and_unload(), twin.merge_and_unload()
     compare()
-
-
-@pytest.mark.parametrize(("bits", "form"), KINDS)
-@pytest.mark.parametrize("family", TYPICAL)
-def test_scores_are_those_over_the_dense_base_and_select_for_both(
-    family: str, bits: int, form: str, tmp_path: Path
-) -> None:
-    own, twin = bases(family, bits, form)
-    batches = [{"input_ids": random_tokens(2, 7)}, {"input_ids": random_tokens(3, 5)}]
-    found, wanted = (score_experts(model, batches, progress=False) for model in (own, twin))
-    assert found.containers == wanted.containers
-    found.save(tmp_path / "scores.json")
-    read = ExpertScores.load(tmp_path / "scores.json")
-    assert read.parameters_per_expert() == wanted.parameters_per_expert()
-    assert select_experts(read, top_p=0.3) == select_experts(wanted, top_p=0.3)
-    assert select_experts(read, budget=0.2) == select_experts(wanted, budget=0.2)
-    results = []
-    for model in (own, twin):
-        torch.manual_seed(1)
-        config = ESFTConfig.from_scores(read, top_p=0.3, init_weights=False)
-        results.append(logits(get_peft_model(model, config).eval()))
-    assert same_bits(*results)
 
 
 @pytest.mark.parametrize("settings", [{}, {"rank": 3}], ids=["deltas", "low rank"])
