@@ -87,8 +87,6 @@ class Measuring:
         task = None if data is None else _task_rows(options, data, list(names.values()))
         general = general_rows(options.general, options.max_rows)
         tokenizer = load_tokenizer(options.model, list(names.values()))
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         if task is not None:
             decide_answers(task, tokenizer)
         base = load_base(options.model, options.dtype, options.device_map, options.bits)
