@@ -49,14 +49,7 @@ def load_tokenizer(base: str, folders: Sequence[str] = (), **settings: Any) -> P
 
 
 def load_base(name: str, dtype: str, device_map: str | None, bits: int | None = None) -> PreTrainedModel:
-    """The base in eval mode, on the GPU if there is one and nothing else is said.
-
-    Args:
-        name: folder or Hub name.
-        dtype: to load it in.
-        device_map: passed to transformers.
-        bits: of its experts, see `quantization_of`.
-    """
+    """The base in eval mode, on the GPU if there is one and nothing else is said."""
     device = device_map or ("cuda" if torch.cuda.is_available() else None)
     quantization = quantization_of(name, bits)
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device, **quantization).eval()

@@ -218,13 +218,6 @@ def batches_of(
 ) -> Iterator[dict[str, Any]]:
     """Makes batches of rows, as they are asked for.
 
-    Args:
-        rows: the rows.
-        tokenizer: makes tokens of them.
-        label: of the progress bar.
-        batch_size: rows in a batch.
-        max_length: rows are cut to so many tokens.
-
     Raises:
         ValueError: if a row is malformed, with its number.
     """

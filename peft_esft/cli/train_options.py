@@ -75,10 +75,6 @@ class _Parser(TrlParser):
 def parse(kind: type[Options], arguments: Sequence[str]) -> tuple[Options, SFTConfig]:
     """Parses the arguments of a command that trains.
 
-    Args:
-        kind: the command's own options.
-        arguments: what follows the command's name.
-
     Returns:
         The command's own options and TRL's. A budget that is a share is a number. `assistant_only_loss` is None if
         nobody set it.
