@@ -23,10 +23,6 @@ def after_import(name: str, call: Callable[[], object]) -> None:
     """Calls a function: now if a module is loaded, otherwise at the end of its import.
 
     This file imports PEFT in functions only, so that a program which never uses it waits neither for it nor for torch.
-
-    Args:
-        name: of the module.
-        call: the function.
     """
     if name in sys.modules:
         call()

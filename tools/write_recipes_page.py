@@ -73,7 +73,7 @@ def gpu_of(recipe: Path) -> int:
 
 def options_of(recipe: Path) -> tuple[TrainOptions, SFTConfig]:
     """The options of a recipe, as `peft-esft train --config` reads them."""
-    return parse(["--config", str(recipe), "--out", "FOLDER", "DATA"])
+    return parse(TrainOptions, ["--config", str(recipe), "--out", "FOLDER", "DATA"])
 
 
 def compute(own: TrainOptions, settings: SFTConfig, model: nn.Module) -> Computed:

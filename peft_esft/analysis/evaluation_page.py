@@ -37,39 +37,23 @@ def write_evaluation_page(
         ImportError: if matplotlib is not installed.
     """
     import_matplotlib()
-    from .. import __version__
-
-    figures = [_loss_plot(task, measured)]
+    losses = {name: own.loss for name, own in measured.items()}
+    best = min(losses, key=losses.__getitem__)
+    title = f"{best} has the lowest loss on {task}: {losses[best]:.3f}"
+    caption = "Cross entropy in nats, mean over the predicted tokens; lower is better."
+    figures = [_bars("loss", title, caption, losses, "{:.3f}")]
     if has_answers:
-        figures.append(_exact_plot(task, measured))
+        exact = {name: own.exact_match for name, own in measured.items()}
+        best = max(exact, key=exact.__getitem__)
+        title = f"{best} gives the most answers of {task} exactly: {exact[best]:.1%}"
+        caption = "Share of the answers that greedy decoding gives exactly; higher is better."
+        figures.append(_bars("exact_match", title, caption, exact, "{:.1%}"))
     for text in dict.fromkeys(name for points in general.values() for name in points):
         figures.append(_trade_plot(task, text, measured, {name: points[text] for name, points in general.items()}))
     first = next(iter(measured.values()))
     lead = f"{first.num_samples:,} samples of {task}, {first.num_tokens:,} predicted tokens."
     section = Section("Base and adapters side by side", table=table, figures=figures)
-    write_page(out, f"{task}: what the adapters give", lead, [section], f"Made by peft_esft {__version__}.")
-
-
-def _loss_plot(task: str, measured: Mapping[str, Evaluation]) -> Plot:
-    best = min(measured, key=lambda name: measured[name].loss)
-    return _bars(
-        "loss",
-        f"{best} has the lowest loss on {task}: {measured[best].loss:.3f}",
-        "Cross entropy in nats, mean over the predicted tokens; lower is better.",
-        {name: result.loss for name, result in measured.items()},
-        "{:.3f}",
-    )
-
-
-def _exact_plot(task: str, measured: Mapping[str, Evaluation]) -> Plot:
-    best = max(measured, key=lambda name: measured[name].exact_match)
-    return _bars(
-        "exact_match",
-        f"{best} gives the most answers of {task} exactly: {measured[best].exact_match:.1%}",
-        "Share of the answers that greedy decoding gives exactly; higher is better.",
-        {name: result.exact_match for name, result in measured.items()},
-        "{:.1%}",
-    )
+    write_page(out, f"{task}: what the adapters give", lead, [section])
 
 
 def _bars(name: str, title: str, caption: str, values: Mapping[str, float], form: str) -> Plot:

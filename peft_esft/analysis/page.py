@@ -56,8 +56,10 @@ class Section:
     figures: Sequence[Plot] = ()
 
 
-def write_page(file: Path, title: str, lead: str, sections: Sequence[Section], footer: str) -> None:
+def write_page(file: Path, title: str, lead: str, sections: Sequence[Section]) -> None:
     """Writes a page, and the files of its figures to the folder `<name>_files` beside it. All texts are escaped."""
+    from .. import __version__
+
     folder = file.with_name(f"{file.stem}_files")
     folder.mkdir(parents=True, exist_ok=True)
     body = "".join(_section(section, folder) for section in sections)
@@ -66,7 +68,7 @@ def write_page(file: Path, title: str, lead: str, sections: Sequence[Section], f
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f'<h1>{escape(title)}</h1>\n<p class="muted">{escape(lead)}</p>\n{body}'
-        f"<footer>{escape(footer)}</footer>\n</main>\n</body>\n</html>\n"
+        f"<footer>Made by peft_esft {__version__}.</footer>\n</main>\n</body>\n</html>\n"
     )
     file.write_text(page, encoding="utf-8")
 

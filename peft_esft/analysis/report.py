@@ -77,11 +77,9 @@ def report(
     sections = _score_sections(tasks, share, co_occurrence) if tasks else []
     if adapters:
         sections.append(_adapter_section(adapters))
-    from .. import __version__
-
     out = Path(out)
     heading = title or ("Experts that tasks use" if tasks else "Experts that adapters train")
-    write_page(out, heading, _lead(tasks, adapters), sections, f"Made by peft_esft {__version__}.")
+    write_page(out, heading, _lead(tasks, adapters), sections)
     return out
 
 

@@ -46,9 +46,9 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Trains and measures what has no result yet, and shows all results as a table."""
     check_libraries("compare")
     from .comparing import Comparison
-    from .train_options import CompareOptions, parse_as
+    from .train_options import CompareOptions, parse
 
-    own, settings = parse_as(CompareOptions, options.arguments, "peft-esft compare")
+    own, settings = parse(CompareOptions, options.arguments)
     try:
         with redirect_stdout(sys.stderr):  # the libraries' logs
             comparison = Comparison.prepare(own, settings)

@@ -147,9 +147,9 @@ class Comparison:
         return own, settings
 
     def _wrap_of(self, way: Way) -> Wrap | None:
-        if way.kind == "esft":
-            return None
-        return _trained_whole if way.kind == "full" else partial(_with_lora, rank=self.own.lora_rank)
+        if way.kind == "full":
+            return lambda model: model.requires_grad_(True)
+        return partial(_with_lora, rank=self.own.lora_rank) if way.kind == "lora" else None
 
     def _measure(self, tuning: Finetuning) -> dict[str, Any]:
         """Measures a model on the held-out rows and the general texts."""
@@ -296,11 +296,6 @@ def _with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
         )
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(attention), task_type="CAUSAL_LM")
     return get_peft_model(model, config)
-
-
-def _trained_whole(model: PreTrainedModel) -> PreTrainedModel:
-    model.requires_grad_(True)
-    return model
 
 
 def _does_not_fit(tuning: Finetuning) -> str:

@@ -130,7 +130,7 @@ class Conversation:
                 streamer=pieces,
                 max_new_tokens=self.max_new_tokens,
                 do_sample=bool(self.temperature),
-                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
                 **sampling,
             )
         answer = pieces.text.strip()

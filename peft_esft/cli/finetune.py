@@ -28,7 +28,7 @@ from ..scoring.model_sizes import ModelSizes
 from ..scoring.scores import ExpertScores
 from ..tuner.config import ESFTConfig
 from .kinds import TRAIN_REPORT
-from .loading import quantization_of
+from .loading import load_tokenizer, quantization_of
 from .stopping import StopOnSignal
 from .train_options import PAPER_LEARNING_RATE, TrainOptions
 from .training_memory import memory_of_training, training_setup
@@ -94,7 +94,7 @@ class Finetuning:
             split=own.dataset_train_split,
             seed=settings.seed,
         )
-        tokenizer = load_tokenizer(own, settings)
+        tokenizer = _load_tokenizer(own, settings)
         notes = _decide_loss(rows, tokenizer, settings)
         model = load_model(own, settings)
         if not find_experts(model):
@@ -236,17 +236,15 @@ def check_out(out: Path, resume: bool) -> None:
         raise ValueError(f"{out} holds checkpoints of an earlier run: go on with --resume, or name another --out")
 
 
-def load_tokenizer(own: TrainOptions, settings: SFTConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer(own: TrainOptions, settings: SFTConfig) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, with the chat template that `--chat-template-path` names, if any."""
     more = {"revision": own.model_revision, "trust_remote_code": settings.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(own.model_name_or_path, **more)
+    tokenizer = load_tokenizer(str(own.model_name_or_path), **more)
     if settings.chat_template_path is not None:
         path = Path(settings.chat_template_path)
         is_file = path.suffix in (".jinja", ".j2")
         tokenizer.chat_template = path.read_text() if is_file else AutoTokenizer.from_pretrained(path).chat_template
         settings.chat_template_path = None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

@@ -30,9 +30,19 @@ def names_of(adapters: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def load_tokenizer(base: str, folders: Sequence[str]) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, or an adapter's if that alone has a chat template: the one it was trained with."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+def load_tokenizer(base: str, folders: Sequence[str] = (), **settings: Any) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, which can pad.
+
+    Without a chat template it gets that of the first adapter that has one, with which it was trained.
+
+    Args:
+        base: folder or Hub name.
+        folders: of adapters.
+        **settings: for `from_pretrained`, for example `revision`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base, **settings)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     for folder in folders:
         if tokenizer.chat_template is None and (Path(folder) / "tokenizer_config.json").is_file():
             tokenizer.chat_template = AutoTokenizer.from_pretrained(folder).chat_template

@@ -87,8 +87,6 @@ class Measuring:
         task = None if data is None else _task_rows(options, data, list(names.values()))
         general = general_rows(options.general, options.max_rows)
         tokenizer = load_tokenizer(options.model, list(names.values()))
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
         if task is not None:
             decide_answers(task, tokenizer)
         base = load_base(options)
@@ -219,13 +217,6 @@ def batches_of(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, label: str, batch_size: int, max_length: int
 ) -> Iterator[dict[str, Any]]:
     """Makes batches of rows, as they are asked for.
-
-    Args:
-        rows: the rows.
-        tokenizer: makes tokens of them.
-        label: of the progress bar.
-        batch_size: rows in a batch.
-        max_length: rows are cut to so many tokens.
 
     Raises:
         ValueError: if a row is malformed, with its number.

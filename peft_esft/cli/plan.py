@@ -6,14 +6,21 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .select import BASES, METRICS, OPTIMIZERS
+from ..scoring.memory_estimate import (  # which loads no torch
+    OPTIMIZERS,
+    Estimate,
+    Setup,
+    describe,
+    fits_on_gpus,
+    plan,
+    recommended,
+    what_would_fit,
+)
+from ..scoring.model_sizes import ModelSizes
+from .select import BASES, METRICS
 
-
-if TYPE_CHECKING:
-    from ..scoring.memory_estimate import Estimate, Setup
-    from ..scoring.model_sizes import ModelSizes
 
 SHOWN = 5  # ways to fit
 
@@ -42,8 +49,6 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Estimates all methods on all engines for each of the GPUs, and recommends an engine."""
     from ..interchange.base import empty_model
-    from ..scoring.memory_estimate import Setup, fits_on_gpus, plan, recommended, what_would_fit
-    from ..scoring.model_sizes import ModelSizes
 
     model = empty_model(options.model)
     sizes = ModelSizes.of(model)
@@ -103,8 +108,6 @@ def format_plan(
     sizes: ModelSizes, setup: Setup, estimates: Iterable[Estimate], best: Estimate | None, ways: list[Estimate]
 ) -> str:
     """Writes a plan as a table in plain text, with what is recommended or would fit."""
-    from ..scoring.memory_estimate import describe
-
     trained = setup.share * sizes.experts / 1e9
     lines = [
         f"{setup.gpus} x {setup.memory / 1e9:g} GB, {setup.tokens} tokens on each, gradient checkpointing; ESFT of "

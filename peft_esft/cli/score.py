@@ -33,19 +33,15 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Scores a model and writes the scores to a file."""
-    from transformers import AutoTokenizer
-
     from ..scoring.batches import text_batches
     from ..scoring.measure import score_experts
-    from .loading import load_base
+    from .loading import load_base, load_tokenizer
     from .sample_files import SampleFile
 
     if options.out.is_dir() or not options.out.parent.is_dir():
         raise ValueError(f"--out is {options.out}; it is a file for the scores, in a folder that exists")
     samples = SampleFile(options.data)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(options.model)
     model = load_base(options)
     settings = {name: getattr(options, name) for name in ("batch_size", "max_length", "answers_only")}
     batches = text_batches(samples, tokenizer, **settings)

@@ -8,14 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..scoring.memory_estimate import BASE_FORMATS, OPTIMIZERS, Setup  # which loads no torch
 from .kinds import ADAPTER_CONFIG
 
 
 METRICS = ("token", "gate", "gate_share")
 """The values of `scoring.scores.Metric`; named here too, so that `--help` need not load torch."""
-BASES = ("fp32", "bf16", "int8", "nf4")
-OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
-"""Names of `scoring.memory_estimate`; here too, for the same reason."""
+BASES = tuple(form for form in BASE_FORMATS if form != "mxfp4")
+"""MXFP4 is read from the checkpoint, not asked for."""
 MEMORY: dict[str, tuple[type, Any, Sequence[str] | None]] = {
     "tokens": (int, 4096, None),
     "base": (str, "bf16", BASES),
@@ -92,8 +92,6 @@ def read_budget(text: str | float | None) -> str | float | None:
 
 def _budget(options: argparse.Namespace, scores: Any) -> Any:
     """The budget: a share, or a `Setup`."""
-    from ..scoring.memory_estimate import Setup
-
     budget = read_budget(options.budget)
     given = {name: getattr(options, name) for name in MEMORY if getattr(options, name) is not None}
     if isinstance(budget, str):

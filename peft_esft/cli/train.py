@@ -119,9 +119,9 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Trains, or says what would be trained."""
     check_libraries("train")
     from .finetune import Finetuning, describe
-    from .train_options import parse
+    from .train_options import TrainOptions, parse
 
-    own, settings = parse(options.arguments)
+    own, settings = parse(TrainOptions, options.arguments)
     is_first = settings.process_index == 0
     if not is_first:
         warnings.simplefilter("ignore")  # the first process has the same ones

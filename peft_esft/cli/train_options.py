@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from trl import SFTConfig, TrlParser
@@ -28,37 +28,39 @@ class TrainOptions:
     `train.OWN` has their texts for `--help`, which loads neither TRL nor torch.
     """
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "MODEL"})
-    model_revision: str | None = field(default=None, metadata={"help": "revision of a model on the Hub"})
-    dtype: str | None = field(default=None, metadata={"help": "dtype to load the model in"})
-    attn_implementation: str | None = field(default=None, metadata={"help": "attention implementation"})
-    dataset_name: str | None = field(default=None, metadata={"help": "DATA"})
-    dataset_config: str | None = field(default=None, metadata={"help": "configuration of a dataset on the Hub"})
-    dataset_train_split: str = field(default="train", metadata={"help": "split to train on"})
-    eval: str | None = field(default=None, metadata={"help": "held-out rows"})
-    columns: list[str] = field(default_factory=list, metadata={"help": "what columns hold, KIND=COLUMN"})
-    experts: str | None = field(default=None, metadata={"help": "file of scores"})
-    metric: Metric = field(default="token", metadata={"help": "which score chooses"})
-    top_p: float | None = field(default=None, metadata={"help": "share of the choices to cover in each layer"})
-    budget: str | None = field(default=None, metadata={"help": "share of all experts, or memory of a GPU"})
-    score_tokens: int = field(default=131_072, metadata={"help": "tokens to score"})
-    rank: int | None = field(default=None, metadata={"help": "rank of the deltas"})
-    bits: int | None = field(default=None, metadata={"help": "bits of the frozen base's experts"})
-    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint"})
-    dry_run: bool = field(default=False, metadata={"help": "only say what would be done"})
+    program: ClassVar[str] = "peft-esft train"
+    model_name_or_path: str | None = None
+    model_revision: str | None = None
+    dtype: str | None = None
+    attn_implementation: str | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    dataset_train_split: str = "train"
+    eval: str | None = None
+    columns: list[str] = field(default_factory=list)
+    experts: str | None = None
+    metric: Metric = "token"
+    top_p: float | None = None
+    budget: str | None = None
+    score_tokens: int = 131_072
+    rank: int | None = None
+    bits: int | None = None
+    resume: bool = False
+    dry_run: bool = False
 
 
 @dataclass
 class CompareOptions(TrainOptions):
     """What `peft-esft compare` takes beside `SFTConfig`."""
 
-    top_ps: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.4], metadata={"help": "ESFT is trained at each"})
-    ways: list[str] = field(default_factory=lambda: list(WAYS), metadata={"help": "what is trained"})
-    lora_rank: int = field(default=8, metadata={"help": "rank of LoRA"})
-    lora_learning_rate: float = field(default=1e-4, metadata={"help": "learning rate of LoRA"})
-    full_learning_rate: float = field(default=3e-5, metadata={"help": "learning rate of full fine-tuning"})
-    general: list[str] = field(default_factory=list, metadata={"help": "other text"})
-    max_rows: int = field(default=1000, metadata={"help": "rows to measure on"})
+    program: ClassVar[str] = "peft-esft compare"
+    top_ps: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.4])
+    ways: list[str] = field(default_factory=lambda: list(WAYS))
+    lora_rank: int = 8
+    lora_learning_rate: float = 1e-4
+    full_learning_rate: float = 3e-5
+    general: list[str] = field(default_factory=list)
+    max_rows: int = 1000
 
 
 Options = TypeVar("Options", bound=TrainOptions)
@@ -70,18 +72,8 @@ class _Parser(TrlParser):
         raise SystemExit(2)
 
 
-def parse(arguments: Sequence[str]) -> tuple[TrainOptions, SFTConfig]:
-    """Parses the arguments after `peft-esft train`, see `parse_as`."""
-    return parse_as(TrainOptions, arguments, "peft-esft train")
-
-
-def parse_as(kind: type[Options], arguments: Sequence[str], program: str) -> tuple[Options, SFTConfig]:
+def parse(kind: type[Options], arguments: Sequence[str]) -> tuple[Options, SFTConfig]:
     """Parses the arguments of a command that trains.
-
-    Args:
-        kind: the command's own options.
-        arguments: what follows the command's name.
-        program: the command's name, for messages.
 
     Returns:
         The command's own options and TRL's. A budget that is a share is a number. `assistant_only_loss` is None if
@@ -92,7 +84,7 @@ def parse_as(kind: type[Options], arguments: Sequence[str], program: str) -> tup
             refuses a value.
         SystemExit: for wrong usage, with code 2.
     """
-    parser = _Parser((kind, SFTConfig), prog=program, add_help=False, allow_abbrev=False)
+    parser = _Parser((kind, SFTConfig), prog=kind.program, add_help=False, allow_abbrev=False)
     parser.add_argument("--out", dest="output_dir", default=argparse.SUPPRESS)
     parser.set_defaults(**defaults())
     own, settings, of_recipe, rest = parser.parse_args_and_config(

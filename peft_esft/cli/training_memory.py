@@ -51,13 +51,7 @@ def memory_of_training(
 ) -> float:
     """Estimates the bytes that one GPU holds, with gradient checkpointing. Under ZeRO it is those of DDP.
 
-    Args:
-        own: the options of the command.
-        settings: TRL's options.
-        sizes: of the base.
-        trained: number of trained parameters.
-        tokens: number of tokens in a batch.
-        element: bytes of a weight of the base that is not in few bits.
+    `trained` is the number of trained parameters; `training_setup` describes the other arguments.
     """
     every = num_trained(sizes, Setup(share=1.0, rank=own.rank), "ESFT")
     setup = training_setup(own, settings, sizes, tokens, element, share=min(1.0, trained / every))

@@ -199,7 +199,8 @@ def _load(data: str, config: str | None) -> Mapping[str, Any]:
     path = Path(data)
     try:
         if path.is_file():
-            return load_dataset(_builder_of(path), data_files={"train": str(path)}, **_csv_settings(path))
+            settings = {"sep": "\t"} if ".tsv" in path.suffixes else {}
+            return load_dataset(_builder_of(path), data_files={"train": str(path)}, **settings)
         if path.is_dir():
             if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
                 found = load_from_disk(str(path))
@@ -247,10 +248,6 @@ def _builder_of(path: Path) -> str:
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty")
     return builder
-
-
-def _csv_settings(path: Path) -> dict[str, str]:
-    return {"sep": "\t"} if ".tsv" in path.suffixes else {}
 
 
 def _first_line(error: BaseException) -> str:
@@ -306,15 +303,13 @@ def _with_columns(rows: Any, named: Mapping[str, str], data: str, wanted: Format
 
 def _check(rows: Any, form: Format, data: str) -> None:
     """Refuses a row that is not what the others are, by its number."""
-    is_right = _is_conversation if form == "messages" else _is_text
+    expected = "a list of {role, content}" if form == "messages" else "a text"
     for name in COLUMNS[form]:
         for number, value in enumerate(rows[name], start=1):
-            if not is_right(value) and not (form == "prompt and completion" and _is_conversation(value)):
-                raise ValueError(f"row {number} of {data}: {name} is {_shown(value)}; {_expected(form)}")
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+            is_right = (form != "messages" and isinstance(value, str)) or (form != "text" and _is_conversation(value))
+            if not is_right:
+                shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."
+                raise ValueError(f"row {number} of {data}: {name} is {shown}; expected {expected}")
 
 
 def _is_conversation(value: Any) -> bool:
@@ -323,12 +318,3 @@ def _is_conversation(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in value)
     )
-
-
-def _expected(form: Format) -> str:
-    return "expected a list of {role, content}" if form == "messages" else "expected a text"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."

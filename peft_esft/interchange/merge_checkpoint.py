@@ -6,7 +6,7 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.core_model_loading import revert_weight_conversion
@@ -74,7 +74,7 @@ def merge_checkpoint(
     base = _base_of(base_dir, adapter, revision=revision, variant=variant)
     adapter = adapter.fitted_to(base)
     changes = adapter.changes(base)
-    tied_head = _tied_head(base) if untie else None
+    tied = [_tied_head(base)] if untie else []
     whole = _whole_modules(base, adapter, untie=untie)
     _warn_of_quantised_training(adapter)
     with new_folder(out_dir) as folder:
@@ -88,7 +88,7 @@ def merge_checkpoint(
                     f"{change.key}: the merged weights are not all finite; the adapter seems to be broken"
                 )
             target.overwrite(change, merged, folder)
-        values = {tied_head.key: copies.read(tied_head.embeddings).clone()} if tied_head else {}
+        values = {head: copies.read(embeddings).clone() for head, embeddings in tied}
         values |= {key: adapter.files.read(name) for key, name in whole.items()}
         added = {key: value for key, value in values.items() if key not in copies.entries}
         for key in values.keys() - added.keys():
@@ -152,14 +152,8 @@ def _whole_modules(base: Base, adapter: AdapterFolder, *, untie: bool) -> dict[s
 _IN_MEMORY = "Load the adapter with PeftModel.from_pretrained and call merge_and_unload().save_pretrained(...)"
 
 
-class _TiedHead(NamedTuple):
+def _tied_head(base: Base) -> tuple[str, str]:
     """The checkpoint's keys of a head that is tied to the embeddings, and of the embeddings."""
-
-    key: str
-    embeddings: str
-
-
-def _tied_head(base: Base) -> _TiedHead:
     tied = getattr(base.model, "all_tied_weights_keys", None) or {}
     embeddings = base.keys.sources.get(next(iter(tied.values()), ""), [])
     if len(tied) != 1 or len(embeddings) != 1:
@@ -167,7 +161,7 @@ def _tied_head(base: Base) -> _TiedHead:
             f"untie needs a base whose head and embeddings share their weights; in {base.name} these are shared: "
             f"{dict(tied)}"
         )
-    return _TiedHead(_stored_key(base, next(iter(tied))), embeddings[0].key)
+    return _stored_key(base, next(iter(tied))), embeddings[0].key
 
 
 def _stored_key(base: Base, name: str) -> str:

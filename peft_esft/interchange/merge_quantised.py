@@ -18,12 +18,6 @@ def merge_quantised(folder: Path, adapter_dir: str | Path, out_dir: str | Path, 
     Nothing is quantised again: the adapter's experts are kept in full precision, as the config's `keep` then says, and
     the codes of all others stay as they are. The model is loaded for it, in few bits.
 
-    Args:
-        folder: of the checkpoint.
-        adapter_dir: folder or Hub name of the adapter.
-        out_dir: see `merge_checkpoint`.
-        variant: of the checkpoint's weights.
-
     Raises:
         ValueError: if the adapter does not fit, or merged weights are not finite.
         NotImplementedError: if the adapter has more than experts' weights.

@@ -300,10 +300,6 @@ def most_experts(sizes: ModelSizes, setup: Setup, engine: Engine = "one GPU") ->
 def what_would_fit(sizes: ModelSizes, setup: Setup) -> list[Estimate]:
     """Estimates of ESFT that fit, with as few changes as possible: share, bits, optimizer, rank, tokens, offload.
 
-    Args:
-        sizes: of the model.
-        setup: settings with which ESFT does not fit.
-
     Returns:
         The estimates; none if nothing fits.
     """

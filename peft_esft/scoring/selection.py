@@ -104,12 +104,7 @@ def top_p_for_memory(
 ) -> float:
     """Finds the largest `top_p` whose selection can be trained in some memory, by the estimate of `peft-esft plan`.
 
-    Args:
-        scores: what `score_experts` returned.
-        budget: memory of GPUs, see `select_experts`.
-        metric: see `select_experts`.
-        min_experts: of each experts module.
-        max_experts: of each experts module.
+    `select_experts` describes the arguments.
 
     Returns:
         A share above 0 and at most 1.

@@ -119,10 +119,6 @@ def read_tensor(entry: TensorEntry) -> Tensor:
 def find_header(folder: Path, *, pickled: bool = False) -> Header | None:
     """The tensors in an adapter's folder; None if there are none, as in a Hub name.
 
-    Args:
-        folder: of the adapter.
-        pickled: accept pickled weights.
-
     Raises:
         ValueError: if the weights are malformed, or pickled without being asked for; or the config is too large or not
             a JSON object.
@@ -158,12 +154,6 @@ def read_json(file: Path) -> Any:
 
 def find_hub_header(name: str, subfolder: str | None, *, pickled: bool = False, **download: Any) -> Header | None:
     """The tensors of an adapter on the Hub, downloaded to where PEFT looks for them; None if there are none.
-
-    Args:
-        name: of the repository.
-        subfolder: in it.
-        pickled: accept pickled weights.
-        **download: see `huggingface_hub.hf_hub_download`.
 
     Raises:
         ValueError: if the weights are malformed, or pickled without being asked for.

@@ -27,13 +27,7 @@ from .other_classes import Prefixes, find_prefixes, moved_keys, paths_of_deltas
 
 
 def expected_entries(model: nn.Module, config: ESFTConfig, adapter_name: str) -> Entries:
-    """The tensors that an adapter has in a model that it is attached to: all that a file of it may and must hold.
-
-    Args:
-        model: with the adapter.
-        config: of the adapter.
-        adapter_name: its name.
-    """
+    """The tensors that an adapter has in a model that it is attached to: all that a file of it may and must hold."""
     entries: Entries = {}
     for name, module in model.named_modules():
         path = name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").removeprefix(KEY_PREFIX)
@@ -84,14 +78,7 @@ def check_loader(model: nn.Module) -> None:
 def moved_weights(
     model: nn.Module, config: ESFTConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """An adapter's weights by the names that they have in a model, if it was trained over another class.
-
-    Args:
-        model: with the adapter.
-        config: of the adapter.
-        adapter_name: its name.
-        state_dict: the weights, by their names in a file.
-    """
+    """An adapter's weights by the names that they have in a model, if it was trained over another class."""
     layers = [module for module in model.modules() if isinstance(module, ESFTLayer)]
     if {layer.path for layer in layers if adapter_name in layer.adapters}.issuperset(paths_of_deltas(state_dict)):
         return dict(state_dict)
@@ -117,12 +104,6 @@ def _config_here(source: Source, experts: Mapping[str, ESFTLayer]) -> ESFTConfig
 
 def check_file(model: nn.Module, config: ESFTConfig, adapter_name: str, header: Header) -> None:
     """Refuses a file that does not hold exactly what its config calls for in a model.
-
-    Args:
-        model: to which the adapter was just attached.
-        config: of the adapter.
-        adapter_name: its name.
-        header: of the file.
 
     Raises:
         ValueError: naming the first few misfits, or the first tensor that is not finite.

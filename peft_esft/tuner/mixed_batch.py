@@ -125,14 +125,7 @@ def current_batch() -> AdapterBatch | None:
 def calling_with(
     model: nn.Module, adapter_names: Sequence[str], rows: Mapping[Any, Any], is_counted: bool = False
 ) -> Iterator[None]:
-    """Calls of `model` within the context, in this thread, give each sample its own adapter.
-
-    Args:
-        model: the base model.
-        adapter_names: an adapter for each sample.
-        rows: see `AdapterBatch`.
-        is_counted: see `AdapterBatch`.
-    """
+    """Calls of `model` within the context, in this thread, give each sample its own adapter."""
     batch = AdapterBatch(adapter_names, rows, model, is_counted)
     with ExitStack() as stack:
         _count_calls(1)

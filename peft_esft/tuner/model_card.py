@@ -36,12 +36,6 @@ def write_card(
 
     A card that someone has filled in is kept: only the part between two comments is written anew. The form that PEFT
     leaves to be filled in is replaced.
-
-    Args:
-        folder: of the adapter.
-        fields: of its config.
-        experts: the experts that it changes, by path.
-        name: by which it is to be loaded.
     """
     header = find_header(folder, pickled=True)
     if header is None:

@@ -22,10 +22,6 @@ Prefixes = dict[str, str]
 def matching_paths(path: str, paths: Iterable[str]) -> list[str]:
     """Finds the paths that mean the same module as a path of another class: those with the longest common ending.
 
-    Args:
-        path: of a module in the other class.
-        paths: of the modules in this one.
-
     Returns:
         More than one path if several have an equally long common ending. None if no common ending reaches back to the
         list of layers.

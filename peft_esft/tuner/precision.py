@@ -18,10 +18,6 @@ def restore_before_training(model: nn.Module, layers: Sequence[ESFTLayer]) -> No
     TRL's trainers cast all trained weights to bf16 if bitsandbytes has loaded a part of the base in 4 or 8 bits. Steps
     that are small beside a delta would then be rounded away.
 
-    Args:
-        model: the base.
-        layers: the model's.
-
     Raises:
         ValueError: if there are several processes: what wraps the model has already shared out the deltas as they are.
     """
@@ -44,9 +40,6 @@ def restore_delta_dtype(layers: Sequence[ESFTLayer]) -> None:
 
     Deltas that were asked for in the base's dtype (`autocast_adapter_dtype=False`) stay as they are. The parameters
     stay the same objects, so an optimizer that has them goes on.
-
-    Args:
-        layers: the model's.
     """
     rounded = False
     for delta, dtype in _narrowed(layers):

@@ -59,10 +59,6 @@ class ResolvedConfig:
 def prepare_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
     """Resolves a config against a model and checks whether it can be trained or loaded there.
 
-    Args:
-        peft_config: of the adapter that is to be added.
-        model: the base, with or without adapters.
-
     Raises:
         ValueError: if the config selects nothing, or something that this model does not have.
         NotImplementedError: if weights that are to be trained cannot be read.
@@ -132,10 +128,6 @@ def resolve_config(peft_config: ESFTConfig, model: nn.Module) -> ResolvedConfig:
 
 def check_adapter_name(adapter_name: str, model: nn.Module) -> None:
     """Refuses names under which torch cannot keep parameters, or PEFT cannot save them: a name is also a folder's.
-
-    Args:
-        adapter_name: the name.
-        model: the base model.
 
     Raises:
         ValueError: with a name that works.

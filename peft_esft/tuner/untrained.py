@@ -33,12 +33,7 @@ def warn_of_shared_config(layers: Sequence[ESFTLayer], adapter_names: Sequence[s
 
 
 def warn_of_unreached_experts(layers: Sequence[ESFTLayer], adapter_name: str) -> None:
-    """Names the experts of an adapter whose deltas are zero, unless all are, as before training.
-
-    Args:
-        layers: the model's.
-        adapter_name: of the adapter.
-    """
+    """Names the experts of an adapter whose deltas are zero, unless all are, as before training."""
     untrained = {layer.path: experts for layer in layers if (experts := untrained_experts(layer, adapter_name))}
     count = sum(map(len, untrained.values()))
     if 0 < count < sum(len(layer.expert_ids.get(adapter_name, [])) for layer in layers):

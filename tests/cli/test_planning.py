@@ -12,9 +12,7 @@ from peft import get_peft_model
 
 from peft_esft import quantize_experts
 from peft_esft.cli.main import main
-from peft_esft.cli.select import BASES, OPTIMIZERS
 from peft_esft.moe.formats import ENCODERS
-from peft_esft.scoring import memory_estimate
 from peft_esft.scoring.memory_estimate import (
     Setup,
     base_bytes,
@@ -187,11 +185,6 @@ def test_gpt_oss_is_planned_as_it_is_stored():
     tight = Setup(tokens=1, memory=2950)
     forms = [{way.setup.base for way in what_would_fit(own, tight)} for own in (sizes, SIZES)]
     assert forms[0] == forms[1] | {"mxfp4"}
-
-
-def test_the_commands_names_are_those_of_the_estimates():
-    assert OPTIMIZERS == memory_estimate.OPTIMIZERS
-    assert {*BASES, "mxfp4"} == {*memory_estimate.BASE_FORMATS}
 
 
 @pytest.mark.parametrize(

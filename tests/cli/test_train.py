@@ -163,7 +163,9 @@ def test_every_option_of_a_command_is_in_its_help(command, kind):
 
 
 def test_defaults_and_other_options_of_trl(tmp_path):
-    own, settings = parse(["M", "D", "--out", "x", "--warmup-steps", "5", "--packing", "--columns", "text=body"])
+    own, settings = parse(
+        TrainOptions, ["M", "D", "--out", "x", "--warmup-steps", "5", "--packing", "--columns", "text=body"]
+    )
     assert (own.model_name_or_path, own.dataset_name, own.columns) == ("M", "D", ["text=body"])
     assert (settings.output_dir, settings.warmup_steps, settings.packing) == ("x", 5, True)
     assert (settings.learning_rate, settings.router_aux_loss_coef, settings.gradient_checkpointing) == (
@@ -175,12 +177,13 @@ def test_defaults_and_other_options_of_trl(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model_name_or_path: M\ndataset_name: D\noutput_dir: y\nlearning_rate: 3e-5\ntop_p: 0.1\n")
     for given in (["--config", str(recipe)], [f"--config={recipe}"]):
-        own, settings = parse([*given, "--max-length", "99"])
+        own, settings = parse(TrainOptions, [*given, "--max-length", "99"])
         assert (own.model_name_or_path, own.dataset_name, own.top_p) == ("M", "D", 0.1)
         assert (settings.output_dir, settings.learning_rate, settings.max_length) == ("y", 3e-5, 99)
-    assert parse(["--config", str(recipe), "--learning-rate", "1e-4", "N"])[1].learning_rate == 1e-4
+    assert parse(TrainOptions, ["--config", str(recipe), "--learning-rate", "1e-4", "N"])[1].learning_rate == 1e-4
     recipe.write_text("model_name_or_path: M\nbudget: 0.05\n")
-    own, _ = parse(["--config", str(recipe), "--out", "x", "rows.jsonl"])  # DATA, as the recipe names the model
+    # DATA, as the recipe names the model
+    own, _ = parse(TrainOptions, ["--config", str(recipe), "--out", "x", "rows.jsonl"])
     assert (own.model_name_or_path, own.dataset_name, own.budget) == ("M", "rows.jsonl", 0.05)
 
 

@@ -27,7 +27,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from peft_esft import ESFTQuantizationConfig, find_experts, quantize_experts
 from peft_esft.cli.loading import load_base
 from peft_esft.cli.main import main
-from peft_esft.cli.train_options import parse
+from peft_esft.cli.train_options import TrainOptions, parse
 from peft_esft.cli.training_memory import training_setup
 from peft_esft.moe.formats import MXFP4
 from peft_esft.moe.stored_rows import StoredRows
@@ -207,7 +207,7 @@ def test_four_bits_on_the_command_line_are_those_of_the_checkpoint(
     assert {module.format.name for module in base.modules() if isinstance(module, StoredRows)} == {"mxfp4"}
     assert torch.equal(logits(base), logits(dequantised(checkpoint)))
     sizes = ModelSizes.of(base)
-    own, settings = parse(["MODEL", "DATA", "--out", str(tmp_path / "out"), "--bits", "4"])
+    own, settings = parse(TrainOptions, ["MODEL", "DATA", "--out", str(tmp_path / "out"), "--bits", "4"])
     assert training_setup(own, settings, sizes, tokens=8, element=2).base == "mxfp4"
 
     model = get_peft_model(base, config_for(base, init_weights=False))
