@@ -119,9 +119,12 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Trains, or says what would be trained."""
     check_libraries("train")
     from .finetune import Finetuning, describe
+    from .resuming import check_same_options, note_options
     from .train_options import TrainOptions, parse
 
     own, settings = parse(TrainOptions, options.arguments)
+    if own.resume:
+        check_same_options(own, settings)
     is_first = settings.process_index == 0
     if not is_first:
         warnings.simplefilter("ignore")  # the first process has the same ones
@@ -132,6 +135,7 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
             if not own.dry_run:
                 if is_first:
                     print(describe(plan), flush=True)
+                    note_options(own, settings)
                 report = tuning.run()
     except KeyboardInterrupt as stopped:
         if is_first and stopped.args:

@@ -36,6 +36,10 @@ class StoredExperts(nn.Module):
 
     esft_layout: ExpertsLayout
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The class is made on demand, and cannot be found by its name.
+        return _new_stored, (type(self).__mro__[2],), self.__dict__
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Runs the experts: `[T, H]`, int64 `[T, K]` and `[T, K]` to `[T, H]`."""
         layout = self.esft_layout
@@ -88,3 +92,8 @@ def install(module: Any, layout: ExpertsLayout, weight_name: str, stored: Stored
 @functools.cache
 def _stored_class(plain: Any) -> type[nn.Module]:
     return type(f"Stored{plain.__name__}", (StoredExperts, plain), {"__module__": plain.__module__})
+
+
+def _new_stored(plain: Any) -> nn.Module:
+    stored = _stored_class(plain)
+    return stored.__new__(stored)

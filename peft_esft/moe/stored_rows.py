@@ -18,6 +18,9 @@ STORED = {"gate_up_proj": "stored_in", "up_proj": "stored_in", "down_proj": "sto
 """The name of the `StoredRows` of each weight. transformers' conversions of checkpoints go by parts of names, and
 would take any name with "up_proj" in it for the dense weight's."""
 
+KEPT = ("kept_experts", "kept_rows")
+"""The parameters of the experts in full precision, which files and state dicts have only if there are such."""
+
 
 class StoredRows(nn.Module):
     """A weight `[E, out, in]` of experts in few bits.
@@ -29,6 +32,7 @@ class StoredRows(nn.Module):
         format: how the weight is kept.
         shape: `[E, out, in]`.
         kept_ids: the experts that are in full precision.
+        kept_experts: the same as int64 `[k]`, for files and state dicts: from rows alone no one can tell the expert.
         kept_rows: their matrices `[k, out, in]`, whose dtype and device are those of all matrices.
     """
 
@@ -42,8 +46,7 @@ class StoredRows(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self.tensor_names = tuple(tensors)
         device = next(iter(tensors.values())).device
-        self.kept_ids: tuple[int, ...] = ()
-        self.kept_rows = nn.Parameter(torch.empty(0, *self.shape[1:], dtype=dtype, device=device), requires_grad=False)
+        self._set_kept((), torch.empty(0, *self.shape[1:], dtype=dtype, device=device))
 
     @classmethod
     @torch.no_grad()
@@ -72,6 +75,10 @@ class StoredRows(nn.Module):
         kept = dict(zip(self.kept_ids, rows.unbind(), strict=True))
         return FrozenStore(self.shape, rows.dtype, rows.device, decode, kept)
 
+    def decoded(self, expert: int) -> Tensor:
+        """The matrix `[out, in]` that the codes of an expert stand for, whether it is in full precision or not."""
+        return self().decode(slice(expert, expert + 1))[0]
+
     @torch.no_grad()
     def write(self, expert_ids: Sequence[int], rows: Tensor) -> None:
         """Puts rows `[n, out, in]` of some experts over the codes; one that the codes stand for is left to them."""
@@ -80,15 +87,22 @@ class StoredRows(nn.Module):
         for expert, row in zip(expert_ids, rows, strict=True):
             own = row.to(store.dtype)
             kept.pop(expert, None)
-            if bool(differs(store.decode(slice(expert, expert + 1))[0], own).any()):
+            if bool(differs(self.decoded(expert), own).any()):
                 kept[expert] = own
         self.keep(kept)
 
     def keep(self, rows: Mapping[int, Tensor]) -> None:
         """Has the rows of these experts, and of no others, in full precision."""
         ids = tuple(sorted(rows))
-        new = torch.stack([rows[expert] for expert in ids]) if ids else self.kept_rows.data[:0].clone()
-        self.kept_ids, self.kept_rows = ids, nn.Parameter(new, requires_grad=False)
+        self._set_kept(ids, torch.stack([rows[e] for e in ids]) if ids else self.kept_rows.data[:0].clone())
+
+    def to_empty_kept(self, device: torch.device) -> None:
+        """Has no experts in full precision, and the empty tensors of them on a device."""
+        self._set_kept((), torch.empty_like(self.kept_rows.data[:0], device=device))
+
+    def _set_kept(self, ids: tuple[int, ...], rows: Tensor) -> None:
+        self.kept_ids, self.kept_rows = ids, nn.Parameter(rows, requires_grad=False)
+        self.kept_experts = nn.Parameter(torch.tensor(ids, dtype=torch.int64, device=rows.device), requires_grad=False)
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
@@ -97,11 +111,21 @@ class StoredRows(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not self.kept_ids:
-            del destination[f"{prefix}kept_rows"]  # empty
+            for name in KEPT:
+                del destination[f"{prefix}{name}"]  # empty
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        if not self.kept_ids:
-            state_dict = {f"{prefix}kept_rows": self.kept_rows.data, **state_dict}  # left out when it was saved
+        if f"{prefix}{self.tensor_names[0]}" in state_dict:
+            # Whatever was in full precision when it was saved is so now, merged or not.
+            ids = tuple(state_dict.get(f"{prefix}{KEPT[0]}", self.kept_experts[:0]).flatten().tolist())
+            if ids != tuple(sorted(set(ids) & set(range(self.shape[0])))):
+                raise ValueError(
+                    f"{prefix}{KEPT[0]} is {list(ids)}; expected ids of {self.shape[0]} experts, ascending"
+                )
+            if ids != self.kept_ids:
+                self._set_kept(ids, self.kept_rows.data.new_empty(len(ids), *self.shape[1:]))
+            if not ids:
+                state_dict = {f"{prefix}{name}": self._parameters[name] for name in KEPT} | dict(state_dict)
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredRows:

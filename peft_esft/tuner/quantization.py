@@ -21,14 +21,21 @@ from ..moe.containers import ExpertsContainer, find_experts
 from ..moe.foreign_experts import adopt, is_foreign, read_foreign
 from ..moe.formats import ENCODERS, Loadable, form_of
 from ..moe.stored_experts import install
-from ..moe.stored_rows import STORED, StoredRows
+from ..moe.stored_rows import KEPT, STORED, StoredRows
 from ..moe.weights import StackedWeight, StoredWeight, is_spread
 from ..registration import QUANTIZATION, register_quantization
 from .layers.offload import is_offloaded
 from .targets import resolve_target_experts
 
 
-_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_DTYPES = {
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
 
 
 _MXFP4 = {
@@ -305,6 +312,7 @@ class ESFTQuantizer(HfQuantizer):
         pending: the experts' weights that are not there yet, by parameter name.
         is_adopted: the experts are in another package's form, which this config does not describe.
         dtypes: those of the tensors that a quantised checkpoint has to have, by their names.
+        scale_dtypes: others that scales may have: int8's are in the dtype that the model had when it was quantised.
     """
 
     requires_calibration = False
@@ -324,6 +332,8 @@ class ESFTQuantizer(HfQuantizer):
         self.pre_quantized |= self.is_original  # by someone else
         self.pending: dict[str, tuple[ExpertsContainer, StackedWeight, list[int]]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
+        is_int8 = quantization_config.format.name == "int8"
+        self.scale_dtypes = (torch.float32, torch.bfloat16, torch.float16) if is_int8 else ()
         self.refusals: list[str] = []  # raised at the end, as transformers only logs what a conversion raises
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -414,6 +424,8 @@ class ESFTQuantizer(HfQuantizer):
         if name in self.dtypes:
             wanted = self.dtypes[name]
             found = _DTYPES.get(param.get_dtype()) if hasattr(param, "get_dtype") else param.dtype
+            if name.endswith(".scales") and found in self.scale_dtypes:
+                return found  # those of a model that was saved in another dtype
             if found != wanted and not name.endswith("kept_rows"):
                 # The loader would cast, and codes or scales be others than those that were saved.
                 raise ValueError(f"{name} has dtype {found} in the checkpoint, and not {wanted}: it is damaged")
@@ -472,19 +484,31 @@ def _skeleton(format: Loadable, container: ExpertsContainer, weight: StackedWeig
     layout = format.layout(shape, parameter.dtype)
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
     stored = StoredRows(format, shape, parameter.dtype, tensors)
-    stored.keep({expert: stored.kept_rows.new_empty(shape[1:]) for expert in kept})
+    if kept:
+        stored.keep({expert: stored.kept_rows.new_empty(shape[1:]) for expert in kept})
+    else:
+        # The file has nothing of them, and accelerate moves no tensor from the meta device.
+        stored.to_empty_kept(torch.device("cpu"))
     return stored
 
 
 def _check_loaded(path: str, stored: StoredRows) -> None:
     """Refuses a weight that the checkpoint does not have, or whose scales are no numbers."""
     if not stored.kept_ids:
-        # Of no experts there is nothing in the file.
-        device = stored.get_parameter(stored.tensor_names[0]).device
-        stored.kept_rows = nn.Parameter(torch.empty_like(stored.kept_rows, device=device), requires_grad=False)
+        stored.to_empty_kept(stored.get_parameter(stored.tensor_names[0]).device)
     for name, parameter in stored.named_parameters():
+        if parameter.is_meta:
+            raise NotImplementedError(
+                f"{path} was loaded to the disk, where quantised experts cannot be checked. Leave 'disk' out of "
+                "device_map; the CPU's memory may take them"
+            )
         if not (parameter.numel() == 0 or getattr(parameter, "_is_hf_initialized", False)):
             raise ValueError(f"the checkpoint has no {path}.{name}: it is not one of this config's quantised experts")
+        if name == KEPT[0] and (ids := tuple(parameter.tolist())) != stored.kept_ids:
+            raise ValueError(
+                f"{path}.{name} is {list(ids)} in the checkpoint, and its config keeps {list(stored.kept_ids)}: the "
+                "config is not the one that was saved with these weights"
+            )
         if parameter.is_floating_point() and not parameter.isfinite().all():
             raise ValueError(f"{path}.{name} has values that are not finite: the checkpoint is damaged")
         if name == "scales" and parameter.dtype == torch.uint8 and (parameter == 255).any():

@@ -407,6 +407,47 @@ def test_a_run_that_is_ended_goes_on_where_it_was(number, chat, tmp_path):
     assert report["resumed_from"] == checkpoint
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--learning-rate", "1"], "--learning-rate was 0.001 and is 1.0"),
+        (["--seed", "7"], "--seed was 1 and is 7"),
+        (["--bits", "8"], "--bits was None and is 8"),
+        (["--max-length", "8"], "--max-length was 64 and is 8"),
+        (["--top-p", "0.5", "--rank", "4"], "--top-p was None and is 0.5; --rank was None and is 4"),
+        (["--eval", str(VERSES)], "--eval was None and is "),
+    ],
+)
+def test_other_options_than_a_run_was_started_with_are_refused(options, message, started, capsys):
+    before = sorted(path.name for path in started.iterdir())
+    command = ["train", MODEL, str(started.parent / "chat.jsonl"), "--out", str(started), *STARTED, *options]
+    assert main([*command, "--resume"]) == 1
+    assert message in (error := capsys.readouterr().err) and "Give the same ones" in error
+    assert sorted(path.name for path in started.iterdir()) == before
+
+
+def test_a_run_goes_on_with_the_same_options_and_more_steps(started, monkeypatch):
+    monkeypatch.chdir(started.parent)  # the data by another spelling of its path
+    steps = ["--max-steps", "3", "--out", str(started)]
+    assert main(["train", MODEL, "chat.jsonl", *STARTED, *steps, "--resume"]) == 0
+    assert json.loads((started / "train_report.json").read_text())["resumed_from"].endswith("checkpoint-2")
+
+
+STARTED = ["--max-steps", "2", "--save-steps", "2", "--max-length", "64", "--seed", "1", "--learning-rate", "1e-3"]
+STARTED += ["--per-device-train-batch-size", "4", "--score-tokens", "300"]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """The folder of a run with a checkpoint, as an interrupt after it leaves it."""
+    folder = tmp_path_factory.mktemp("started")
+    data = write(folder / "chat.jsonl", conversations(24))
+    assert main(["train", MODEL, data, "--out", str(folder / "law"), *STARTED]) == 0
+    for name in ("adapter_config.json", "adapter_model.safetensors", "train_report.json"):
+        (folder / "law" / name).unlink()
+    return folder / "law"
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """DDP on the CPU: twice the rows a step; all processes choose the same experts, and the first alone speaks."""

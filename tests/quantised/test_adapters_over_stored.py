@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -246,3 +247,72 @@ def test_a_state_dict_fits_the_model_that_it_is_of(bits, assign):
     assert all(same_bits(tensor, state[name]) for name, tensor in second.state_dict().items())
     tokens = random_tokens()
     assert torch.equal(second(input_ids=tokens)[0], first(input_ids=tokens)[0])
+
+
+PLACES = ["default", "other", "both", "none"]
+"""What is merged when a state dict is taken, and when it is loaded: three, two, four experts or none."""
+
+
+def _merge(models: list[PeftModel], which: str) -> None:
+    for model in models:
+        if which != "none":
+            model.merge_adapter(["default", "other"] if which == "both" else [which])
+
+
+def _pair(bits: int, keeps: bool) -> list[PeftModel]:
+    """Adapters over experts in few bits, and over the dense twin."""
+    return [adapted(base) for base in bases("olmoe", bits, keep={0: [5, 2], 1: [5, 2]} if keeps else None)]
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from([4, 8]), st.booleans(), st.sampled_from(PLACES), st.sampled_from(PLACES), st.booleans())
+def test_a_state_dict_brings_back_what_was_merged(bits: int, keeps: bool, taken: str, now: str, assign: bool) -> None:
+    models = _pair(bits, keeps)
+    _merge(models, taken)
+    states = [{name: tensor.clone() for name, tensor in model.state_dict().items()} for model in models]
+    for model in models:
+        if taken != "none":
+            model.unmerge_adapter()
+    _merge(models, now)
+    for model, state in zip(models, states, strict=True):
+        model.load_state_dict(state, assign=assign)
+    with torch.no_grad():
+        own, twin = (model(input_ids=random_tokens())[0] for model in models)
+    assert same_bits(own, twin)
+
+
+def test_a_state_dict_of_experts_that_there_are_not_is_refused() -> None:
+    (model, _) = _pair(4, keeps=True)
+    state = model.state_dict()
+    name = next(name for name in state if name.endswith("kept_experts"))
+    for ids in ([2, 99], [5, 2], [2, 2]):
+        with pytest.raises(ValueError, match="expected ids of 8 experts, ascending"):
+            model.load_state_dict({**state, name: torch.tensor(ids)})
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pickles_and_copies_equal_the_model(bits: int) -> None:
+    (model, _) = _pair(bits, keeps=True)
+    model.merge_adapter()
+    copies = [pickle.loads(pickle.dumps(model)), copy.deepcopy(model)]
+    for merged in (True, False):
+        with torch.no_grad():
+            expected, *others = (each(input_ids=random_tokens())[0] for each in (model, *copies))
+        assert all(same_bits(output, expected) for output in others)
+        if merged:
+            for each in (model, *copies):
+                each.unmerge_adapter()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("bits", "keeps"), [(4, True), (4, False), (8, True)])
+def test_unmerging_in_another_dtype_leaves_the_codes_alone(bits: int, keeps: bool, dtype: torch.dtype) -> None:
+    (model, _), (twin, _) = _pair(bits, keeps), _pair(bits, keeps)
+    model.merge_adapter(["default", "other"])
+    for each in (model, twin):
+        each.to(dtype)
+    model.unmerge_adapter()
+    state = {name: tensor for name, tensor in twin.state_dict().items() if "stored_" in name}
+    own = {name: tensor for name, tensor in model.state_dict().items() if "stored_" in name}
+    assert own.keys() == state.keys()
+    assert all(same_bits(own[name], tensor) for name, tensor in state.items())

@@ -12,12 +12,13 @@ import torch
 from peft import get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_esft import ESFTQuantizationConfig, quantize_experts
 
 from families import tiny_model
-from oracle import config_for
+from oracle import config_for, random_tokens
+from stored_bases import same_bits
 from zoo import build
 
 
@@ -159,6 +160,49 @@ def test_configs_that_do_not_fit_the_checkpoint_are_refused(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((ValueError, RuntimeError, TypeError), match=message):
         type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_config_that_keeps_other_experts_than_the_file_is_refused(bits: int, tmp_path: Path) -> None:
+    model = quantize_experts(tiny_model("olmoe", torch.bfloat16), bits=bits, keep={0: [5, 2]})
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["keep"] = {"0": [5, 3]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"kept_experts is \[2, 5\] in the checkpoint, and its config keeps \[3, 5\]"):
+        type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_checkpoint_is_loaded_in_another_dtype(bits: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    quantize_experts(model := tiny_model("olmoe", torch.bfloat16), bits=bits, keep={0: [5, 2]}).save_pretrained(
+        tmp_path
+    )
+    loaded = type(model).from_pretrained(tmp_path, dtype=dtype).state_dict()
+    cast = nn.Module.to(model, dtype).state_dict()  # transformers refuses `model.half()` of a quantised model
+    assert all(same_bits(tensor, cast[name]) for name, tensor in loaded.items())
+
+
+@pytest.mark.parametrize("keep", [None, {0: [5, 2]}])
+def test_a_quantised_checkpoint_is_spread_over_devices_and_not_over_the_disk(
+    keep: dict[int, list[int]] | None, tmp_path: Path
+) -> None:
+    model = quantize_experts(tiny_model("olmoe", torch.bfloat16), keep=keep).eval()
+    model.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(
+        ("lm_head", "model.embed_tokens", "model.norm", "model.rotary_emb", "model.layers.0"), "cpu"
+    )
+    settings = {"offload_folder": str(tmp_path / "disk"), "dtype": torch.bfloat16}
+    with pytest.raises(NotImplementedError, match=r"model\.layers\.1\.mlp\.experts\.stored_in was loaded to the disk"):
+        type(model).from_pretrained(tmp_path / "model", device_map={**places, "model.layers.1": "disk"}, **settings)
+    # The other device is one whose modules accelerate gives hooks, as it does those of several GPUs.
+    places |= {"model.layers.1.mlp": "cpu", "model.layers.1.input_layernorm": "disk"}
+    rest = ("self_attn", "post_attention_layernorm")
+    places |= {f"model.layers.1.{name}": "cpu" for name in rest}
+    spread = type(model).from_pretrained(tmp_path / "model", device_map=places, **settings).eval()
+    whole = type(model).from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    assert same_bits(spread(input_ids=random_tokens())[0], whole(input_ids=random_tokens())[0])
 
 
 def test_a_file_that_was_cut_off_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from ..config import ESFTConfig
 from ..mixed_batch import AdapterBatch, current_batch
 from .effective_rows import base_rows, effective_rows
 from .held import RowBank, is_holding, join_stored_rows
-from .merging import merge, unmerge
+from .merging import merge, moved_record, unmerge
 from .modes import plain_modes
 from .offload import compute_device, is_offloaded, load_offloaded
 from .records import ActiveAdapters, ExpertIds, LayerAdapter, MergeRecord, Owner, StoredScales, StoredTensors
@@ -285,10 +285,9 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
         self.refresh_active()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESFTLayer:
+        record = None if self.merge_record is None else moved_record(self, self.merge_record, fn)
         super()._apply(fn, recurse)
-        if self.merge_record is not None:
-            rows = {name: fn(own) for name, own in self.merge_record.rows.items()}
-            self.merge_record = replace(self.merge_record, rows=rows)
+        self.merge_record = None if record is None else record()
         self.bank = None  # of the old device or dtype
         self._tables.clear()
         self.refresh_active()

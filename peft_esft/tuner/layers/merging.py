@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from peft.tuners.tuners_utils import onload_layer
 from torch import Tensor, nn
 
+from ...moe.weights import StoredWeight
+from ...ops.encodings import differs
 from .effective_rows import base_rows, effective_rows
 from .modes import plain_modes
 from .offload import check_loaded, is_offloaded
@@ -51,6 +54,36 @@ def restore_merge(layer: AdapterLayer, record: MergeRecord | None) -> None:
         if record is not None:
             _write_merged(layer, record.names, record.rows)
     layer.refresh_active()
+
+
+@plain_modes()
+def moved_record(
+    layer: AdapterLayer, record: MergeRecord, fn: Callable[[Tensor], Tensor]
+) -> Callable[[], MergeRecord]:
+    """The record of a layer whose tensors `fn` is about to move or cast.
+
+    In another dtype the codes of experts in few bits stand for other matrices. Rows that were theirs are theirs again,
+    so that unmerging leaves the codes alone.
+
+    Returns:
+        What gives the new record, once the layer's tensors are moved.
+    """
+    decoded = []
+    for name, weight in layer.weights.items():
+        if isinstance(weight, StoredWeight) and name in record.rows:
+            stored, rows = weight.stored(layer.get_base_layer()), record.rows[name]
+            if fn(rows[:0]).dtype != rows.dtype:
+                own = enumerate(record.expert_ids)
+                decoded += [(name, stored, i, e) for i, e in own if not differs(stored.decoded(e), rows[i]).any()]
+
+    @plain_modes()
+    def moved() -> MergeRecord:
+        rows = {name: fn(own) for name, own in record.rows.items()}
+        for name, stored, place, expert in decoded:
+            rows[name][place] = stored.decoded(expert)
+        return replace(record, rows=rows)
+
+    return moved
 
 
 def check_finite(layer: AdapterLayer, adapter_names: Sequence[str]) -> None:
