@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..moe.containers import ExpertsContainer, find_experts
 from ..moe.routing import Routing
+from ..scoring.batches import is_encoder_decoder
 from ..scoring.token_streams import enters_loss
 from ..scoring.watching import watch_place
 
@@ -148,9 +150,9 @@ class RoutingCallback(TrainerCallback):
         if not recent:
             return
         shares = [layer.selected_share for path, layer in recent.items() if path in self._selected]
-        numbers = {"experts/effective": _mean([layer.effective_experts for layer in recent.values()])}
+        numbers = {"experts/effective": fmean([layer.effective_experts for layer in recent.values()])}
         if shares:
-            numbers |= {"experts/selected_share": _mean(shares), "experts/selected_share_min": min(shares)}
+            numbers |= {"experts/selected_share": fmean(shares), "experts/selected_share_min": min(shares)}
         logs.update(numbers)
         state.log_history[-1].update(numbers)
 
@@ -172,7 +174,7 @@ class RoutingCallback(TrainerCallback):
             return "no expert was trained, or no token was counted"
         shares = [layer.selected_share for layer in chosen.values()]
         lines = [
-            f"the trained experts took {_mean(shares):.0%} of the choices in training "
+            f"the trained experts took {fmean(shares):.0%} of the choices in training "
             f"({min(shares):.0%} to {max(shares):.0%} in a layer)"
         ]
         for name, what in (
@@ -186,7 +188,7 @@ class RoutingCallback(TrainerCallback):
 
     def _begin(self, model: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         self._is_counting = model.training
-        is_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+        is_decoder = is_encoder_decoder(model)
         self._counted = _counted_tokens(inputs, self.answers_only, is_decoder) if model.training else None
 
     def _end(self, model: nn.Module, arguments: tuple[Any, ...], outputs: Any) -> None:
@@ -247,10 +249,6 @@ def _counted_tokens(inputs: Mapping[str, Any], answers_only: bool, is_decoder: b
 
 def _added(rows: list[list[int]]) -> list[int]:
     return [sum(column) for column in zip(*rows, strict=True)]
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _listed(found: Mapping[str, list[int]]) -> str:

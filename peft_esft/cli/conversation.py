@@ -111,15 +111,7 @@ class Conversation:
         return "nothing was asked yet" if command == "/again" else f"unknown command {command}"
 
     def answer(self, message: str, print_piece: Callable[[str], None] | None = None) -> str:
-        """Answers a message.
-
-        Args:
-            message: what the user said.
-            print_piece: is called with each piece of the answer.
-
-        Returns:
-            The whole answer.
-        """
+        """Answers a message; `print_piece` is called with each piece of the answer."""
         self.last_message = message
         inputs = self._inputs(message).to(self.model.device)
         pieces = _Pieces(self.tokenizer, print_piece)

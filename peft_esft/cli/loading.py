@@ -33,12 +33,8 @@ def names_of(adapters: Sequence[str]) -> dict[str, str]:
 def load_tokenizer(base: str, folders: Sequence[str] = (), **settings: Any) -> PreTrainedTokenizerBase:
     """The base's tokenizer, which can pad.
 
-    Without a chat template it gets that of the first adapter that has one, with which it was trained.
-
-    Args:
-        base: folder or Hub name.
-        folders: of adapters.
-        **settings: for `from_pretrained`, for example `revision`.
+    Without a chat template it gets that of the first adapter that has one, with which it was trained. The settings are
+    those of `from_pretrained`.
     """
     tokenizer = AutoTokenizer.from_pretrained(base, **settings)
     if tokenizer.pad_token is None:

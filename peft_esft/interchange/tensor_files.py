@@ -51,11 +51,7 @@ class TensorFolder:
 
     @classmethod
     def of_model(cls, folder: Path, variant: str | None = None) -> TensorFolder:
-        """The files of a Hugging Face checkpoint, as transformers finds them.
-
-        Args:
-            folder: of the checkpoint.
-            variant: of the weights, which is part of their names.
+        """The files of a Hugging Face checkpoint, as transformers finds them; their names have the variant.
 
         Raises:
             FileNotFoundError: if there are none.

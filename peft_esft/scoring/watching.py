@@ -70,13 +70,10 @@ def watch_place(
 
 def run_batches(
     model: nn.Module, batches: Iterable[Any], max_tokens: int, see: Callable[[str, Routing, Tensor], None]
-) -> int:
+) -> None:
     """Runs batches through a model and reports the routing of its text, until `max_tokens` tokens are counted.
 
     `see` is called with a container's path, its routing, and which tokens count, bool `[T]` on the routing's device.
-
-    Returns:
-        The number of counted tokens.
 
     Raises:
         ValueError: if the model has no containers, a batch is not a dict, or a container sees other tokens than those
@@ -102,4 +99,3 @@ def run_batches(
             streams = streams_of_batch(check_batch(inputs), {"text": remaining, "decoder": remaining}, 0, False)
             model(**to_device(inputs, model))
             num_tokens += max((stream.num_tokens for stream in streams.values()), default=0)
-    return num_tokens

@@ -36,16 +36,14 @@ TOKENS_KEY = ".token_adapter.trainable_tokens_delta"
 """What follows the path of an embedding in the key of its trained rows (PEFT's `trainable_token_indices`)."""
 
 
+def plain_key(key: str) -> str:
+    """The name of a tensor without what wrappers put into it: `torch.compile`, and FSDP (the first one)."""
+    return key.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")
+
+
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor in a file.
-
-    Attributes:
-        file: the file.
-        key: its key in the file.
-        dtype: its dtype.
-        shape: its shape.
-    """
+    """A tensor in a file."""
 
     file: Path
     key: str

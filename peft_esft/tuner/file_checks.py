@@ -37,15 +37,9 @@ Entries = dict[str, tuple[torch.dtype, tuple[int, ...] | None]]
 def delta_entries(
     path: str, weights: Iterable[ExpertWeight], module: nn.Module, num_experts: int, rank: int | None, storage: str
 ) -> Entries:
-    """Returns the tensors that an adapter has for one module.
+    """The tensors that an adapter has for one module, of which it changes `num_experts` experts.
 
-    Args:
-        path: of the module.
-        weights: its experts' weights.
-        module: the module.
-        num_experts: how many of its experts are adapted.
-        rank: the config's. With one, vectors have no tensors.
-        storage: the config's.
+    With a rank, vectors have no tensors.
     """
     entries: Entries = {}
     for weight in weights:

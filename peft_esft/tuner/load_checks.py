@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..moe.weights import whole_shape
 from ..registration import Source, source_of_weights
-from .adapter_file import DELTA_KEY, KEY_PREFIX, Header
+from .adapter_file import DELTA_KEY, KEY_PREFIX, Header, plain_key
 from .config import ESFTConfig
 from .file_checks import (
     Entries,
@@ -30,7 +30,7 @@ def expected_entries(model: nn.Module, config: ESFTConfig, adapter_name: str) ->
     """The tensors that an adapter has in a model that it is attached to: all that a file of it may and must hold."""
     entries: Entries = {}
     for name, module in model.named_modules():
-        path = name.replace("_fsdp_wrapped_module.", "").replace("_orig_mod.", "").removeprefix(KEY_PREFIX)
+        path = plain_key(name).removeprefix(KEY_PREFIX)
         if isinstance(module, ESFTLayer) and adapter_name in module.adapters:
             adapter = module.adapters[adapter_name]
             rows = len(adapter.global_ids or adapter.expert_ids)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..moe.containers import ContainerKind
 from ..moe.gguf_linears import give_gradients
-from .adapter_file import DELTA_KEY
+from .adapter_file import DELTA_KEY, plain_key
 from .config import ESFTConfig
 from .fingerprint import compare_base
 from .layers.expert_parallel import Exchange, ExpertParallelExperts, rows_from_file, rows_to_file, shares_out_experts
@@ -336,10 +336,7 @@ class ESFTModel(AdapterOperations):
         Raises:
             ValueError: if there is no adapter of one of the names, or with `safe_merge` a merged row is not finite.
         """
-        self._check_known(adapter_names or [], " to merge")
-        self._check_writes_last()
-        if safe_merge:
-            self._check_finite(adapter_names)
+        self._check_merge(adapter_names, safe_merge)
         with restoring(self, modules=self._layers()):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -356,10 +353,7 @@ class ESFTModel(AdapterOperations):
         adapter_names: list[str] | None = None,
     ) -> Any:
         if merge:
-            self._check_known(adapter_names or [], " to merge")
-            self._check_writes_last()
-        if merge and safe_merge:
-            self._check_finite(adapter_names)
+            self._check_merge(adapter_names, safe_merge)
         with restoring(self):
             if not merge:
                 # Without their names PEFT's wrappers give back what they are around, and not the adapter's copy of it.
@@ -378,13 +372,12 @@ class ESFTModel(AdapterOperations):
         # PEFT warns that merging breaks ties. Tied modules have one delta here, see `TiedLayer`.
         return []
 
-    def _check_writes_last(self) -> None:
-        # Before PEFT loads offloaded layers, which an error in it would leave loaded.
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Refuses a merge before PEFT loads offloaded layers, which an error in it would leave loaded."""
+        self._check_known(adapter_names or [], " to merge")
         for layer in self._layers():
             check_writes_last(layer)
-
-    def _check_finite(self, adapter_names: list[str] | None) -> None:
-        for layer in self._layers():
+        for layer in self._layers() if safe_merge else ():
             new_names = layer.active_adapters if adapter_names is None else adapter_names
             check_finite(layer, [*layer.merged_adapters, *new_names])
 
@@ -430,8 +423,3 @@ class ESFTModel(AdapterOperations):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         return plain_key(super()._remove_adapter_name_from_key(key, adapter_name))
-
-
-def plain_key(key: str) -> str:
-    """The name of a tensor without what wrappers put into it: `torch.compile`, and FSDP (the first one)."""
-    return key.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", "")

@@ -131,10 +131,6 @@ def adapted_selection(options: ModuleOptions, selection: Mapping[str, list[int]]
 
     A key that is the index of a layer has no path to match: only `layers_to_transform` says something of it, unless
     `layers_pattern` says to count something else.
-
-    Args:
-        options: of the config.
-        selection: `{path or index of a layer: expert ids}`.
     """
     return {
         key: ids for key, ids in selection.items() if (_leaves_layer if key.isdigit() else _leaves_path)(options, key)
