@@ -51,6 +51,10 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     adapters, data = adapters_and_data(options)
     if data is None and (options.general or options.report):
         raise ValueError("--general and --report need DATA, the rows to measure on, after the adapters")
+    if data is None and (options.columns or options.split):
+        raise ValueError("--columns and --split are of DATA, the rows to measure on; give it after the adapters")
+    if not options.tasks and (options.limit is not None or options.include_path):
+        raise ValueError("--limit and --include-path are for lm-eval's tasks; name some with --tasks")
     if find_spec("datasets") is None:
         raise ImportError("peft-esft eval reads rows with datasets: pip install datasets")
     if options.tasks and find_spec("lm_eval") is None:

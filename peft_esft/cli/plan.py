@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     share.add_argument(
         "--experts", metavar="FILE", type=Path, help="scores to select by; the share is the selection's"
     )
-    add("--metric", choices=METRICS, default="token", help=f"which score selects, with --experts {shown}")
+    add("--metric", choices=METRICS, help="which score selects, with --experts (default: token)")
     add("--top-p", type=float, help="share to cover in each layer, with --experts (default: 0.2, for gate 0.1)")
     add("--rank", type=int, default=16, help=f"of LoRA, and of ESFT's deltas in rows of their own {shown}")
     add("--base", choices=BASES, default="bf16", help=f"form of the base as it is loaded {shown}")
@@ -50,6 +50,8 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
     """Estimates all methods on all engines for each of the GPUs, and recommends an engine."""
     from ..interchange.base import empty_model
 
+    if options.experts is None and (options.top_p is not None or options.metric is not None):
+        raise ValueError("--top-p and --metric select from scores: name them with --experts, or give --share")
     model = empty_model(options.model)
     sizes = ModelSizes.of(model)
     settings = {
@@ -86,7 +88,7 @@ def _share_of_selection(options: argparse.Namespace, model: Any) -> float:
 
     scores = ExpertScores.load(options.experts)
     scores.check_fits(model)
-    selection = select_experts(scores, metric=options.metric, top_p=options.top_p)
+    selection = select_experts(scores, metric=options.metric or "token", top_p=options.top_p)
     sizes = scores.parameters_per_expert()
     total = sum(c.num_experts * c.parameters_per_expert for c in scores.containers.values())
     return sum(len(ids) * sizes[path] for path, ids in selection.items()) / total

@@ -29,8 +29,8 @@ def check_same_options(own: TrainOptions, settings: SFTConfig) -> None:
     """Compares the options of `--resume` with those that the run was started with.
 
     Raises:
-        ValueError: naming the options that differ. The learning rate is the checkpoint's whatever is given, another
-            seed holds out rows that were trained on, and experts in other bits are another base.
+        ValueError: naming the options that differ. The learning rate is always the checkpoint's, another seed
+            holds out rows that were trained on, and experts in other bits are another base.
     """
     try:
         earlier = json.loads((Path(settings.output_dir) / RUN_OPTIONS).read_text(encoding="utf-8"))

@@ -55,10 +55,11 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
 
     scores, out = ExpertScores.load(options.scores), options.out
     if options.preview:
-        if out is not None or options.min_experts != 1 or options.max_experts is not None:
-            raise ValueError(
-                "--preview only compares values of --top-p; leave out --out, --min-experts, --max-experts"
-            )
+        fixed = ("out", "max_experts", "rank", *MEMORY)
+        given = [option for option in fixed if getattr(options, option) is not None]
+        if given := given + ["min_experts"] * (options.min_experts != 1):
+            shown = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"--preview only compares values of --top-p; leave out {shown}")
         previews = preview_selections(scores, metric=options.metric)
         return [asdict(preview) for preview in previews], format_previews(previews)
     if out is not None:

@@ -141,8 +141,10 @@ def run(options: argparse.Namespace) -> tuple[Any, str]:
         if is_first and stopped.args:
             print(f"peft-esft: {stopped}; go on with the same command and --resume", file=sys.stderr)
         raise
+    finally:
+        if is_first:
+            _remove_empty(Path(settings.output_dir))
     if own.dry_run:
-        _remove_empty(Path(settings.output_dir))
         return _of_first(is_first, plan, describe(plan))
     loss = report["held_out_loss"]
     rows = report["held_out_rows"]

@@ -14,6 +14,7 @@ from trl import SFTConfig, TrlParser
 
 from ..scoring.memory_size import bytes_of
 from ..scoring.scores import Metric
+from .score import DTYPES
 from .select import read_budget
 
 
@@ -96,6 +97,8 @@ def parse(kind: type[Options], arguments: Sequence[str]) -> tuple[Options, SFTCo
     if unknown := of_recipe[::2]:
         raise ValueError(f"the recipe has unknown keys: {', '.join(unknown)}{_similar(unknown, known)}")
     _take_positionals(own, rest, parser)
+    if own.dtype not in (None, *DTYPES):
+        parser.error(f"argument --dtype: invalid choice: {own.dtype!r} (choose from {', '.join(DTYPES)})")
     own.budget = read_budget(own.budget)
     if isinstance(own.budget, str):
         bytes_of("--budget", own.budget)

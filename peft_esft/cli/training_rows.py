@@ -88,7 +88,7 @@ def read_rows(
     kept, form = _with_columns(train, named, data)
     if held_out is not None:
         other = _load(held_out, None)
-        name = next((name for name in (*HELD_OUT_NAMES, "train") if name in other), split)
+        name = next((name for name in (*HELD_OUT_NAMES, "train", split) if name in other), "train")
         evaluation, _ = _with_columns(_pick(other, name, held_out), named, held_out, form)
         return TrainingRows(kept, evaluation, form, held_out)
     for name in HELD_OUT_NAMES:
@@ -197,6 +197,8 @@ def _load(data: str, config: str | None) -> Mapping[str, Any]:
     if data == STANDARD_INPUT:
         return {"train": _rows_of_standard_input()}
     path = Path(data)
+    if config is not None and path.exists():
+        raise ValueError(f"--dataset-config is for a dataset on the Hub, and {data} is a file or folder; leave it out")
     try:
         if path.is_file():
             settings = {"sep": "\t"} if ".tsv" in path.suffixes else {}
@@ -206,8 +208,12 @@ def _load(data: str, config: str | None) -> Mapping[str, Any]:
                 found = load_from_disk(str(path))
                 return found if isinstance(found, DatasetDict) else {"train": found}
             return load_dataset(str(path))
-    except (ValueError, OSError):
-        raise
+    except (ValueError, OSError) as error:
+        if "corresponds to no data" in str(error):  # of a file with blank lines alone
+            raise ValueError(f"{data} has no rows") from error
+        if data in str(error):
+            raise
+        raise ValueError(f"{data} cannot be read: {_first_line(error)}") from error
     except Exception as error:  # `datasets` wraps what its readers raise in errors of its own
         raise ValueError(f"{data} cannot be read: {_first_line(error)}") from error
     if path.suffix.lower() in BUILDERS or data.count("/") > 1 or data.startswith((".", "/", "~")):
@@ -256,8 +262,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _pick(splits: Mapping[str, Any], name: str, data: str) -> Any:
-    if name not in splits and len(splits) == 1:
-        name = next(iter(splits))
+    if name == "train" and name not in splits and len(splits) == 1:
+        name = next(iter(splits))  # "train" is what is asked for by default
     if name not in splits:
         known = ", ".join(splits)
         raise ValueError(
@@ -305,7 +311,11 @@ def _check(rows: Any, form: Format, data: str) -> None:
     """Refuses a row that is not what the others are, by its number."""
     expected = "a list of {role, content}" if form == "messages" else "a text"
     for name in COLUMNS[form]:
-        for number, value in enumerate(rows[name], start=1):
+        try:
+            values = list(rows[name])
+        except UnicodeDecodeError as error:  # texts are decoded only here
+            raise ValueError(f"{data} is not UTF-8 text: {error}") from error
+        for number, value in enumerate(values, start=1):
             is_right = (form != "messages" and isinstance(value, str)) or (form != "text" and _is_conversation(value))
             if not is_right:
                 shown = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:60]}..."

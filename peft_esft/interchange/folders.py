@@ -33,6 +33,7 @@ def new_folder(target: str | Path, *, replace: bool = False) -> Iterator[Path]:
         FileExistsError: if `target` is a file, or if it holds files and `replace` is False.
     """
     target = Path(target)
+    target = target.resolve() if target.is_symlink() else target  # a folder cannot be renamed over a link
     if target.exists() and not (target.is_dir() and (replace or not any(target.iterdir()))):
         raise FileExistsError(f"{target} exists already; name a new folder, or remove it first")
     # A fixed name lets the next call find what a killed process left. Without `replace` it could be a user's folder.

@@ -188,7 +188,11 @@ def _encode(
         text = _text_of(row)
 
     def tokens(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=special, truncation=True, max_length=max_length)["input_ids"])
+        try:
+            encoded = tokenizer(text, add_special_tokens=special, truncation=True, max_length=max_length)
+        except TypeError as error:  # which names neither the row nor the character
+            raise RowError(f"its text cannot be made into tokens; has it half of a surrogate pair? {error}") from error
+        return list(encoded["input_ids"])
 
     ids = tokens(text)
     # The answer begins where the tokens differ from the prompt's own, as in TRL: some may join both.

@@ -122,7 +122,7 @@ def test_preview_counts_what_would_be_trained(scored, capsys):
 def test_a_preview_takes_no_settings_that_it_would_not_heed(scored, capsys, tmp_path):
     for flags in (["--out", str(tmp_path / "x")], ["--min-experts", "3"], ["--max-experts", "3"]):
         assert main(["select", scored, "--preview", *flags]) == 1
-        assert "leave out --out, --min-experts, --max-experts" in capsys.readouterr().err
+        assert "leave out --" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

@@ -212,6 +212,10 @@ def test_conversations_and_texts(folder, tmp_path, capsys):
         (["{}/verses.jsonl", "--report", "{}/none/x.html"], "its folder does not exist"),
         (["{}/verses.jsonl", "--general", "{}/missing.jsonl"], "there is no file or folder"),
         (["{}/verses.jsonl", "{}/verses.jsonl"], "{}/verses.jsonl is a file, not an ESFT adapter or a PEFT adapter"),
+        (["{}/verses.jsonl", "--limit", "3"], "--limit and --include-path are for lm-eval's tasks"),
+        (["{}/verses.jsonl", "--include-path", "{}"], "--limit and --include-path are for lm-eval's tasks"),
+        (["--tasks", "x", "--split", "dev"], "--columns and --split are of DATA"),
+        (["--tasks", "x", "--columns", "text=a"], "--columns and --split are of DATA"),
         (["{}/mute.jsonl"], "row 1 of mute: no token of its messages is marked as an answer"),
     ],
 )

@@ -193,6 +193,8 @@ def test_gpt_oss_is_planned_as_it_is_stored():
         (["--tokens", "-5"], "tokens is -5"),
         (["--share", "7"], "share is 7.0"),
         (["--rank", "0"], "rank is 0"),
+        (["--top-p", "0.5"], "--top-p and --metric select from scores"),
+        (["--metric", "token"], "--top-p and --metric select from scores"),
     ],
 )
 def test_settings_out_of_range_are_refused(flags, message, capsys):
@@ -243,6 +245,9 @@ def test_the_share_is_that_of_a_selection(tmp_path, capsys):
     data = tmp_path / "rows.txt"
     data.write_text("a line of text\n" * 20)
     assert main(["score", MODEL, "--data", str(data), "--out", str(tmp_path / "scores.json")]) == 0
+    for ignored in (["--rank", "3"], ["--tokens", "5"], ["--min-experts", "2"], ["--out", str(tmp_path / "new")]):
+        assert main(["select", str(tmp_path / "scores.json"), "--preview", *ignored]) == 1
+        assert f"leave out {ignored[0]}" in capsys.readouterr().err
     assert main(["select", str(tmp_path / "scores.json"), "--json", "--top-p", "0.3"]) == 0
     out = capsys.readouterr().out
     chosen = sum(map(len, json.loads(out[out.index("{") :]).values()))

@@ -275,6 +275,8 @@ def test_rows_that_name_their_split(tmp_path):
         ("a.jsonl", '{"messages": "hi"}\n' * 2, [], "expected a list of {role, content}"),
         ("a.jsonl", '{"text": "x"}\nnonsense', [], "cannot be read"),
         ("a.jsonl", "", [], "is empty"),
+        ("a.jsonl", "\n\n \n", [], "a.jsonl has no rows"),
+        ("a.jsonl", b'{"text": "caf\xe9"}\n' * 2, [], "a.jsonl is not UTF-8 text"),
         ("a.pdf", "x", [], "its format is not known"),
         ("a.jsonl", '{"text": "x"}\n' * 2, ["prompt=question"], "has no column 'question'; it has text"),
         ("a.jsonl", '{"text": "x"}\n' * 2, ["question"], "expected KIND=COLUMN"),
@@ -282,7 +284,7 @@ def test_rows_that_name_their_split(tmp_path):
     ],
 )
 def test_bad_data_is_refused_with_a_reason(name, content, columns, message, tmp_path, capsys):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     more = ["--columns", *columns] if columns else []
     assert main(["train", MODEL, str(tmp_path / name), "--out", str(tmp_path / "x"), *more]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -296,6 +298,14 @@ def test_what_does_not_fit_is_refused_before_training(chat, tmp_path, capsys):
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     assert "there is no file or folder 'missing.jsonl'" in refusal(MODEL, "missing.jsonl", "--out", tmp_path / "x")
+    for option, value in (("--rank", 0), ("--top-p", 2), ("--score-tokens", 0)):
+        refusal(MODEL, chat, "--out", tmp_path / "x", option, value)
+        assert not (tmp_path / "x").exists()  # not even the empty folder that TRL's trainer makes
+    assert "has no split 'dev'" in refusal(MODEL, chat, "--out", tmp_path / "x", "--dataset-train-split", "dev")
+    assert "--dataset-config is for" in refusal(MODEL, chat, "--out", tmp_path / "x", "--dataset-config", "main")
+    with pytest.raises(SystemExit):
+        main(["train", MODEL, chat, "--out", str(tmp_path / "x"), "--dtype", "float8"])
+    assert "argument --dtype: invalid choice: 'float8'" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert "a file; it is the folder" in refusal(MODEL, chat, "--out", tmp_path / "file")
     assert "which holds a model" in refusal(MODEL, chat, "--out", MODEL)

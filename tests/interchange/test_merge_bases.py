@@ -217,3 +217,13 @@ def test_files_without_an_index_stay_single(folder, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert torch.equal(logits(merged), logits(adapted.merge_and_unload()))
     assert find_experts(merged).keys() == find_experts(base).keys()
+
+
+def test_a_link_to_an_empty_folder_is_filled(folder, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    merge_checkpoint(folder / "base", folder / "adapter", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and same(tmp_path / "disk", folder / "expected")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+    with pytest.raises(FileExistsError, match="exists already"):
+        merge_checkpoint(folder / "base", folder / "adapter", tmp_path / "link")

@@ -33,6 +33,11 @@ def test_texts_become_padded_batches(tokenizer, rows):
     assert decoded == TEXTS
 
 
+def test_half_of_a_surrogate_pair_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        list(text_batches([{"text": "a \ud800"}], tokenizer))
+
+
 def test_messages_go_through_the_chat_template(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     (batch,) = text_batches([{"messages": [{"role": "user", "content": "Who?"}]}], tokenizer)
