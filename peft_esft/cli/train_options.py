@@ -14,7 +14,7 @@ from trl import SFTConfig, TrlParser
 
 from ..scoring.memory_size import bytes_of
 from ..scoring.scores import Metric
-from .score import DTYPES
+from .base_options import DTYPES
 from .select import read_budget
 
 

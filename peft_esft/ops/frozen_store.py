@@ -52,7 +52,7 @@ class FrozenStore:
 
     def index_select(self, dim: int, ids: Tensor) -> Tensor:
         """A copy of the matrices of some experts, `[n, out, in]`; as for a tensor, with `dim` 0."""
-        if not self.kept and not self.is_flipped and self.device.type != "cpu":
+        if len(ids) and not self.kept and not self.is_flipped and self.device.type != "cpu":
             return self.decode(ids)  # without a wait for the host
         rows = torch.empty(len(ids), *self.shape[1:], dtype=self.dtype, device=self.device)
         for place, expert in enumerate(ids.tolist()):

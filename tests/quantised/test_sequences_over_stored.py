@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_esft import find_experts
 from peft_esft.moe.formats import ENCODERS
 from peft_esft.moe.stored_rows import StoredRows
+from peft_esft.ops.frozen_store import FrozenStore
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
@@ -196,3 +197,14 @@ def _check_reads(stored: StoredRows, expected: Tensor, ids: list[int]) -> None:
     index = torch.tensor(ids, dtype=torch.int64)
     assert torch.equal(store.index_select(0, index), expected[index])
     assert torch.equal(flipped.index_select(0, index), expected[index].transpose(1, 2))
+
+
+def test_no_experts_at_all_are_not_decoded_on_an_accelerator() -> None:
+    """A forward pass without trained experts asks for the matrices of none, which a form need not have."""
+
+    def decode(experts: slice | Tensor) -> Tensor:
+        return torch.stack([torch.empty(2, 3, device="meta") for _ in experts])
+
+    store = FrozenStore(torch.Size((4, 2, 3)), torch.float32, torch.device("meta"), decode)
+    assert store.index_select(0, torch.tensor([], dtype=torch.int64)).shape == (0, 2, 3)
+    assert store.index_select(0, torch.tensor([1, 2])).shape == (2, 2, 3)
