@@ -80,7 +80,7 @@ def test_trained_modules_of_a_vision_tower_do_not_know_their_samples_either():
     model = get_peft_model(base, ESFTConfig(target_experts={path: [1]}, modules_to_save=["patch_embed"]), "a")
     model.add_adapter("b", ESFTConfig(target_experts={path: [2]}, modules_to_save=["patch_embed"]))
     inputs = zoo.inputs_for(model.get_base_model(), rows=2, images=True)
-    with pytest.raises(ValueError, match=r"patch_embed: .* may keep a state or take rows that are no samples"):
+    with pytest.raises(ValueError, match=r"patch_embed: .* may keep a state or take rows that are not samples"):
         model.eval()(**inputs, adapter_names=["a", "b"])
 
 
