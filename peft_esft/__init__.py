@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from .tuner.layers.layer import ESFTLayer
     from .tuner.model import ESFTModel
     from .tuner.pool import AdapterPool, PoolStatistics
-    from .tuner.quantization import ESFTQuantizationConfig, adopt_quantized_experts, quantize_experts
+    from .tuner.quantization import adopt_quantized_experts, quantize_experts
+    from .tuner.quantizer import ESFTQuantizationConfig
 
 _HOMES = {
     "AdapterPool": "tuner.pool",
     "ESFTConfig": "tuner.config",
     "ESFTLayer": "tuner.layers.layer",
     "ESFTModel": "tuner.model",
-    "ESFTQuantizationConfig": "tuner.quantization",
+    "ESFTQuantizationConfig": "tuner.quantizer",
     "ExpertScores": "scoring.scores",
     "ExpertsContainer": "moe.containers",
     "PoolStatistics": "tuner.pool",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..tuner.quantization import ESFTQuantizationConfig
+from ..tuner.quantizer import ESFTQuantizationConfig
 
 
 def names_of(adapters: Sequence[str]) -> dict[str, str]:
