@@ -76,7 +76,6 @@ ROWS = (
     *(Setting(name) for name in NAMES if name not in ("token", "all", "full")),
     *(Setting(name, where="global") for name in ("token", "gradnorm")),
     Setting("gradnorm", SMALL),
-    *(Setting(name, LARGE) for name in ("gradnorm", "contrast")),
     *(Setting(name, lr=None) for name in ("gradnorm", "sink", "contrast")),
     *(Setting("token", top_p, reference_p=USUAL) for top_p in (SMALL, LARGE)),
     *(Setting("all", 0.0, lr=lr, reference_p=USUAL, reference_lr=SAME_LR) for lr in ALL_LRS),
@@ -85,7 +84,8 @@ ROWS = (
 DRAWN = {
     **{name: [Setting(name, p, reference_p=USUAL) for p in (SMALL, USUAL, LARGE)]
        for name in ("token", "gradnorm", "contrast", "random")},
-    "all": [Setting("all", 0.0, lr=ALL_LRS[0], reference_p=USUAL, reference_lr=SAME_LR)],
+    "all": [Setting("all", 0.0, lr=ALL_LRS[1], reference_p=USUAL, reference_lr=SAME_LR)],
+    "full": [Setting("full", 0.0, lr=ALL_LRS[0], reference_p=USUAL, reference_lr=SAME_LR)],
 }  # fmt: skip
 
 

@@ -71,7 +71,6 @@ def schedule() -> Iterator[Trial]:
     yield from _trials(CELLS, ("gate", "saliency"))
     yield from _trials(CELLS, small, where="global")
     yield from _trials(CELLS, ("moved", "attention"))
-    yield from _trials(CELLS, ("gradnorm", "contrast"), top_p=LARGE)
     yield from _trials(CELLS, ("full",), top_p=0.0, lr=ALL_LRS[1])
 
 
