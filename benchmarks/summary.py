@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft_esft.analysis.plotting import MARKERS, PRINT, Plot, Style, render
+from peft_esft.analysis.drawing import MARKERS, PRINT, Plot, Style, render
 
 from reporting import RESULTS, fill_tables
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from peft_esft import score_experts
 from peft_esft.analysis import dispersion, granularity, overlap
-from peft_esft.analysis.plotting import PRINT, Plot, render
+from peft_esft.analysis.drawing import PRINT, Plot, render
 from peft_esft.analysis.report_figures import dispersion_plot, granularity_plot, overlap_plot, shares_plot
 
 

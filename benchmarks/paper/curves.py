@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from peft_esft.analysis.plotting import MARKERS, Plot, Style, heat_map
+from peft_esft.analysis.drawing import MARKERS, Plot, Style, heat_map
 
 from plan import GROUP_SIZES, LASTING, LONGER, MORE
 from results import METRIC, Results, Value, domain_loss, general_loss, metric, value

@@ -36,7 +36,7 @@ def tables(comparison: Comparison) -> dict[str, str]:
 
 
 def publish(comparisons: Iterable[Comparison], page: Path, figures: Path) -> None:
-    from peft_esft.analysis.plotting import PRINT, render
+    from peft_esft.analysis.drawing import PRINT, render
 
     everything: dict[str, str] = {}
     for comparison in comparisons:

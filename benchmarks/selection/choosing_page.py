@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "paper"), str(HERE.parent), str(ROOT / "examples" / "tiny_moe")]
 
-from peft_esft.analysis.plotting import PRINT, Plot, Style, render  # noqa: E402
+from peft_esft.analysis.drawing import PRINT, Plot, Style, render  # noqa: E402
 
 from cells import ANSWERS, BASES, CELLS, FRESH, PLAIN, Cell  # noqa: E402
 from evidence import (  # noqa: E402

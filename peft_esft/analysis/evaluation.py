@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..scoring.batches import check_batch, eval_mode, is_encoder_decoder, to_device, with_decoder_inputs
-from ..scoring.token_streams import IGNORED_LABEL
+from ..scoring.counted_tokens import IGNORED_LABEL
 from .forgetting import Batch, targets_of
 
 

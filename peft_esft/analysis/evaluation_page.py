@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .drawing import Plot, Style, import_matplotlib
 from .evaluation import Evaluation
 from .page import Section, write_page
-from .plotting import Plot, Style, import_matplotlib
 
 
 BASE = "base"

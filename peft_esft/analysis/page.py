@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from .plotting import DARK, LIGHT, Plot, draw_files, render
+from .drawing import DARK, LIGHT, Plot, draw_files, render
 
 
 MEDIA_TYPES = {"png": "image/png", "svg": "image/svg+xml", "csv": "text/csv"}

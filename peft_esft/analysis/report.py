@@ -15,10 +15,10 @@ from ..scoring.scores import ExpertScores
 from ..scoring.selection import DEFAULT_TOP_P
 from .adapters import AdapterRecord, adapters_of_model, read_adapter
 from .dispersion import SHARES, dispersion
+from .drawing import import_matplotlib
 from .granularity import SIZES, granularity
 from .overlap import check_same_model, overlap
 from .page import Section, write_page
-from .plotting import import_matplotlib
 from .report_figures import (
     adapter_overlap_plot,
     dispersion_plot,

@@ -14,9 +14,9 @@ import torch
 from ..scoring.scores import ExpertScores, Metric
 from .adapters import AdapterRecord
 from .dispersion import SHARES, Dispersion, dispersion
+from .drawing import Plot, Style, draw_experts, draw_layers, draw_matrix
 from .granularity import Granularity
 from .overlap import Overlap
-from .plotting import Plot, Style, draw_experts, draw_layers, draw_matrix
 from .shares import layer_labels, layer_shares
 from .stability import StabilityReport
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..moe.containers import ExpertsContainer, find_experts
 from ..moe.routing import Routing
 from ..scoring.batches import is_encoder_decoder
-from ..scoring.token_streams import enters_loss
+from ..scoring.counted_tokens import enters_loss
 from ..scoring.watching import watch_place
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrize import remove_parametrizations
 
 from .architectures import ExpertsLayout
-from .formats import BlockFP8, FourBit, Gguf, bitsandbytes
+from .quantised_formats import BlockFP8, FourBit, Gguf, bitsandbytes
 from .stored_experts import install
 from .stored_rows import StoredRows
 

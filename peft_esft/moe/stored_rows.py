@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.encodings import differs
 from ..ops.frozen_store import FrozenStore
-from .formats import Encoder, Format
+from .quantised_formats import Encoder, Format
 
 
 STORED = {"gate_up_proj": "stored_in", "up_proj": "stored_in", "down_proj": "stored_out"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .token_streams import IGNORED_LABEL
+from .counted_tokens import IGNORED_LABEL
 
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from ..moe.containers import ExpertsContainer, find_experts, no_experts
 from ..moe.routing import Routing
 from .batches import batch_size_of, check_batch, is_encoder_decoder, text_batches, to_device, with_decoder_inputs
+from .counted_tokens import TokenStream, streams_of_batch
 from .model_sizes import ModelSizes
 from .processes import ProcessShare, batches_in_step
 from .scores import Averaging, ContainerScores, ExpertScores, HalfCounts
-from .token_streams import TokenStream, streams_of_batch
 from .watching import watching_routing
 
 

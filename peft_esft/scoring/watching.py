@@ -16,7 +16,7 @@ from ..moe.hooks import in_this_thread
 from ..moe.routing import Routing
 from ..moe.weights import ListedWeight
 from .batches import check_batch, eval_mode, to_device
-from .token_streams import TokenStream, streams_of_batch
+from .counted_tokens import TokenStream, streams_of_batch
 
 
 SeeRouting = Callable[[ExpertsContainer, str, Routing], None]

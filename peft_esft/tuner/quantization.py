@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..moe.containers import find_experts
 from ..moe.foreign_experts import adopt, is_foreign, read_foreign
-from ..moe.formats import ENCODERS
+from ..moe.quantised_formats import ENCODERS
 from ..moe.stored_rows import StoredRows
 from ..registration import QUANTIZATION
 from .quantization_checks import check_quantizable, matrices

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..moe.containers import ExpertsContainer, find_experts
-from ..moe.formats import ENCODERS, Loadable, form_of
+from ..moe.quantised_formats import ENCODERS, Loadable, form_of
 from ..moe.stored_experts import install
 from ..moe.stored_rows import KEPT, STORED, StoredRows
 from ..moe.weights import StackedWeight, StoredWeight

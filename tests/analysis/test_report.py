@@ -20,7 +20,7 @@ from peft import get_peft_model
 from peft_esft import ESFTConfig, find_experts, score_experts
 from peft_esft.analysis import dispersion, overlap, report
 from peft_esft.analysis.adapters import read_adapter
-from peft_esft.analysis.plotting import LIGHT, PRINT, _figure, draw_files
+from peft_esft.analysis.drawing import LIGHT, PRINT, _figure, draw_files
 from peft_esft.analysis.report_figures import dispersion_plot, overlap_plot, shares_plot
 from peft_esft.cli.main import main
 from peft_esft.interchange import compact

@@ -12,7 +12,7 @@ from peft import get_peft_model
 
 from peft_esft import quantize_experts
 from peft_esft.cli.main import main
-from peft_esft.moe.formats import ENCODERS
+from peft_esft.moe.quantised_formats import ENCODERS
 from peft_esft.scoring.memory_estimate import (
     Setup,
     base_bytes,

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 
 from peft_esft import ESFTConfig, ESFTLayer, find_experts, score_experts, select_experts
 from peft_esft.moe.routing import Routing
+from peft_esft.scoring.counted_tokens import TokenStream
 from peft_esft.scoring.measure import RoutingAccumulator
-from peft_esft.scoring.token_streams import TokenStream
 
 import zoo
 from families import tiny_model

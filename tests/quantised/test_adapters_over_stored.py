@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from peft_esft import ESFTConfig, find_experts, quantize_experts
-from peft_esft.moe.formats import ENCODERS
+from peft_esft.moe.quantised_formats import ENCODERS
 from peft_esft.moe.stored_rows import StoredRows
 
 from families import tiny_model

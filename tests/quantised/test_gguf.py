@@ -16,8 +16,8 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK, GGML_IQ4_NL, GGML
 from transformers.integrations.gguf.utils import GgufExperts, GgufLinear
 
 from peft_esft import ESFTConfig, adopt_quantized_experts, find_experts, quantize_experts
-from peft_esft.moe.formats import Gguf
 from peft_esft.moe.gguf_linears import give_gradients
+from peft_esft.moe.quantised_formats import Gguf
 
 from families import tiny_model
 from gguf_files import random_blocks, write_gguf

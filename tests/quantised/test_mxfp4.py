@@ -29,7 +29,7 @@ from peft_esft.cli.loading import load_base
 from peft_esft.cli.main import main
 from peft_esft.cli.train_options import TrainOptions, parse
 from peft_esft.cli.training_memory import training_setup
-from peft_esft.moe.formats import MXFP4
+from peft_esft.moe.quantised_formats import MXFP4
 from peft_esft.moe.stored_rows import StoredRows
 from peft_esft.scoring.model_sizes import ModelSizes
 

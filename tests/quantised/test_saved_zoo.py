@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from peft_esft import ESFTQuantizationConfig, find_experts, quantize_experts
-from peft_esft.moe.formats import FourBit
+from peft_esft.moe.quantised_formats import FourBit
 
 from families import tiny_model
 from stored_bases import FUSED, TYPICAL, dense, same_bits

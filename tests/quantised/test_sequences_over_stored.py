@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_esft import find_experts
-from peft_esft.moe.formats import ENCODERS
+from peft_esft.moe.quantised_formats import ENCODERS
 from peft_esft.moe.stored_rows import StoredRows
 from peft_esft.ops.frozen_store import FrozenStore
 

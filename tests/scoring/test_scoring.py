@@ -15,10 +15,10 @@ from peft_esft import ESFTConfig, ExpertScores, find_experts, score_experts, sel
 from peft_esft.cli.main import main
 from peft_esft.moe.routing import Routing
 from peft_esft.scoring import measure as scoring
+from peft_esft.scoring.counted_tokens import TokenStream, streams_of_batch
 from peft_esft.scoring.measure import RoutingAccumulator
 from peft_esft.scoring.model_sizes import ModelSizes
 from peft_esft.scoring.scores import ContainerScores
-from peft_esft.scoring.token_streams import TokenStream, streams_of_batch
 
 import zoo
 from families import tiny_model
