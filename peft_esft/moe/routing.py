@@ -1,6 +1,7 @@
 """Reads the routing of experts modules: expert ids, and the values that multiply the experts' outputs.
 
-Each reader belongs to one class of transformers, and takes its arguments or its result apart.
+Each reader belongs to one class of transformers, and takes its arguments or its result apart. Which class has
+which reader is said in `architectures.py`.
 """
 
 from __future__ import annotations

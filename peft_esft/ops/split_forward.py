@@ -2,6 +2,8 @@
 
 Axes are spelled the same way everywhere: `T` tokens, `K` experts per token (top_k), `H` hidden size, `I` intermediate
 size, `E` experts, `n` trained experts, `R` rows, one for each (token, expert) pair.
+
+The two products and their gradients are in `grouped_linear.py`.
 """
 
 from __future__ import annotations
