@@ -27,6 +27,10 @@ def _class_with_gradient() -> Any:
     class GgufLinearWithGradient(GgufLinear):
         """Computes with the dequantised matrix where a gradient is wanted, and elsewhere as transformers does."""
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            # The class is made on demand, and cannot be found by its name.
+            return _new_linear, (), self.__dict__
+
         def forward(self, x: Tensor) -> Tensor:
             if not (torch.is_grad_enabled() and x.requires_grad):
                 return super().forward(x)
@@ -39,6 +43,12 @@ def _class_with_gradient() -> Any:
             return output.reshape(*x.shape[:-1], self.out_features).to(x.dtype)
 
     return GgufLinearWithGradient
+
+
+def _new_linear() -> nn.Module:
+    own = _class_with_gradient()
+    linear: nn.Module = own.__new__(own)
+    return linear
 
 
 class _Product(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +119,8 @@ def test_a_few_tokens_have_the_whole_gradient(kernel: None) -> None:
         with torch.no_grad():
             assert same_bits(linear(rows), theirs(rows))
     assert not theirs(torch.randn(2, 64, requires_grad=True)).requires_grad
+    for again in (copy.deepcopy(linear), pickle.loads(pickle.dumps(linear))):
+        assert type(again) is type(linear) and torch.equal(again(rows), linear(rows))
 
 
 def test_linear_layers_beside_dense_experts_have_a_gradient_too(kernel: None) -> None:
