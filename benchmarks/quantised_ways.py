@@ -71,7 +71,13 @@ def measure(folder: str, rounds: int) -> list[dict[str, object]]:
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         calls[f"{method}, {form}"] = step_of(model)
         rows.append(
-            {"way": method, "base": form, "MB of the base": size / 1e6, "experts": own / 1e6, "trained": trained}
+            {
+                "way": method,
+                "base": form,
+                "MB of the base": size / 1e6,
+                "of which experts": own / 1e6,
+                "trained weights": trained,
+            }
         )
     times = time_in_turns(calls, rounds)
     (first, *_) = calls

@@ -18,7 +18,7 @@ BASES = tuple(form for form in BASE_FORMATS if form != "mxfp4")
 """MXFP4 is read from the checkpoint, not asked for."""
 MEMORY: dict[str, tuple[type, Any, Sequence[str] | None]] = {
     "tokens": (int, 4096, None),
-    "base": (str, "bf16", BASES),
+    "base": (str, "the form that was scored", BASES),
     "optim": (str, "adamw_torch", OPTIMIZERS),
 }
 """Type, default and values of the options that a budget of memory has."""
