@@ -96,7 +96,7 @@ def _budget(options: argparse.Namespace, scores: Any) -> Any:
     budget = read_budget(options.budget)
     given = {name: getattr(options, name) for name in MEMORY if getattr(options, name) is not None}
     if isinstance(budget, str):
-        return Setup.parse(budget, rank=options.rank, **{"base": Setup.base_of(scores.sizes)} | given)
+        return Setup.parse(budget, scores.sizes, rank=options.rank, **given)
     if given:
         raise ValueError(f"--{', --'.join(given)} is only for a budget of memory, as in --budget 24GB")
     return budget

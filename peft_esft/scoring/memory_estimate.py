@@ -77,8 +77,10 @@ class Setup:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it is one of {', '.join(known)}")
 
     @classmethod
-    def parse(cls, gpus: str, **settings: Any) -> Setup:
+    def parse(cls, gpus: str, sizes: ModelSizes | None = None, **settings: Any) -> Setup:
         """Reads GPUs from "24GB" or "8x80GB"; the settings are the other attributes.
+
+        With `sizes`, the base is in the form that they record, unless the settings name another one.
 
         Raises:
             ValueError: if the text has another form, or a number or setting is out of range.
@@ -90,7 +92,7 @@ class Setup:
             memory = bytes_of("memory", match[2])
         except ValueError:
             raise ValueError(f"{gpus!r} is not an amount of GPU memory; expected for example 24GB or 8x80GB") from None
-        return cls(gpus=int(match[1] or 1), memory=memory, **settings)
+        return cls(gpus=int(match[1] or 1), memory=memory, **{"base": cls.base_of(sizes)} | settings)
 
     @staticmethod
     def base_of(sizes: ModelSizes | None) -> BaseFormat:

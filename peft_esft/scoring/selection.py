@@ -119,7 +119,7 @@ def top_p_for_memory(
             "again with this version of peft_esft, or give the budget as a share of the experts"
         )
     sizes, per_expert = scores.sizes, scores.parameters_per_expert()
-    setup = Setup.parse(budget, base=Setup.base_of(sizes)) if isinstance(budget, str) else budget
+    setup = Setup.parse(budget, sizes) if isinstance(budget, str) else budget
     rows = {path: row for path, row in _rows(scores, metric).items() if bool(row.any())}
     bounds = _bounds(rows, min_experts, max_experts)
     falling = {path: row.sort(descending=True).values for path, row in rows.items()}

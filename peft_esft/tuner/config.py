@@ -380,7 +380,7 @@ def _setup_of(budget: str | Setup, fields: dict[str, Any], scores: ExpertScores)
         )
     rank = fields.get("rank")
     if isinstance(budget, str):
-        return Setup.parse(budget, rank=rank, base=Setup.base_of(scores.sizes))
+        return Setup.parse(budget, scores.sizes, rank=rank)
     if budget.rank != rank:
         raise ValueError(
             f"the budget is for rank {budget.rank}, but the config has rank={rank}; give the same rank to both"
