@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Hashable
+from functools import cache, partial
+from operator import attrgetter
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -71,7 +72,14 @@ def _with_hooks(module: nn.Module, forward: Callable[..., Tensor], *args: Any, *
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if not any(hooks):
         return forward(*args, **kwargs)
-    twin = object.__new__(type(module))  # what FSDP2 makes of a class cannot be made anew by `copy.copy`
-    twin.__dict__.update(module.__dict__)  # with the same parameters and hooks
-    twin.forward = forward
+    twin = object.__new__(_twin_class(cast(Hashable, type(module))))
+    twin.__dict__ = module.__dict__  # the same, as hooks such as ZeRO-3's write to the module that they are given
+    object.__setattr__(twin, "esft_forward", forward)
     return twin(*args, **kwargs)
+
+
+@cache
+def _twin_class(module_class: Any) -> Any:
+    """A class of modules with a forward pass of their own, that is not in `__dict__`."""
+    own = {"__slots__": ("esft_forward",), "forward": property(attrgetter("esft_forward"))}
+    return type(module_class.__name__, (module_class,), own)

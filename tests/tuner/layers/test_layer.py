@@ -363,6 +363,25 @@ def test_hooks_of_the_experts_module_run_around_the_adapted_forward():
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("how", ["active", "mixed", "disabled"])
+def test_what_a_hook_writes_to_the_experts_module_is_there_afterwards(how):
+    """As ZeRO-3 does, which counts on the module what it has still to wait for."""
+    model = adapted(names=["a"])
+    experts = layer_of(model).base_layer
+
+    def before(module, args):
+        assert isinstance(module, type(experts)) and "forward" not in vars(module)
+        module.calls = getattr(experts, "calls", 0) + 1
+
+    experts.register_forward_pre_hook(before)
+    if how == "disabled":
+        with model.disable_adapter():
+            logits(model)
+    else:
+        logits(model, adapter_names=["a"] * len(random_tokens()) if how == "mixed" else None)
+    assert experts.calls == 1
+
+
 def test_a_layer_that_is_not_set_up_yet_has_no_attributes_of_its_experts():
     """As while it is copied or unpickled."""
     with pytest.raises(AttributeError, match="base_layer"):
