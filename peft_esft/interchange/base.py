@@ -171,7 +171,7 @@ class Base:
     def dtype(self, rows: Rows) -> torch.dtype:
         """The dtype in which rows are stored. Refuses quantised rows."""
         if self.folder is None:
-            dtype = rows.weight.parameters(rows.container.module)[0].dtype
+            dtype = rows.weight.dtype(rows.container.module)
         else:
             dtype = self.files.entries[self.parts(rows)[0][0].sources[0].key].dtype
         if dtype not in READABLE_DTYPES:

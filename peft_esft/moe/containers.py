@@ -141,7 +141,7 @@ class ExpertsContainer:
     @property
     def nbytes_per_expert(self) -> int:
         """Bytes of the weights of one expert."""
-        dtypes = {weight.name: weight.parameters(self.module)[0].dtype for weight in self.weights}
+        dtypes = {weight.name: weight.dtype(self.module) for weight in self.weights}
         return sum(math.prod(shape) * dtypes[name].itemsize for name, shape in self.weight_shapes.items())
 
     def parameters(self) -> list[nn.Parameter]:

@@ -142,21 +142,22 @@ class FourBit:
 
 @dataclass(frozen=True)
 class Int8:
-    """Eight bits: a signed code for each weight, and a scale in the weights' dtype for each row `[in]`.
+    """Eight bits: a signed code for each weight, and a fp32 scale for each row `[in]`.
 
-    The product of code and scale is rounded once, to the weights' dtype; that of fp32 numbers takes 20 times as long.
+    A scale has a value of the dtype that the weights had, and is read in that of the matrices. The product of code
+    and scale is rounded once, to that dtype; the product of fp32 numbers takes 20 times as long.
     """
 
     name: str = "int8"
 
     def layout(self, shape: tuple[int, ...], dtype: torch.dtype) -> Layout:
-        return {"codes": (torch.int8, tuple(shape)), "scales": (dtype, (*shape[:-1], 1))}
+        return {"codes": (torch.int8, tuple(shape)), "scales": (torch.float32, (*shape[:-1], 1))}
 
     def encode(self, matrix: Tensor) -> dict[str, Tensor]:
         wide = matrix.float()
         scales = (wide.abs().amax(-1, keepdim=True) / 127).to(matrix.dtype)
         codes = torch.where(scales > 0, wide / scales, 0.0).round_().clamp_(-127, 127)
-        return {"codes": codes.to(torch.int8), "scales": scales}
+        return {"codes": codes.to(torch.int8), "scales": scales.float()}
 
     def decode(self, tensors: Tensors, experts: Experts, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return tensors["codes"][experts].to(dtype).mul_(tensors["scales"][experts].to(dtype))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..ops.encodings import differs
 from ..ops.frozen_store import FrozenStore
@@ -19,7 +20,7 @@ STORED = {"gate_up_proj": "stored_in", "up_proj": "stored_in", "down_proj": "sto
 would take any name with "up_proj" in it for the dense weight's."""
 
 KEPT = ("kept_experts", "kept_rows")
-"""The parameters of the experts in full precision, which files and state dicts have only if there are such."""
+"""The parameters of the experts in full precision, which are there only if there are such experts."""
 
 
 class StoredRows(nn.Module):
@@ -31,22 +32,26 @@ class StoredRows(nn.Module):
     Attributes:
         format: how the weight is kept.
         shape: `[E, out, in]`.
+        dtype: of the matrices.
+        dtypes: of the tensors by name, which never change.
         kept_ids: the experts that are in full precision.
         kept_experts: the same as int64 `[k]`, for files and state dicts: from rows alone no one can tell the expert.
-        kept_rows: their matrices `[k, out, in]`, whose dtype and device are those of all matrices.
+        kept_rows: their matrices `[k, out, in]`. Both are None if there are none.
     """
+
+    kept_experts: nn.Parameter | None
+    kept_rows: nn.Parameter | None
 
     def __init__(
         self, format: Format, shape: Sequence[int], dtype: torch.dtype, tensors: Mapping[str, Tensor]
     ) -> None:
         super().__init__()
-        self.format, self.shape = format, torch.Size(shape)
+        self.format, self.shape, self.dtype = format, torch.Size(shape), dtype
         for name, tensor in tensors.items():
             # Parameters, which DDP does not send around in every step as it does buffers.
-            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-        self.tensor_names = tuple(tensors)
-        device = next(iter(tensors.values())).device
-        self._set_kept((), torch.empty(0, *self.shape[1:], dtype=dtype, device=device))
+            self.register_parameter(name, _constant(tensor))
+        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        self.keep({})
 
     @classmethod
     @torch.no_grad()
@@ -68,12 +73,29 @@ class StoredRows(nn.Module):
         return stored
 
     def forward(self) -> FrozenStore:
-        """The weight as it is now. A call, so that accelerate loads a weight that is offloaded."""
-        tensors = {name: self._parameters[name].data for name in self.tensor_names}  # type: ignore[union-attr]
-        rows = self.kept_rows.data
-        decode = partial(self.format.decode, tensors, shape=tuple(self.shape[1:]), dtype=rows.dtype)
-        kept = dict(zip(self.kept_ids, rows.unbind(), strict=True))
-        return FrozenStore(self.shape, rows.dtype, rows.device, decode, kept)
+        """The weight as it is now. A call, so that accelerate loads a weight that is offloaded.
+
+        Raises:
+            RuntimeError: if something has cast a tensor, and the matrices would be others than the model's.
+            NotImplementedError: if ZeRO-3 has sharded the tensors, and would take them away before the backward pass.
+        """
+        parameters = {name: self.get_parameter(name) for name in self.dtypes}
+        for name, dtype in self.dtypes.items():
+            if parameters[name].dtype != dtype:
+                raise RuntimeError(
+                    f"the {name} of experts in {self.format.name} were cast from {dtype} to {parameters[name].dtype}, "
+                    "which would change the experts. If the model is sharded by FSDP2, load it in bfloat16 and shard "
+                    "it without mixed precision (mixed_precision: 'no', no MixedPrecisionPolicy)"
+                )
+            if hasattr(parameters[name], "ds_id"):
+                raise NotImplementedError(
+                    f"ZeRO-3 has sharded experts in {self.format.name}, which it cannot train. Use FSDP2 or ZeRO-2"
+                )
+        tensors = {name: parameter.data for name, parameter in parameters.items()}
+        decode = partial(self.format.decode, tensors, shape=tuple(self.shape[1:]), dtype=self.dtype)
+        rows = () if self.kept_rows is None else self.kept_rows.data.to(self.dtype).unbind()
+        kept = dict(zip(self.kept_ids, rows, strict=True))
+        return FrozenStore(self.shape, self.dtype, next(iter(tensors.values())).device, decode, kept)
 
     def decoded(self, expert: int) -> Tensor:
         """The matrix `[out, in]` that the codes of an expert stand for, whether it is in full precision or not."""
@@ -94,51 +116,63 @@ class StoredRows(nn.Module):
     def keep(self, rows: Mapping[int, Tensor]) -> None:
         """Has the rows of these experts, and of no others, in full precision."""
         ids = tuple(sorted(rows))
-        self._set_kept(ids, torch.stack([rows[e] for e in ids]) if ids else self.kept_rows.data[:0].clone())
+        self._set_kept(ids, torch.stack([rows[e] for e in ids]) if ids else None)
 
-    def to_empty_kept(self, device: torch.device) -> None:
-        """Has no experts in full precision, and the empty tensors of them on a device."""
-        self._set_kept((), torch.empty_like(self.kept_rows.data[:0], device=device))
-
-    def _set_kept(self, ids: tuple[int, ...], rows: Tensor) -> None:
-        self.kept_ids, self.kept_rows = ids, nn.Parameter(rows, requires_grad=False)
-        self.kept_experts = nn.Parameter(torch.tensor(ids, dtype=torch.int64, device=rows.device), requires_grad=False)
+    def _set_kept(self, ids: tuple[int, ...], rows: Tensor | None) -> None:
+        self.kept_ids, self.kept_experts, self.kept_rows = ids, None, None
+        if rows is not None:
+            self.kept_experts = _constant(torch.tensor(ids, dtype=torch.int64, device=rows.device))
+            self.kept_rows = _constant(rows)
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.kept_ids:
-            for name in KEPT:
-                del destination[f"{prefix}{name}"]  # empty
-
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        if f"{prefix}{self.tensor_names[0]}" in state_dict:
+        if f"{prefix}{next(iter(self.dtypes))}" in state_dict:
             # Whatever was in full precision when it was saved is so now, merged or not.
-            ids = tuple(state_dict.get(f"{prefix}{KEPT[0]}", self.kept_experts[:0]).flatten().tolist())
+            ids = _whole_ids(state_dict.get(f"{prefix}{KEPT[0]}"))
             if ids != tuple(sorted(set(ids) & set(range(self.shape[0])))):
                 raise ValueError(
                     f"{prefix}{KEPT[0]} is {list(ids)}; expected ids of {self.shape[0]} experts, ascending"
                 )
             if ids != self.kept_ids:
-                self._set_kept(ids, self.kept_rows.data.new_empty(len(ids), *self.shape[1:]))
-            if not ids:
-                state_dict = {f"{prefix}{name}": self._parameters[name] for name in KEPT} | dict(state_dict)
+                if isinstance(self.get_parameter(next(iter(self.dtypes))), DTensor):
+                    raise ValueError(
+                        f"{prefix[:-1]} has experts {list(self.kept_ids)} in full precision, and the state dict "
+                        f"{list(ids)}: this cannot change once a model is sharded. Load before it is sharded"
+                    )
+                self._set_kept(ids, self._room(len(ids)) if ids else None)
         super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _room(self, number: int) -> Tensor:
+        codes = self.get_parameter(next(iter(self.dtypes)))
+        return torch.empty(number, *self.shape[1:], dtype=self.dtype, device=codes.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredRows:
         """Moves all tensors; a change of dtype is one of the matrices' only. Scales would not survive it."""
-        super()._apply(lambda tensor: fn(tensor) if tensor is self.kept_rows else _moved(fn, tensor), recurse)
+        self.dtype = fn(self._room(0)).dtype
+        super()._apply(lambda tensor: _moved(fn, tensor, is_rows=self.kept_rows is tensor), recurse)
         return self
 
     def extra_repr(self) -> str:
-        kept = f", {len(self.kept_ids)} experts in {self.kept_rows.dtype}" if self.kept_ids else ""
+        kept = f", {len(self.kept_ids)} experts in {self.dtype}" if self.kept_ids else ""
         return f"{self.format.name}, {tuple(self.shape)}{kept}"
 
 
-def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """What `fn` makes of a tensor, in the dtype that it had."""
-    integers = tensor.view(torch.uint8) if tensor.is_floating_point() else tensor
-    return fn(integers).view(tensor.dtype)
+def _moved(fn: Callable[[Tensor], Tensor], tensor: Tensor, is_rows: bool) -> Tensor:
+    """What `fn` makes of a tensor; in the dtype that it had, unless it has rows."""
+    if is_rows or not tensor.is_floating_point():
+        return fn(tensor)
+    return fn(tensor.view(torch.uint8)).view(tensor.dtype)
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _whole_ids(ids: Any) -> tuple[int, ...]:
+    """The ids in a state dict, of which FSDP2 gives each process a part."""
+    if ids is None:
+        return ()
+    return tuple((ids.full_tensor() if isinstance(ids, DTensor) else ids).flatten().tolist())

@@ -74,6 +74,10 @@ class StackedWeight:
             return (shape[0] // self.num_experts, *shape[1:])
         return shape if self.form == "single" else shape[1:]
 
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype of the rows."""
+        return self.parameters(module)[0].dtype
+
     def rows(self, module: nn.Module, expert_ids: Sequence[int]) -> list[Tensor]:
         """The rows `[...]` of some experts: views of the parameter, or copies if a row is in several parameters."""
         weight = self.whole(module)
@@ -130,9 +134,8 @@ class StoredWeight(StackedWeight):
         return module.get_submodule(STORED[self.parameter])  # type: ignore[return-value]
 
     def named_parameters(self, module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        own = dict(self.stored(module).named_parameters())
-        # First the one whose dtype is the matrices'.
-        return [(f"{STORED[self.parameter]}.{name}", own[name]) for name in ("kept_rows", *own.keys() - {"kept_rows"})]
+        own = self.stored(module).named_parameters()
+        return [(f"{STORED[self.parameter]}.{name}", parameter) for name, parameter in own]
 
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.named_parameters(module)]
@@ -143,6 +146,9 @@ class StoredWeight(StackedWeight):
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         return tuple(self.stored(module).shape[1:])
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        return self.stored(module).dtype
 
     def write(self, module: nn.Module, expert_ids: Sequence[int], rows: Tensor) -> None:
         self.stored(module).write(expert_ids, rows)
@@ -181,6 +187,9 @@ class ListedWeight:
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         parts = self._parts(module, 0)
         return (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        return self._parts(module, 0)[0].dtype
 
     def rows(self, module: nn.Module, expert_ids: Sequence[int]) -> list[Tensor]:
         return [torch.cat(parts) if len(parts := self._parts(module, e)) > 1 else parts[0] for e in expert_ids]

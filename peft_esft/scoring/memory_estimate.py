@@ -167,7 +167,7 @@ def base_bytes(sizes: ModelSizes, base: BaseFormat) -> float:
     element = 4 if base == "fp32" else 2
     if base == "int8":
         scales = (2 * sizes.intermediate_size + sizes.hidden_size) / sizes.expert
-        per_weight = 1 + element * scales
+        per_weight = 1 + 4 * scales
     else:
         per_weight = PER_EXPERT_WEIGHT.get(base, element)
     return per_weight * sizes.experts + element * (sizes.total - sizes.experts)

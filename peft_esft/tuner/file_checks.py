@@ -43,7 +43,7 @@ def delta_entries(
     """
     entries: Entries = {}
     for weight in weights:
-        name, shape, dtype = weight.name, weight.shape(module), weight.parameters(module)[0].dtype
+        name, shape, dtype = weight.name, weight.shape(module), weight.dtype(module)
         layout = stored_layout(storage, (num_experts, *shape), dtype)
         if rank is not None and storage == "delta":
             wide = torch.promote_types(dtype, torch.float32)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..moe.architectures import READABLE_DTYPES
 from ..moe.containers import ExpertsContainer
-from ..moe.weights import ExpertWeight, StoredWeight, is_spread
+from ..moe.weights import StoredWeight, is_spread
 from .adapter_file import is_hub_name
 from .config import ESFTConfig
 
@@ -42,8 +42,9 @@ def record_base(
 
 def fingerprint_container(container: ExpertsContainer, expert_ids: list[int]) -> str | None:
     """The fingerprint of some experts' rows; None if they cannot be read here (meta, sharded, merged)."""
-    parameters = [parameter for weight in container.weights for parameter in _own_parameters(weight, container)]
-    if getattr(container.wrapper_or_module, "merged", False) or not all(map(_is_readable, parameters)):
+    is_readable = all(weight.dtype(container.module) in READABLE_DTYPES for weight in container.weights)
+    is_here = all(map(_is_here, container.parameters()))
+    if getattr(container.wrapper_or_module, "merged", False) or not (is_readable and is_here):
         return None
     ids = expert_ids[:EXPERTS]
     forms = {
@@ -57,15 +58,8 @@ def fingerprint_container(container: ExpertsContainer, expert_ids: list[int]) ->
     return f"{'+'.join(sorted(forms))}:{value.partition(':')[2]}" if forms else value
 
 
-def _own_parameters(weight: ExpertWeight, container: ExpertsContainer) -> list[nn.Parameter]:
-    """The parameters whose dtype is the rows'."""
-    own = weight.parameters(container.module)
-    return own[:1] if isinstance(weight, StoredWeight) else own
-
-
-def _is_readable(parameter: Tensor) -> bool:
-    is_plain = type(parameter.data) is Tensor and not is_spread(parameter)
-    return is_plain and parameter.device.type != "meta" and parameter.dtype in READABLE_DTYPES
+def _is_here(parameter: Tensor) -> bool:
+    return type(parameter.data) is Tensor and not is_spread(parameter) and parameter.device.type != "meta"
 
 
 def fingerprint(weights: Sequence[Sequence[Tensor] | Tensor]) -> str:

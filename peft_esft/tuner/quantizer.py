@@ -6,7 +6,8 @@ transformers' own registration of quantisers is used, so that such a model is sa
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from ..moe.stored_experts import install
 from ..moe.stored_rows import KEPT, STORED, StoredRows
 from ..moe.weights import StackedWeight, StoredWeight
 from ..registration import QUANTIZATION, register_quantization
+from .adapter_file import read_header
 from .quantization_checks import check_quantizable, matrices, not_finite
 from .targets import resolve_target_experts
 
@@ -145,7 +147,7 @@ class ESFTQuantizer(HfQuantizer):
         pending: the experts' weights that are not there yet, by parameter name.
         is_adopted: the experts are in another package's form, which this config does not describe.
         dtypes: those of the tensors that a quantised checkpoint has to have, by their names.
-        scale_dtypes: others that scales may have: int8's are in the dtype that the model had when it was quantised.
+        scale_dtypes: others that scales in the checkpoint may have, and are cast from.
     """
 
     requires_calibration = False
@@ -166,7 +168,7 @@ class ESFTQuantizer(HfQuantizer):
         self.pending: dict[str, tuple[ExpertsContainer, StackedWeight, list[int]]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         is_int8 = quantization_config.format.name == "int8"
-        self.scale_dtypes = (torch.float32, torch.bfloat16, torch.float16) if is_int8 else ()
+        self.scale_dtypes = (torch.bfloat16, torch.float16) if is_int8 else ()
         self.refusals: list[str] = []  # raised at the end, as transformers only logs what a conversion raises
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -177,10 +179,19 @@ class ESFTQuantizer(HfQuantizer):
         if self.linears is not None:
             self.linears.validate_environment(*args, device_map=device_map, **kwargs)
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise NotImplementedError(
+                "experts in few bits cannot be loaded with distributed_config. Load the model without it, attach the "
+                "adapter, and shard the model with FSDP2 (torch's fully_shard, or accelerate)"
+            )
         containers = find_experts(model)
         check_quantizable(model, containers, is_loading=True)
         kept = kept_experts(self.quantization_config, containers)
+        if self.pre_quantized:
+            _check_kept(checkpoint_files or (), kept, sum(len(matrices(containers[path])) for path in kept))
         if self.encoder is None:
             self._check_mxfp4(containers, kept)
         for path, container in containers.items():
@@ -194,7 +205,7 @@ class ESFTQuantizer(HfQuantizer):
                 else:
                     self.pending[f"{path}.{weight.name}"] = (container, weight, own)
         if self.linears is not None:
-            self.linears._process_model_before_weight_loading(model, **kwargs)
+            self.linears._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.refusals:
@@ -258,7 +269,7 @@ class ESFTQuantizer(HfQuantizer):
             wanted = self.dtypes[name]
             found = _DTYPES.get(param.get_dtype()) if hasattr(param, "get_dtype") else param.dtype
             if name.endswith(".scales") and found in self.scale_dtypes:
-                return found  # those of a model that was saved in another dtype
+                return wanted  # a checkpoint of before int8's scales were fp32 in all of them
             if found != wanted and not name.endswith("kept_rows"):
                 # The loader would cast, and codes or scales be others than those that were saved.
                 raise ValueError(f"{name} has dtype {found} in the checkpoint, and not {wanted}: it is damaged")
@@ -318,17 +329,23 @@ def _skeleton(format: Loadable, container: ExpertsContainer, weight: StackedWeig
     tensors = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in layout.items()}
     stored = StoredRows(format, shape, parameter.dtype, tensors)
     if kept:
-        stored.keep({expert: stored.kept_rows.new_empty(shape[1:]) for expert in kept})
-    else:
-        # The file has nothing of them, and accelerate moves no tensor from the meta device.
-        stored.to_empty_kept(torch.device("cpu"))
+        stored.keep({expert: torch.empty(shape[1:], dtype=parameter.dtype, device="meta") for expert in kept})
     return stored
+
+
+def _check_kept(checkpoint_files: Iterable[str], kept: Mapping[str, list[int]], number: int) -> None:
+    """Refuses a checkpoint with more weights of kept experts than its config names: the loader would drop them."""
+    files = [Path(file) for file in checkpoint_files if file.endswith(".safetensors")]
+    found = [name for file in files for name in read_header(file) if name.endswith(f".{KEPT[0]}")]
+    if len(found) > number:
+        raise ValueError(
+            f"the checkpoint has experts in full precision ({found[-1]}) that its config does not name; it keeps "
+            f"{dict(kept)}. The config is not the one that was saved with these weights"
+        )
 
 
 def _check_loaded(path: str, stored: StoredRows) -> None:
     """Refuses a weight that the checkpoint does not have, or whose scales are no numbers."""
-    if not stored.kept_ids:
-        stored.to_empty_kept(stored.get_parameter(stored.tensor_names[0]).device)
     for name, parameter in stored.named_parameters():
         if parameter.is_meta:
             raise NotImplementedError(

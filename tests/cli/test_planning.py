@@ -85,7 +85,7 @@ def test_bytes_of_a_base_are_those_of_its_form():
         for shape in ((3, 2048, 2048), (3, 2048, 1024)):  # at real sizes too
             layout = ENCODERS[base].layout(shape, torch.bfloat16).values()
             held = sum(dtype.itemsize * math.prod(size) for dtype, size in layout)
-            assert held == pytest.approx(math.prod(shape) * {"int8": 1, "nf4": 0.5625}[base], rel=2e-3)
+            assert held == pytest.approx(math.prod(shape) * {"int8": 1, "nf4": 0.5625}[base], rel=4e-3)
 
 
 def test_estimates_by_hand():
@@ -148,9 +148,10 @@ def test_the_recommended_engine_fits_and_sends_least():
 
 
 def test_what_would_fit_changes_as_little_as_possible():
-    setup = Setup(tokens=1, memory=2950)
-    assert not estimate(SIZES, setup).fits
-    ways = what_would_fit(SIZES, setup)
+    sizes = replace(SIZES, hidden_size=2, intermediate_size=1)  # with few rows, and so few scales of int8
+    setup = Setup(tokens=1, memory=2800)
+    assert not estimate(sizes, setup).fits
+    ways = what_would_fit(sizes, setup)
     assert ways and all(way.fits for way in ways)
     changed = [
         sum(getattr(way.setup, name) != getattr(setup, name) for name in asdict(setup)) + (way.engine == "offload")
@@ -164,7 +165,7 @@ def test_what_would_fit_changes_as_little_as_possible():
     }
     fewer = [way for way in ways if way.setup.share < 0.1]
     assert not fewer  # not even one of ten experts fits with everything else as it was
-    assert what_would_fit(SIZES, replace(setup, memory=100)) == []
+    assert what_would_fit(sizes, replace(setup, memory=100)) == []
 
 
 @pytest.mark.parametrize("memory", [2500, 3000, 4000, 6000, 1e5])

@@ -21,7 +21,7 @@ def effective_rows(layer: AdapterLayer, weight_name: str, adapter_names: Sequenc
     if layer.is_stored_as_rows(adapter_names):
         # Nothing is added, so nothing is rounded.
         stored: Tensor = layer.stored(weight_name, "_rows")[adapter_names[0]]
-        return stored.to(weight.parameters(base)[0].dtype)
+        return stored.to(weight.dtype(base))
     deltas = [(name, layer.get_delta_weight(name, weight_name)) for name in adapter_names]
     changes = [(name, delta) for name, delta in deltas if delta is not None]
     if len(adapter_names) > 1:

@@ -536,7 +536,7 @@ class ESFTLayer(nn.Module, BaseTunerLayer):
 
     def base_dtype(self, weight_name: str) -> torch.dtype:
         """The dtype of a weight of the base."""
-        return self.weights[weight_name].parameters(self.get_base_layer())[0].dtype
+        return self.weights[weight_name].dtype(self.get_base_layer())
 
     @property
     def compute_device(self) -> torch.device:
