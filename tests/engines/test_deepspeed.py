@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import quantised_engines
 from test_engines import check_adapter, check_scores, largest_difference, report
 
 import engines
@@ -36,3 +37,15 @@ def test_zero(tmp_path, monkeypatch, record_property):
         assert found["attached to a shared-out base"] == {key: tuple(delta.shape) for key, delta in three.items()}
         assert found["held, stage 2"] == size
         assert found["held, stage 3"] <= 0.51 * size
+
+
+def test_zero_over_quantised_experts(tmp_path, monkeypatch, record_property):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    single = quantised_engines.adapted("nf4")
+    train(single, joint_batches())
+    for found in engines.run(quantised_engines.zero, tmp_path):
+        difference = largest_difference(found["deltas"], whole_deltas(single))
+        report(record_property, "ZeRO-2, nf4", training=difference)
+        assert difference < 1e-6
+        stage, error = found["error"]
+        assert stage == 3 and "Use FSDP2 or ZeRO-2" in error
