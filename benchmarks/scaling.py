@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_esft import ESFTConfig, find_experts
+from peft_esft import ESFTConfig, find_experts, quantize_experts
 from peft_esft.scoring.memory_estimate import Setup, estimate
 from peft_esft.scoring.model_sizes import ModelSizes
 
@@ -77,10 +78,12 @@ def measure(rank: int, folder: str, port: int) -> None:
     os.environ["WORLD_SIZE"] = str(PROCESSES)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    builders: dict[tuple[str, str], Callable[[], nn.Module]] = {
-        ("FSDP2", "ESFT"): lambda: shard(adapt(checkpointed(build_model()), "ESFT")),
-        ("FSDP2", "full"): lambda: shard(checkpointed(build_model())),
-        ("EP", "ESFT"): lambda: adapt(checkpointed(shared_out(folder)), "ESFT"),
+    builders: dict[tuple[str, str, str], Callable[[], nn.Module]] = {
+        ("FSDP2", "ESFT", "fp32"): lambda: shard(adapt(checkpointed(build_model()), "ESFT")),
+        ("FSDP2", "ESFT", "nf4"): lambda: shard(adapt(checkpointed(quantised(4)), "ESFT")),
+        ("FSDP2", "ESFT", "int8"): lambda: shard(adapt(checkpointed(quantised(8)), "ESFT")),
+        ("FSDP2", "full", "fp32"): lambda: shard(checkpointed(build_model())),
+        ("EP", "ESFT", "fp32"): lambda: adapt(checkpointed(shared_out(folder)), "ESFT"),
     }
     found = {}
     for key, build in builders.items():
@@ -97,6 +100,10 @@ def measure(rank: int, folder: str, port: int) -> None:
     torch.save(found, Path(folder) / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def quantised(bits: int) -> nn.Module:
+    return quantize_experts(build_model().to(torch.bfloat16), bits=bits)
 
 
 def checkpointed(model: Any) -> Any:
@@ -134,21 +141,21 @@ def row(name: str, computed: float, measured: float) -> dict[str, object]:
 def main() -> None:
     model = build_model()
     sizes = ModelSizes.of(model)
-    setup = Setup(PROCESSES, 0, tokens=TOKENS[0] * TOKENS[1], share=TRAINED / 64, lora_rank=RANK, base="fp32")
+    setup = Setup(PROCESSES, 0, tokens=TOKENS[0] * TOKENS[1], share=TRAINED / 64, lora_rank=RANK)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         mp.spawn(measure, (folder, 29600 + os.getpid() % 300), nprocs=PROCESSES)
         results = [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(PROCESSES)]
-    for engine, method in results[0]:
-        expected = estimate(sizes, setup, method, engine)  # type: ignore[arg-type]
+    for engine, method, base in results[0]:
+        expected = estimate(sizes, replace(setup, base=base), method, engine)
         for quantity, computed in (("held", expected.base + expected.state), ("exchanged", expected.sent)):
-            measured = sum(result[engine, method][quantity] for result in results) / PROCESSES
-            rows.append(row(f"{engine}, {method}: {quantity}", computed, measured))
+            measured = sum(result[engine, method, base][quantity] for result in results) / PROCESSES
+            rows.append(row(f"{engine}, {method}, {base}: {quantity}", computed, measured))
     write_results(
         "scaling",
         "The plan's formulas against a small model",
-        f"OLMoE-like model of benchmarks/scoring.py, fp32, {PROCESSES} processes, gloo, gradient checkpointing, "
+        f"OLMoE-like model of benchmarks/scoring.py, {PROCESSES} processes, gloo, gradient checkpointing, "
         f"{TOKENS[0] * TOKENS[1]} tokens on each, {TRAINED} of 64 experts in each layer.",
         rows,
         versions(),

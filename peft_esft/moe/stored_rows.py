@@ -84,8 +84,8 @@ class StoredRows(nn.Module):
             if parameters[name].dtype != dtype:
                 raise RuntimeError(
                     f"the {name} of experts in {self.format.name} were cast from {dtype} to {parameters[name].dtype}, "
-                    "which would change the experts. If the model is sharded by FSDP2, load it in bfloat16 and shard "
-                    "it without mixed precision (mixed_precision: 'no', no MixedPrecisionPolicy)"
+                    "which would change the experts. If the model is sharded by FSDP2, load it in bfloat16 and train "
+                    "without mixed precision: bf16=False in TrainingArguments, and no MixedPrecisionPolicy"
                 )
             if hasattr(parameters[name], "ds_id"):
                 raise NotImplementedError(

@@ -164,13 +164,18 @@ def num_trained(sizes: ModelSizes, setup: Setup, method: Method) -> float:
 
 def base_bytes(sizes: ModelSizes, base: BaseFormat) -> float:
     """Bytes of all weights in a form."""
+    return _bytes_of(sizes, base, sizes.total, sizes.experts)
+
+
+def _bytes_of(sizes: ModelSizes, base: BaseFormat, total: float, experts: float) -> float:
+    """Bytes of a number of weights in a form, of which some are experts'."""
     element = 4 if base == "fp32" else 2
     if base == "int8":
         scales = (2 * sizes.intermediate_size + sizes.hidden_size) / sizes.expert
         per_weight = 1 + 4 * scales
     else:
         per_weight = PER_EXPERT_WEIGHT.get(base, element)
-    return per_weight * sizes.experts + element * (sizes.total - sizes.experts)
+    return per_weight * experts + element * (total - experts)
 
 
 def estimate(sizes: ModelSizes, setup: Setup, method: Method = "ESFT", engine: Engine = "one GPU") -> Estimate:
@@ -184,9 +189,11 @@ def estimate(sizes: ModelSizes, setup: Setup, method: Method = "ESFT", engine: E
     if engine == "FSDP2":
         # A trained weight of the base is gathered in the base's dtype, its gradient likewise; a delta in fp32.
         deltas = 0 if is_full else trained
-        weights = element * (sizes.root + 2 * max(sizes.units)) * (2 if is_full else 1)
+        units = zip(sizes.units, sizes.unit_experts, strict=True)
+        largest = max(_bytes_of(sizes, setup.base, *unit) for unit in units)
+        weights = (element * sizes.root + 2 * largest) * (2 if is_full else 1)
         gathered = weights + 2 * (4 + 4) * deltas / max(1, len(sizes.units))
-        passes = 2 * (element * sizes.total + 4 * deltas) - element * sizes.root
+        passes = 2 * (base_bytes(sizes, setup.base) + 4 * deltas) - element * sizes.root
         sent = (parts - 1) / parts * (passes + width * trained)
     elif engine == "EP":
         dense = [unit - experts for unit, experts in zip(sizes.units, sizes.unit_experts, strict=True)]
@@ -356,6 +363,7 @@ def _engines(sizes: ModelSizes, setup: Setup) -> tuple[Engine, ...]:
 
 
 def _is_tried(setup: Setup, engine: Engine) -> bool:
-    """Bases in few bits and optimizers of bitsandbytes were not tried where weights are spread or loaded anew."""
-    is_plain = setup.base not in QUANTISED and setup.optim.startswith("adamw_torch")
-    return is_plain or engine in ("one GPU", "DDP")
+    """Of bases in few bits, EP is refused and offload was not tried; of bitsandbytes' optimizers, spread weights."""
+    if engine in ("EP", "offload") and setup.base in QUANTISED:
+        return False
+    return engine in ("one GPU", "DDP") or setup.optim.startswith("adamw_torch")

@@ -65,7 +65,7 @@ def test_what_would_change_the_weights_is_refused(tmp_path):
     for found in engines.run(quantised_engines.refused, tmp_path):
         for form in ("nf4", "int8"):
             assert f"scales of experts in {form} were cast from torch.float32 to torch.bfloat16" in found[form]
-            assert "without mixed precision" in found[form]
+            assert "bf16=False" in found[form]
         for name in engines.LAYOUTS:
             for source in ("base", "quantised"):
                 assert "distributed_config" in found[f"{name}, {source}"]

@@ -32,6 +32,7 @@ ELSEWHERE = {
     "analysis.md": "test_examples.py",
     "converting.md": "test_interchange_docs.py",
     "engines.md": "test_trainers.py",
+    "scaling.md": "test_optimizers.py",
     "serving.md": "test_examples.py",
     "sharing.md": "test_interchange_docs.py",
     "tour.md": "test_tour.py",

@@ -71,7 +71,7 @@ def same_but_for_last_digits(found, shown):
     assert numbers[0] == pytest.approx(numbers[1], rel=0.1)
 
 
-PUBLISHED = r"(bitsandbytes|datasets|deepspeed|lm-eval|matplotlib)\b"
+PUBLISHED = r"(bitsandbytes|datasets|deepspeed|lm-eval|matplotlib|torchao)\b"
 
 
 def test_install_lines_name_a_path_until_the_package_is_published():
