@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -79,23 +79,27 @@ class StoredRows(nn.Module):
             RuntimeError: if something has cast a tensor, and the matrices would be others than the model's.
             NotImplementedError: if ZeRO-3 has sharded the tensors, and would take them away before the backward pass.
         """
-        parameters = {name: self.get_parameter(name) for name in self.dtypes}
+        tensors = {}
         for name, dtype in self.dtypes.items():
-            if parameters[name].dtype != dtype:
-                raise RuntimeError(
-                    f"the {name} of experts in {self.format.name} were cast from {dtype} to {parameters[name].dtype}, "
-                    "which would change the experts. If the model is sharded by FSDP2, load it in bfloat16 and train "
-                    "without mixed precision: bf16=False in TrainingArguments, and no MixedPrecisionPolicy"
-                )
-            if hasattr(parameters[name], "ds_id"):
-                raise NotImplementedError(
-                    f"ZeRO-3 has sharded experts in {self.format.name}, which it cannot train. Use FSDP2 or ZeRO-2"
-                )
-        tensors = {name: parameter.data for name, parameter in parameters.items()}
+            parameter: Any = self._parameters[name]
+            if parameter.dtype != dtype or hasattr(parameter, "ds_id"):
+                self._refuse(name, parameter)
+            tensors[name] = parameter.data
         decode = partial(self.format.decode, tensors, shape=tuple(self.shape[1:]), dtype=self.dtype)
         rows = () if self.kept_rows is None else self.kept_rows.data.to(self.dtype).unbind()
         kept = dict(zip(self.kept_ids, rows, strict=True))
         return FrozenStore(self.shape, self.dtype, next(iter(tensors.values())).device, decode, kept)
+
+    def _refuse(self, name: str, parameter: Tensor) -> NoReturn:
+        if hasattr(parameter, "ds_id"):
+            raise NotImplementedError(
+                f"ZeRO-3 has sharded experts in {self.format.name}, which it cannot train. Use FSDP2 or ZeRO-2"
+            )
+        raise RuntimeError(
+            f"the {name} of experts in {self.format.name} were cast from {self.dtypes[name]} to {parameter.dtype}, "
+            "which would change the experts. If the model is sharded by FSDP2, load it in bfloat16 and train without "
+            "mixed precision: bf16=False in TrainingArguments, and no MixedPrecisionPolicy"
+        )
 
     def decoded(self, expert: int) -> Tensor:
         """The matrix `[out, in]` that the codes of an expert stand for, whether it is in full precision or not."""

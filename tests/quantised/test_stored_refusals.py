@@ -248,3 +248,29 @@ def test_weights_that_are_no_numbers_are_not_quantised(bits: int, value: float, 
     assert set(model.state_dict()) == before
     with pytest.raises(ValueError, match=r"not finite"):
         type(model).from_pretrained(tmp_path, quantization_config=ESFTQuantizationConfig(bits=bits))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_that_something_has_cast_are_refused(bits: int) -> None:
+    """As FSDP2 does under a policy of mixed precision."""
+    model = quantize_experts(tiny_model("olmoe"), bits=bits)
+    model(input_ids=random_tokens())
+    stored = model.get_submodule("model.layers.0.mlp.experts.stored_out")
+    stored.scales = nn.Parameter(stored.scales.detach().to(torch.bfloat16), requires_grad=False)
+    with pytest.raises(RuntimeError, match=r"scales of experts in .* were cast from torch.float32 to torch.bfloat16"):
+        model(input_ids=random_tokens())
+
+
+def test_scales_of_8_bits_in_half_precision_are_read_as_they_are(tmp_path: Path) -> None:
+    """As checkpoints had them before they were fp32 in all models."""
+    model = quantize_experts(tiny_model("olmoe", torch.bfloat16), bits=8)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    for name, tensor in tensors.items():
+        if name.endswith(".scales"):
+            assert tensor.dtype == torch.float32
+            tensors[name] = tensor.to(torch.bfloat16)
+    save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    state = model.state_dict()
+    assert all(same_bits(tensor, state[name]) for name, tensor in loaded.state_dict().items())
