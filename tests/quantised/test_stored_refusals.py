@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -76,6 +77,24 @@ def test_shared_experts_are_quantised_in_memory_and_neither_loaded_nor_saved(tmp
         type(model).from_pretrained(tmp_path, quantization_config=ESFTQuantizationConfig())
     with pytest.raises(NotImplementedError, match="cannot be saved"):
         quantize_experts(model).save_pretrained(tmp_path / "stored_bases")
+
+
+def test_an_adapter_over_shared_experts_is_saved(tmp_path: Path) -> None:
+    model = quantize_experts(build("diffusion_gemma", torch.bfloat16))
+    model.add_adapter(config_for(model))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_experts_that_differ_in_what_is_kept_are_not_saved_when_offloaded(tmp_path: Path) -> None:
+    model = quantize_experts(tiny_model("olmoe", torch.bfloat16))
+    stored = model.model.layers[0].mlp.experts.stored_in
+    stored.write([3], torch.zeros(1, *stored.shape[1:]))
+    before = model(input_ids=random_tokens())[0]
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="Save the model before it is offloaded"):
+        model.save_pretrained(tmp_path)
+    assert same_bits(model(input_ids=random_tokens())[0], before)
 
 
 def damage_dtype(tensors: dict[str, Tensor]) -> None:
