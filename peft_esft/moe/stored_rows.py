@@ -81,7 +81,7 @@ class StoredRows(nn.Module):
             RuntimeError: if something has cast a tensor, and the matrices would be others than the model's.
             NotImplementedError: if ZeRO-3 has sharded the tensors, and would take them away before the backward pass.
         """
-        parameters = {name: self.get_parameter(name) for name in self.dtypes}
+        parameters = {name: getattr(self, name) for name in self.dtypes}
         for name, dtype in self.dtypes.items():
             if parameters[name].dtype != dtype:
                 raise RuntimeError(
@@ -144,7 +144,7 @@ class StoredRows(nn.Module):
                     f"{prefix}{KEPT[0]} is {list(ids)}; expected ids of {self.shape[0]} experts, ascending"
                 )
             if ids != self.kept_ids:
-                if isinstance(self.get_parameter(next(iter(self.dtypes))), DTensor):
+                if isinstance(getattr(self, next(iter(self.dtypes))), DTensor):
                     raise ValueError(
                         f"{prefix[:-1]} has experts {list(self.kept_ids)} in full precision, and the state dict "
                         f"{list(ids)}: this cannot change once a model is sharded. Load before it is sharded"
@@ -167,7 +167,7 @@ class StoredRows(nn.Module):
             raise ValueError(f"the state dict has only one of {path}.{KEPT[0]} and {path}.{KEPT[1]}: add the other")
 
     def _room(self, number: int) -> Tensor:
-        codes = self.get_parameter(next(iter(self.dtypes)))
+        codes = getattr(self, next(iter(self.dtypes)))
         return torch.empty(number, *self.shape[1:], dtype=self.dtype, device=codes.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredRows:

@@ -385,6 +385,17 @@ def test_the_mean_of_a_model_that_the_documentation_shows_leaves_the_experts_alo
         assert same_bits(tensor, before[name]) == (".default" not in name)
 
 
+def test_a_functional_call_reads_the_tensors_that_it_is_given() -> None:
+    (model, _), (other, _) = _pair(8, keeps=True), _pair(8, keeps=True)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.endswith((".scales", ".kept_rows")):
+                parameter.mul_(2)
+        given = {name: parameter.detach() for name, parameter in other.named_parameters()}
+        output = torch.func.functional_call(model, given, kwargs={"input_ids": random_tokens()})[0]
+    assert same_bits(output, logits(other)) and not same_bits(output, logits(model))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_pickles_and_copies_equal_the_model(bits: int) -> None:
     (model, _) = _pair(bits, keeps=True)
