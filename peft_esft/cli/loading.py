@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..registration import QUANTIZATION
 from ..tuner.quantizer import ESFTQuantizationConfig
 
 
@@ -65,11 +66,21 @@ def quantization_of(name: str, bits: int | None, **settings: Any) -> dict[str, A
         name: folder or Hub name of the model.
         bits: 4 or 8.
         **settings: for reading the model's config, for example `revision`.
+
+    Raises:
+        ValueError: if the checkpoint has its experts in another number of bits, which transformers would keep.
     """
     if bits is None:
         return {}
     config = AutoConfig.from_pretrained(name, **settings)
     own = getattr(config, "quantization_config", None) or {}
+    if own.get("quant_method") == QUANTIZATION:
+        if own.get("bits") == bits:
+            return {}
+        raise ValueError(
+            f"{name} has its experts in {own.get('bits')} bits, which --bits {bits} cannot change. Leave --bits out, "
+            "or use the checkpoint that it was made from"
+        )
     if bits == 4 and own.get("quant_method") == "mxfp4":
         del config.quantization_config  # transformers would take it instead of the one that is given
         return {"config": config, "quantization_config": ESFTQuantizationConfig(quant_type="mxfp4")}

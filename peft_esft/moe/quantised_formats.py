@@ -238,6 +238,10 @@ ENCODERS: dict[str, Encoder] = {
 """The forms that `quantize_experts` can bring experts to."""
 
 
+OLD_SCALES = {"int8": (torch.bfloat16, torch.float16)}
+"""Dtypes that scales had in files before they were fp32 in every form, by form: a cast to fp32 changes no value."""
+
+
 def form_of(bits: int, quant_type: str, double_quant: bool = False) -> Loadable:
     """The form for a number of bits.
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..ops.encodings import differs
 from ..ops.frozen_store import FrozenStore
-from .quantised_formats import Encoder, Format
+from .quantised_formats import OLD_SCALES, Encoder, Format
 
 
 STORED = {"gate_up_proj": "stored_in", "up_proj": "stored_in", "down_proj": "stored_out"}
@@ -51,6 +51,8 @@ class StoredRows(nn.Module):
             # Parameters, which DDP does not send around in every step as it does buffers.
             self.register_parameter(name, _constant(tensor))
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+        # torch puts it in the metadata of state dicts. NF4 and FP4 have tensors of the same names, shapes and dtypes.
+        self._version = format.name  # type: ignore[assignment]
         self.keep({})
 
     @classmethod
@@ -123,34 +125,53 @@ class StoredRows(nn.Module):
         self._set_kept(ids, torch.stack([rows[e] for e in ids]) if ids else None)
 
     def _set_kept(self, ids: tuple[int, ...], rows: Tensor | None) -> None:
-        self.kept_ids, self.kept_experts, self.kept_rows = ids, None, None
-        if rows is not None:
-            self.kept_experts = _constant(torch.tensor(ids, dtype=torch.int64, device=rows.device))
-            self.kept_rows = _constant(rows)
+        # Both are made before either is set: an error, as for want of memory, must not leave ids without rows.
+        own = (None, None) if rows is None else (torch.tensor(ids, dtype=torch.int64, device=rows.device), rows)
+        experts, rows = (None if tensor is None else _constant(tensor) for tensor in own)
+        self.kept_ids, self.kept_experts, self.kept_rows = ids, experts, rows
 
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(parameter.nbytes for parameter in self.parameters())
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *others: Any) -> None:
-        if f"{prefix}{next(iter(self.dtypes))}" in state_dict:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: dict[str, Any], *others: Any
+    ) -> None:
+        names = (*self.dtypes, *KEPT)
+        own = {name: state_dict[f"{prefix}{name}"] for name in names if f"{prefix}{name}" in state_dict}
+        self._check_incoming(prefix[:-1], own, local_metadata.get("version"))
+        if own.keys() & {next(iter(self.dtypes)), KEPT[0]}:
             # Whatever was in full precision when it was saved is so now, merged or not.
-            ids = _whole_ids(state_dict.get(f"{prefix}{KEPT[0]}"))
+            ids = _whole_ids(own.get(KEPT[0]))
             if ids != tuple(sorted(set(ids) & set(range(self.shape[0])))):
                 raise ValueError(
                     f"{prefix}{KEPT[0]} is {list(ids)}; expected ids of {self.shape[0]} experts, ascending"
                 )
             if ids != self.kept_ids:
-                if isinstance(self.get_parameter(next(iter(self.dtypes))), DTensor):
+                if isinstance(getattr(self, next(iter(self.dtypes))), DTensor):
                     raise ValueError(
                         f"{prefix[:-1]} has experts {list(self.kept_ids)} in full precision, and the state dict "
                         f"{list(ids)}: this cannot change once a model is sharded. Load before it is sharded"
                     )
                 self._set_kept(ids, self._room(len(ids)) if ids else None)
-        super()._load_from_state_dict(state_dict, prefix, *others)
+        cast = {f"{prefix}{name}": own[name].to(dtype) for name, dtype in self.dtypes.items() if name in own}
+        super()._load_from_state_dict({**state_dict, **cast}, prefix, local_metadata, *others)
+
+    def _check_incoming(self, path: str, own: Mapping[str, Tensor], form: Any) -> None:
+        """Refuses tensors of a state dict that would make other experts than those it was taken from."""
+        if isinstance(form, str) and form != self.format.name:
+            raise ValueError(f"{path} of the state dict is in {form}, and this model's is in {self.format.name}")
+        for name in own.keys() & self.dtypes.keys():
+            found, wanted = own[name].dtype, self.dtypes[name]
+            if found != wanted and not (name == "scales" and found in OLD_SCALES.get(self.format.name, ())):
+                raise ValueError(
+                    f"{path}.{name} has dtype {found} in the state dict, and not {wanted}: something has cast it"
+                )
+        if len(own.keys() & set(KEPT)) == 1:
+            raise ValueError(f"the state dict has only one of {path}.{KEPT[0]} and {path}.{KEPT[1]}: add the other")
 
     def _room(self, number: int) -> Tensor:
-        codes = self.get_parameter(next(iter(self.dtypes)))
+        codes = getattr(self, next(iter(self.dtypes)))
         return torch.empty(number, *self.shape[1:], dtype=self.dtype, device=codes.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredRows:

@@ -19,12 +19,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..moe.containers import ExpertsContainer, find_experts
-from ..moe.quantised_formats import ENCODERS, Loadable, form_of
+from ..moe.quantised_formats import ENCODERS, OLD_SCALES, Loadable, form_of
 from ..moe.stored_experts import install
 from ..moe.stored_rows import KEPT, STORED, StoredRows
 from ..moe.weights import StackedWeight, StoredWeight
 from ..registration import QUANTIZATION, register_quantization
 from .adapter_file import read_header
+from .layers.offload import is_offloaded
 from .quantization_checks import check_quantizable, matrices, not_finite
 from .targets import resolve_target_experts
 
@@ -167,8 +168,7 @@ class ESFTQuantizer(HfQuantizer):
         self.pre_quantized |= self.is_original  # by someone else
         self.pending: dict[str, tuple[ExpertsContainer, StackedWeight, list[int]]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        is_int8 = quantization_config.format.name == "int8"
-        self.scale_dtypes = (torch.bfloat16, torch.float16) if is_int8 else ()
+        self.scale_dtypes = OLD_SCALES.get(quantization_config.format.name, ())
         self.refusals: list[str] = []  # raised at the end, as transformers only logs what a conversion raises
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -302,6 +302,8 @@ class ESFTQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
         """Has the config that is saved name the experts that are in full precision now, merged ones too."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # transformers saves the adapter alone
         self.quantization_config.keep = {}
         for path, container in find_experts(model).items():
             if len(container.places) > 1:
@@ -373,6 +375,11 @@ def _join_kept(container: ExpertsContainer) -> list[int]:
     ids = sorted({expert for stored in weights for expert in stored.kept_ids})
     for stored in weights:
         if list(stored.kept_ids) != ids:
+            if is_offloaded(stored):
+                raise NotImplementedError(
+                    f"{container.path} is offloaded and has experts {ids} in full precision, not all in each weight, "
+                    "which cannot be saved so. Save the model before it is offloaded"
+                )
             store = stored()
             stored.keep({expert: store[expert] for expert in ids})
     return ids

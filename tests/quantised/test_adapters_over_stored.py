@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
 
 from peft_esft import ESFTConfig, find_experts, quantize_experts
 from peft_esft.moe.quantised_formats import ENCODERS
-from peft_esft.moe.stored_rows import StoredRows
+from peft_esft.moe.stored_rows import KEPT, StoredRows
 
 from families import tiny_model
 from oracle import config_for, deltas_of, random_tokens, task_loss
@@ -145,6 +149,28 @@ def test_parameters_are_frozen_and_take_the_bytes_that_are_promised() -> None:
         after = sum(p.nbytes for c in find_experts(quantised).values() for p in c.parameters())
         assert after / before == pytest.approx(share, abs=0.011)
         assert not any(p.requires_grad for c in find_experts(quantised).values() for p in c.parameters())
+
+
+class _NoMemoryOnce(TorchFunctionMode):
+    """The first tensor of ids that is made on a device does not fit."""
+
+    raised = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.tensor and "device" in (kwargs or {}) and not self.raised:
+            self.raised = True
+            raise torch.OutOfMemoryError("no memory")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_merge_that_runs_out_of_memory_leaves_the_model_as_it_was(keeps: bool) -> None:
+    (model, _) = _pair(4, keeps)
+    before, state = logits(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(torch.OutOfMemoryError), _NoMemoryOnce():
+        model.merge_adapter()
+    assert same_bits(logits(model), before) and model.state_dict().keys() == state.keys()
+    assert all(same_bits(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 NF4 = [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0]
@@ -289,6 +315,85 @@ def test_a_state_dict_of_experts_that_there_are_not_is_refused() -> None:
     for ids in ([2, 99], [5, 2], [2, 2]):
         with pytest.raises(ValueError, match="expected ids of 8 experts, ascending"):
             model.load_state_dict({**state, name: torch.tensor(ids)})
+
+
+def _changed(state: dict[str, Tensor], name: str, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """A state dict with other tensors of a name."""
+    return {key: change(tensor) if key.endswith(f".{name}") else tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize(
+    ("form", "name", "change", "message"),
+    [
+        ((4, "nf4"), "scales", Tensor.bfloat16, r"stored_in.scales has dtype torch.bfloat16 in the state dict"),
+        ((4, "nf4"), "codes", Tensor.float, r"stored_in.codes has dtype torch.float32 in the state dict"),
+        ((8, "nf4"), "codes", Tensor.short, r"stored_in.codes has dtype torch.int16 in the state dict"),
+    ],
+    ids=["scales", "codes of 4 bits", "codes of 8 bits"],
+)
+def test_a_state_dict_that_was_cast_is_refused(
+    form: tuple[int, str], name: str, change: Callable[[Tensor], Tensor], message: str, assign: bool
+) -> None:
+    (model, _) = bases("olmoe", *form)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(_changed(state, name, change), assign=assign)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_dict_of_8_bits_with_the_scales_of_old_files_is_loaded(assign: bool) -> None:
+    (model, _), (other, _) = bases("olmoe", 8), bases("olmoe", 8)
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    other.load_state_dict(_changed(state, "scales", Tensor.bfloat16), assign=assign)
+    assert all(same_bits(tensor, state[key]) for key, tensor in other.state_dict().items())
+    assert same_bits(logits(other), logits(model))
+
+
+def test_a_state_dict_of_another_form_is_refused() -> None:
+    (nf4, _), (fp4, _) = bases("olmoe", 4, "nf4"), bases("olmoe", 4, "fp4")
+    with pytest.raises(ValueError, match=r"stored_in of the state dict is in nf4, and this model's is in fp4"):
+        fp4.load_state_dict(nf4.state_dict())
+
+
+def test_a_part_of_a_state_dict_never_gives_rows_to_other_experts() -> None:
+    (model, _), (other, _) = (bases("olmoe", 4, keep={0: [expert]}) for expert in (5, 3))
+    state = model.state_dict()
+    for name in KEPT:
+        part = {key: tensor for key, tensor in state.items() if not key.endswith(f".{name}")}
+        with pytest.raises(ValueError, match="has only one of"):
+            other.load_state_dict(part, strict=False)
+    other.load_state_dict({key: tensor for key, tensor in state.items() if ".kept_" in key}, strict=False)
+    (stored, own) = (m.model.layers[0].mlp.experts.stored_in for m in (other, model))
+    assert stored.kept_ids == tuple(stored.kept_experts.tolist()) == (5,)
+    assert same_bits(stored()[5], own()[5])
+
+
+def test_the_mean_of_a_model_that_the_documentation_shows_leaves_the_experts_alone() -> None:
+    (model, _) = _pair(4, keeps=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    mean = AveragedModel(model, avg_fn=lambda old, new, number: old.lerp(new, 1e-4) if new.requires_grad else new)
+    for _ in range(2):
+        mean.update_parameters(model)
+        with torch.no_grad():
+            for delta in deltas_of(model).values():
+                delta.add_(1)
+    for name, tensor in mean.module.state_dict().items():
+        assert same_bits(tensor, before[name]) == (".default" not in name)
+
+
+def test_a_functional_call_reads_the_tensors_that_it_is_given() -> None:
+    (model, _), (other, _) = _pair(8, keeps=True), _pair(8, keeps=True)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if name.endswith((".scales", ".kept_rows")):
+                parameter.mul_(2)
+        given = {name: parameter.detach() for name, parameter in other.named_parameters()}
+        output = torch.func.functional_call(model, given, kwargs={"input_ids": random_tokens()})[0]
+    assert same_bits(output, logits(other)) and not same_bits(output, logits(model))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

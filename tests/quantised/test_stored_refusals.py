@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_esft import ESFTQuantizationConfig, quantize_experts
+from peft_esft.cli.loading import load_base
 
 from families import tiny_model
 from oracle import config_for, random_tokens
@@ -76,6 +79,34 @@ def test_shared_experts_are_quantised_in_memory_and_neither_loaded_nor_saved(tmp
         type(model).from_pretrained(tmp_path, quantization_config=ESFTQuantizationConfig())
     with pytest.raises(NotImplementedError, match="cannot be saved"):
         quantize_experts(model).save_pretrained(tmp_path / "stored_bases")
+
+
+def test_an_adapter_over_shared_experts_is_saved(tmp_path: Path) -> None:
+    model = quantize_experts(build("diffusion_gemma", torch.bfloat16))
+    model.add_adapter(config_for(model))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_experts_that_differ_in_what_is_kept_are_not_saved_when_offloaded(tmp_path: Path) -> None:
+    model = quantize_experts(tiny_model("olmoe", torch.bfloat16))
+    stored = model.model.layers[0].mlp.experts.stored_in
+    stored.write([3], torch.zeros(1, *stored.shape[1:]))
+    before = model(input_ids=random_tokens())[0]
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(NotImplementedError, match="Save the model before it is offloaded"):
+        model.save_pretrained(tmp_path)
+    assert same_bits(model(input_ids=random_tokens())[0], before)
+
+
+@pytest.mark.parametrize(("has", "asked"), [(8, 4), (4, 8)])
+def test_a_checkpoint_in_other_bits_than_the_command_asks_for_is_refused(has: int, asked: int, tmp_path: Path) -> None:
+    quantize_experts(tiny_model("olmoe", torch.bfloat16), bits=has).save_pretrained(tmp_path)
+    options = {"model": str(tmp_path), "device_map": "cpu", "dtype": "auto"}
+    with pytest.raises(ValueError, match=rf"has its experts in {has} bits, which --bits {asked} cannot change"):
+        load_base(Namespace(**options, bits=asked))
+    for bits in (has, None):
+        assert load_base(Namespace(**options, bits=bits)).config.quantization_config.bits == has
 
 
 def damage_dtype(tensors: dict[str, Tensor]) -> None:
