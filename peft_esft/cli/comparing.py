@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from trl import SFTConfig
 
 from ..analysis.evaluation import Evaluation, evaluate
 from ..analysis.evaluation_page import BASE, write_evaluation_page
 from ..checkpoints import save_adapter
+from ..moe.containers import quantisation_of
 from ..scoring.memory_estimate import Method, estimate
 from .finetune import SCORES, Finetuning, Wrap, tokens_in_a_batch
 from .measuring import Rows, aligned, batches_of, decide_answers, general_rows, name_of
@@ -103,6 +104,9 @@ class Comparison:
             print(f"peft-esft: no page is written: {error}", file=sys.stderr)
 
     def _train(self, way: Way) -> None:
+        if way.kind == "full" and self._is_quantised():
+            self.left_out = "the base is quantised"
+            return
         tuning = Finetuning.prepare(*self._options_of(way), wrap=self._wrap_of(way))
         if way.kind == "full" and (reason := _does_not_fit(tuning)):
             self.left_out = reason
@@ -129,6 +133,12 @@ class Comparison:
         if way.kind == "full":
             shutil.rmtree(folder, ignore_errors=True)  # checkpoints of a whole model
         self._keep(way.name, result)
+
+    def _is_quantised(self) -> bool:
+        """Whether the base is in few bits, which full fine-tuning cannot train. It is not loaded for this."""
+        settings = {"revision": self.own.model_revision, "trust_remote_code": self.settings.trust_remote_code}
+        config = AutoConfig.from_pretrained(str(self.own.model_name_or_path), **settings)
+        return self.own.bits is not None or quantisation_of(config) is not None
 
     def _options_of(self, way: Way) -> tuple[TrainOptions, SFTConfig]:
         """The options of one training: each goes on from its last checkpoint, and experts are scored once."""
@@ -300,8 +310,6 @@ def _with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
 
 def _does_not_fit(tuning: Finetuning) -> str:
     """Why full fine-tuning cannot be run here; empty if it can."""
-    if tuning.own.bits is not None or tuning.sizes.stored_as is not None:
-        return "the base is quantised"
     needed, memory = _estimate(tuning, Way("full", "full")), _memory()
     return f"it takes about {needed / 1e9:.3g} GB of {memory / 1e9:.3g}" if needed > memory else ""
 

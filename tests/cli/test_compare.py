@@ -13,8 +13,9 @@ import time
 
 import pytest
 from peft import PeftConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_esft import ESFTConfig
+from peft_esft import ESFTConfig, quantize_experts
 from peft_esft.checkpoints import last_complete_checkpoint
 from peft_esft.cli import comparing
 from peft_esft.cli.finetune import Finetuning
@@ -173,6 +174,17 @@ def test_full_is_left_out_where_it_does_not_fit(data, tmp_path, capsys, monkeypa
     text = capsys.readouterr().out
     assert "full fine-tuning is left out: it takes about 0." in text and "GB of 0.001" in text
     assert set(results(tmp_path / "law")) == {"base", "lora"}
+
+
+def test_full_is_left_out_over_a_quantised_base(data, tmp_path, capsys):
+    quantised = quantize_experts(AutoModelForCausalLM.from_pretrained(MODEL), bits=8)
+    quantised.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(MODEL).save_pretrained(tmp_path / "base")
+    for number, base in enumerate(([MODEL, data, "--bits", "8"], [str(tmp_path / "base"), data])):
+        out = tmp_path / str(number)
+        assert main(["compare", *base, "--out", str(out), *QUICK, *RATES, "--ways", "lora", "full"]) == 0
+        assert "full fine-tuning is left out: the base is quantised" in capsys.readouterr().out
+        assert set(results(out)) == {"base", "lora"}
 
 
 def test_other_options_than_before_are_refused(compared, data, capsys):
