@@ -292,22 +292,28 @@ def choose_fsdp_on_cpu() -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def trainer_fsdp2(rank: int, folder: Path) -> Any:
-    """`Trainer` through accelerate's FSDP2 code."""
+def use_fsdp2(state_dict_type: str, **settings: str) -> None:
+    """Has the trainers that are made from now on take accelerate's FSDP2 code."""
     from accelerate.state import AcceleratorState
-
-    from peft_esft.checkpoints import save_adapter
 
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": state_dict_type,
+        **settings,
     }
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trainer_fsdp2(rank: int, folder: Path) -> Any:
+    """`Trainer` through accelerate's FSDP2 code."""
+    from peft_esft.checkpoints import save_adapter
+
     found = {}
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
-        os.environ["FSDP_STATE_DICT_TYPE"] = kind
-        AcceleratorState._reset_state(reset_partial_state=True)
+        use_fsdp2(kind)
         found[kind] = run_trainer(folder / kind, 2)
         trainer = found[kind].pop("trainer")
         save_adapter(trainer.model, folder / kind / "adapter")
@@ -479,6 +485,35 @@ def trainer_expert_parallel(rank: int, folder: Path) -> Any:
     return found
 
 
+def zero_engine(model: nn.Module, stage: int) -> Any:
+    """DeepSpeed's engine around a model with an adapter."""
+    import deepspeed
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    optimizer = torch.optim.SGD(trained, lr=1.0, momentum=0.9)
+    return deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=trained, config=config)[0]
+
+
+def train_zero(engine: Any) -> dict[tuple[str, str], Tensor]:
+    """Trains on this process's part of the batches; the deltas of all processes."""
+    import deepspeed
+
+    engine.train()
+    for batch in joint_batches():
+        rows = own_rows(batch)
+        engine.backward(engine(input_ids=rows, labels=rows, use_cache=False)[0])
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(deltas_of(engine.module).values())):
+        return whole_deltas(engine.module)
+
+
 def zero(rank: int, folder: Path) -> Any:
     """DeepSpeed's ZeRO on its CPU backend."""
     import deepspeed
@@ -486,43 +521,20 @@ def zero(rank: int, folder: Path) -> Any:
     from peft_esft.checkpoints import save_adapter
 
     deepspeed.init_distributed("gloo")
-
-    def engine(stage: int, checkpointing: bool = False) -> Any:
-        model = adapted(base_model(), checkpointing)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        config = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        }
-        optimizer = torch.optim.SGD(trained, lr=1.0, momentum=0.9)
-        return deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=trained, config=config)[0]
-
-    def steps(engine: Any) -> dict[tuple[str, str], Tensor]:
-        engine.train()
-        for batch in joint_batches():
-            rows = own_rows(batch)
-            engine.backward(engine(input_ids=rows, labels=rows, use_cache=False)[0])
-            engine.step()
-        with deepspeed.zero.GatheredParameters(list(deltas_of(engine.module).values())):
-            return whole_deltas(engine.module)
-
     found: dict[str, Any] = {}
     for stage in (2, 3):
         for checkpointing in (False, True):
-            trained = engine(stage, checkpointing)
-            found[f"deltas, stage {stage}, checkpointing {checkpointing}"] = steps(trained)
+            trained = zero_engine(adapted(base_model(), checkpointing), stage)
+            found[f"deltas, stage {stage}, checkpointing {checkpointing}"] = train_zero(trained)
         found[f"held, stage {stage}"] = sum(
             getattr(parameter, "ds_tensor", parameter).numel() for parameter in trained.module.parameters()
         )
         save_adapter(trained, folder / f"stage {stage}")
         trained.save_checkpoint(str(folder / f"checkpoint {stage}"), exclude_frozen_parameters=True)
-        found[f"six steps, stage {stage}"] = steps(trained)
-        resumed = engine(stage)
+        found[f"six steps, stage {stage}"] = train_zero(trained)
+        resumed = zero_engine(adapted(base_model()), stage)
         resumed.load_checkpoint(str(folder / f"checkpoint {stage}"), load_module_strict=False)
-        found[f"resumed, stage {stage}"] = steps(resumed)
+        found[f"resumed, stage {stage}"] = train_zero(resumed)
         found[f"scores, stage {stage}"] = scores_of(resumed.module, own_rows)
     # A base that is shared out already, as `from_pretrained` leaves it under ZeRO-3.
     base = base_model()

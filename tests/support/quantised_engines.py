@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from torch import nn
 
 from peft_esft import ESFTQuantizationConfig, quantize_experts
 
+import engines
 from engines import (
     LAYOUTS,
     base_model,
-    choose_fsdp_on_cpu,
     joint_batches,
     make_trainer,
     own_rows,
@@ -24,7 +22,6 @@ from engines import (
     train,
     whole_deltas,
 )
-from oracle import config_for
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -36,15 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def adapted(form: str, checkpointing: bool = False) -> nn.Module:
-    base = quantize_experts(base_model(), **FORMS[form])
-    if checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
-    return get_peft_model(base, config_for(base, task_type="CAUSAL_LM"))
-
-
-def stored_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of the quantised experts on this process."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if ".stored_" in name}
+    return engines.adapted(quantize_experts(base_model(), **FORMS[form]), checkpointing)
 
 
 def by_hand(rank: int, folder: Path) -> Any:
@@ -72,33 +61,18 @@ def by_hand(rank: int, folder: Path) -> Any:
     return found
 
 
-def _fsdp_settings() -> Iterator[tuple[str, str]]:
-    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
-        for loads_once in ("false", "true"):
-            yield kind, loads_once
-
-
 def trainer_fsdp2(rank: int, folder: Path) -> Any:
     """`Trainer` through accelerate's FSDP2 code, also where one process alone has the weights at first."""
-    from accelerate.state import AcceleratorState
-
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-    }
+    kinds, loading = ("FULL_STATE_DICT", "SHARDED_STATE_DICT"), ("false", "true")
     found: dict[str, Any] = {}
-    for form in ("nf4, kept", "int8"):
-        for kind, loads_once in _fsdp_settings():
-            os.environ |= {"FSDP_STATE_DICT_TYPE": kind, "FSDP_CPU_RAM_EFFICIENT_LOADING": loads_once}
-            AcceleratorState._reset_state(reset_partial_state=True)
-            runs = folder / form / kind / loads_once
-            trainer = make_trainer(runs / "run", 2, adapted(form))
-            trainer.train()
-            resumed = make_trainer(runs / "resumed", 2, adapted(form))
-            resumed.train(resume_from_checkpoint=str(runs / "run" / "checkpoint-2"))
-            found[form, kind, loads_once] = whole_deltas(trainer.model), whole_deltas(resumed.model)
+    for form, kind, loads_once in product(("nf4, kept", "int8"), kinds, loading):
+        engines.use_fsdp2(kind, FSDP_CPU_RAM_EFFICIENT_LOADING=loads_once)
+        runs = folder / form / kind / loads_once
+        trainer = make_trainer(runs / "run", 2, adapted(form))
+        trainer.train()
+        resumed = make_trainer(runs / "resumed", 2, adapted(form))
+        resumed.train(resume_from_checkpoint=str(runs / "run" / "checkpoint-2"))
+        found[form, kind, loads_once] = whole_deltas(trainer.model), whole_deltas(resumed.model)
     return found
 
 
@@ -109,23 +83,8 @@ def zero(rank: int, folder: Path) -> Any:
     deepspeed.init_distributed("gloo")
     found: dict[str, Any] = {}
     for stage in (2, 3):
-        model = adapted("nf4")
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        config = {
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_clipping": 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        }
-        optimizer = torch.optim.SGD(trained, lr=1.0, momentum=0.9)
-        engine = deepspeed.initialize(model=model, optimizer=optimizer, model_parameters=trained, config=config)[0]
         try:
-            for batch in joint_batches():
-                rows = own_rows(batch)
-                engine.backward(engine(input_ids=rows, labels=rows, use_cache=False)[0])
-                engine.step()
-            found["deltas"] = whole_deltas(engine.module)
+            found["deltas"] = engines.train_zero(engines.zero_engine(adapted("nf4"), stage))
         except NotImplementedError as error:
             found["error"] = stage, str(error)
     return found
@@ -137,7 +96,6 @@ def refused(rank: int, folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
-    choose_fsdp_on_cpu()
     found: dict[str, str] = {}
     for form in ("nf4", "int8"):
         model = adapted(form)
