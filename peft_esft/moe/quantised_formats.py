@@ -238,8 +238,13 @@ ENCODERS: dict[str, Encoder] = {
 """The forms that `quantize_experts` can bring experts to."""
 
 
-OLD_SCALES = {"int8": (torch.bfloat16, torch.float16)}
-"""Dtypes that scales had in files before they were fp32 in every form, by form: a cast to fp32 changes no value."""
+def is_dtype_of(form: str, name: str, found: torch.dtype | None, wanted: torch.dtype) -> bool:
+    """True if a tensor of a file or state dict has the dtype of its form.
+
+    The scales of int8 may be in half precision too, as they were in earlier files: a cast to fp32 changes no value.
+    """
+    is_earlier = form == "int8" and name == "scales" and found in (torch.bfloat16, torch.float16)
+    return found == wanted or is_earlier
 
 
 def form_of(bits: int, quant_type: str, double_quant: bool = False) -> Loadable:

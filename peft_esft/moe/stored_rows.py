@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ..ops.encodings import differs
 from ..ops.frozen_store import FrozenStore
-from .quantised_formats import OLD_SCALES, Encoder, Format
+from .quantised_formats import Encoder, Format, is_dtype_of
 
 
 STORED = {"gate_up_proj": "stored_in", "up_proj": "stored_in", "down_proj": "stored_out"}
@@ -163,7 +163,7 @@ class StoredRows(nn.Module):
             raise ValueError(f"{path} of the state dict is in {form}, and this model's is in {self.format.name}")
         for name in own.keys() & self.dtypes.keys():
             found, wanted = own[name].dtype, self.dtypes[name]
-            if found != wanted and not (name == "scales" and found in OLD_SCALES.get(self.format.name, ())):
+            if not is_dtype_of(self.format.name, name, found, wanted):
                 raise ValueError(
                     f"{path}.{name} has dtype {found} in the state dict, and not {wanted}: something has cast it"
                 )

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..moe.containers import ExpertsContainer, find_experts
-from ..moe.quantised_formats import ENCODERS, OLD_SCALES, Loadable, form_of
+from ..moe.quantised_formats import ENCODERS, Loadable, form_of, is_dtype_of
 from ..moe.stored_experts import install
 from ..moe.stored_rows import KEPT, STORED, StoredRows
 from ..moe.weights import StackedWeight, StoredWeight
@@ -148,7 +148,6 @@ class ESFTQuantizer(HfQuantizer):
         pending: the experts' weights that are not there yet, by parameter name.
         is_adopted: the experts are in another package's form, which this config does not describe.
         dtypes: those of the tensors that a quantised checkpoint has to have, by their names.
-        scale_dtypes: others that scales in the checkpoint may have, and are cast from.
     """
 
     requires_calibration = False
@@ -168,7 +167,6 @@ class ESFTQuantizer(HfQuantizer):
         self.pre_quantized |= self.is_original  # by someone else
         self.pending: dict[str, tuple[ExpertsContainer, StackedWeight, list[int]]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self.scale_dtypes = OLD_SCALES.get(quantization_config.format.name, ())
         self.refusals: list[str] = []  # raised at the end, as transformers only logs what a conversion raises
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -268,9 +266,8 @@ class ESFTQuantizer(HfQuantizer):
         if name in self.dtypes:
             wanted = self.dtypes[name]
             found = _DTYPES.get(param.get_dtype()) if hasattr(param, "get_dtype") else param.dtype
-            if name.endswith(".scales") and found in self.scale_dtypes:
-                return wanted  # a checkpoint of before int8's scales were fp32 in all of them
-            if found != wanted and not name.endswith("kept_rows"):
+            own = name.rpartition(".")[2]
+            if own != KEPT[1] and not is_dtype_of(self.quantization_config.format.name, own, found, wanted):
                 # The loader would cast, and codes or scales be others than those that were saved.
                 raise ValueError(f"{name} has dtype {found} in the checkpoint, and not {wanted}: it is damaged")
             return wanted
