@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..moe.architectures import READABLE_DTYPES
 from ..moe.containers import ExpertsContainer
-from ..moe.weights import StoredWeight, is_spread
+from ..moe.weights import ExpertWeight, StoredWeight, is_spread
 from .adapter_file import is_hub_name
 from .config import ESFTConfig
 
@@ -42,9 +42,8 @@ def record_base(
 
 def fingerprint_container(container: ExpertsContainer, expert_ids: list[int]) -> str | None:
     """The fingerprint of some experts' rows; None if they cannot be read here (meta, sharded, merged)."""
-    is_readable = all(weight.dtype(container.module) in READABLE_DTYPES for weight in container.weights)
-    is_here = all(map(_is_here, container.parameters()))
-    if getattr(container.wrapper_or_module, "merged", False) or not (is_readable and is_here):
+    is_readable = all(_is_readable(weight, container.module) for weight in container.weights)
+    if getattr(container.wrapper_or_module, "merged", False) or not is_readable:
         return None
     ids = expert_ids[:EXPERTS]
     forms = {
@@ -58,8 +57,12 @@ def fingerprint_container(container: ExpertsContainer, expert_ids: list[int]) ->
     return f"{'+'.join(sorted(forms))}:{value.partition(':')[2]}" if forms else value
 
 
-def _is_here(parameter: Tensor) -> bool:
-    return type(parameter.data) is Tensor and not is_spread(parameter) and parameter.device.type != "meta"
+def _is_readable(weight: ExpertWeight, module: nn.Module) -> bool:
+    parameters = weight.parameters(module)
+    dtypes = [weight.dtype(module)] if isinstance(weight, StoredWeight) else [own.dtype for own in parameters]
+    return all(dtype in READABLE_DTYPES for dtype in dtypes) and all(
+        type(own.data) is Tensor and not is_spread(own) and not own.is_meta for own in parameters
+    )
 
 
 def fingerprint(weights: Sequence[Sequence[Tensor] | Tensor]) -> str:
