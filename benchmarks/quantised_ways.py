@@ -81,9 +81,9 @@ def measure(folder: str, rounds: int) -> list[dict[str, object]]:
             }
         )
     times = time_in_turns(calls, rounds)
-    first = "LoRA r 16 on attention, bf16"
+    reference = "LoRA r 16 on attention, bf16"
     for name, row in zip(calls, rows, strict=True):
-        row |= {"ms of a step": 1000 * times.minima()[name], "over LoRA, bf16": times.ratio(name, first)}
+        row |= {"ms of a step": 1000 * times.minima()[name], "over LoRA, bf16": times.ratio(name, reference)}
     return rows
 
 

@@ -363,7 +363,7 @@ def _engines(sizes: ModelSizes, setup: Setup) -> tuple[Engine, ...]:
 
 
 def _is_tried(setup: Setup, engine: Engine) -> bool:
-    """Of bases in few bits, EP is refused and offload was not tried; of bitsandbytes' optimizers, spread weights."""
+    """False for bases in few bits under EP or offload, and for bitsandbytes' optimizers on spread weights."""
     if engine in ("EP", "offload") and setup.base in QUANTISED:
         return False
     return engine in ("one GPU", "DDP") or setup.optim.startswith("adamw_torch")
